@@ -1,0 +1,94 @@
+"""Bytes to ids and back.
+
+An id is a byte plus 4; the four ids below it are special. Any byte string is legal: nothing here
+assumes UTF-8, except :class:`Utf8Stream`, which turns a stream of arbitrary bytes into text that
+can be shown while it arrives.
+"""
+
+import codecs
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BOE = 0
+"""Beginning of example: left padding of hash n-grams, and of rows in batches."""
+BOS = 1
+"""Beginning of a document."""
+EOS = 2
+"""End of a document."""
+BPE = 3
+"""Delimiter before each BPE token in byte streams that carry token boundaries."""
+OFFSET = 4
+"""Id of byte 0."""
+VOCAB_SIZE = OFFSET + 256
+NEWLINE = OFFSET + ord("\n")
+
+
+def to_bytes(text: str | bytes) -> bytes:
+    """The bytes of ``text``: UTF-8, with undecodable input that Python escaped restored.
+
+    Lone surrogates that did not come from ``surrogateescape`` keep their three-byte form, so
+    every ``str`` has bytes.
+    """
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def encode(document: str | bytes, *, bos: bool = True, eos: bool = False) -> NDArray[np.int64]:
+    """Ids of one document, BOS first and EOS last where asked for.
+
+    Args:
+        document: any bytes; a ``str`` is taken as UTF-8.
+        bos: start with :data:`BOS`, as every model here expects.
+        eos: end with :data:`EOS`, which models predict and never read.
+
+    Returns:
+        ``int64[bos + len(document) + eos]``.
+    """
+    data = np.frombuffer(to_bytes(document), dtype=np.uint8)
+    ids = np.empty(len(data) + bos + eos, dtype=np.int64)
+    ids[bos : bos + len(data)] = data
+    ids[bos : bos + len(data)] += OFFSET
+    if bos:
+        ids[0] = BOS
+    if eos:
+        ids[-1] = EOS
+    return ids
+
+
+def decode(ids: ArrayLike) -> bytes:
+    """The bytes among ``ids``; special ids are dropped.
+
+    Raises:
+        ValueError: an id is negative or not below 260.
+    """
+    array = np.asarray(ids, dtype=np.int64)
+    if array.size and not (array.min() >= 0 and array.max() < VOCAB_SIZE):
+        bad = array[(array < 0) | (array >= VOCAB_SIZE)][0]
+        raise ValueError(f"id {bad} is outside 0..{VOCAB_SIZE - 1}")
+    return (array[array >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
+
+
+class Utf8Stream:
+    """Bytes in, as they arrive; text out, as early as it is certain.
+
+    A character is never split, and at most three bytes (the start of a character that may still
+    become valid) are ever held back: invalid bytes come out at once as U+FFFD, so a model that
+    writes nonsense cannot stall the stream. The pieces concatenate to
+    ``data.decode("utf-8", "replace")``.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes) -> str:
+        """Text completed by ``data``."""
+        return self._decoder.decode(data)
+
+    def close(self) -> str:
+        """What is left at the end: nothing, or U+FFFD for an unfinished character."""
+        return self._decoder.decode(b"", final=True)

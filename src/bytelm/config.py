@@ -1,0 +1,439 @@
+"""The configuration tree of a run, and recipes: YAML files that fill it.
+
+Every node is frozen and refuses unknown keys; an error names the path, the bad value and, for a
+misspelt key, the nearest valid one. A recipe is one of those shipped with the package (named by
+its file name) or a path; ``key.path=value`` overrides change single values, read as YAML.
+"""
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bytelm.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Node(BaseModel):
+    """Base of every configuration node: immutable, strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class StackConfig(Node):
+    """A stack of transformer blocks."""
+
+    dim: Positive
+    num_layers: Positive
+    num_heads: Positive
+    ffn_dim: Positive
+    """Width of the feed-forward's hidden layer."""
+    rope_theta: float = 500_000.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "StackConfig":
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim {self.dim} must be num_heads {self.num_heads} times an even head dimension"
+            )
+        return self
+
+
+class TransformerConfig(StackConfig):
+    """A plain byte-level transformer: entropy model or baseline."""
+
+    kind: Literal["transformer"] = "transformer"
+    window: Positive | None = None
+    """Bytes visible to a byte, itself included; null for all before it."""
+
+
+class NgramConfig(Node):
+    """A table of next-byte entropies by context, made by counting."""
+
+    kind: Literal["ngram"] = "ngram"
+    max_order: Positive = 5
+    """Longest context, in bytes."""
+    min_count: Positive = 4
+    """Contexts seen fewer times fall back to shorter ones."""
+    max_contexts: Positive = 131_072
+    """Contexts kept per order, most frequent first."""
+    max_bytes: Positive = 16_000_000
+    """Text counted; a corpus larger than this is sampled."""
+
+
+class LocalConfig(Node):
+    """The byte-level encoder and decoder of a BLT, which share their width."""
+
+    dim: Positive
+    num_heads: Positive
+    ffn_dim: Positive
+    encoder_layers: Positive = 1
+    decoder_layers: Positive
+    window: Positive | None = 512
+    rope_theta: float = 500_000.0
+
+    def stack(self, num_layers: int) -> StackConfig:
+        """The configuration of one of the two stacks."""
+        return StackConfig(
+            dim=self.dim,
+            num_layers=num_layers,
+            num_heads=self.num_heads,
+            ffn_dim=self.ffn_dim,
+            rope_theta=self.rope_theta,
+        )
+
+
+class NgramEmbeddingConfig(Node):
+    """Hash n-gram embeddings; ``sizes: []`` leaves them out."""
+
+    sizes: tuple[Annotated[int, Field(ge=2, le=32)], ...] = Field(
+        default=(3, 4, 5, 6, 7, 8), strict=False
+    )
+    rows: Positive = 500_002
+    functions: Annotated[int, Field(ge=1, le=11)] = 1
+    combine: Literal["sum", "mean"] = "sum"
+
+
+class CrossAttentionConfig(Node):
+    """Where bytes and patches meet."""
+
+    slots: Positive = 2
+    """Vectors per patch (k in the paper)."""
+    num_heads: Positive
+    encoder: Literal["none", "last", "all"] = "last"
+    """Encoder layers after which the patches attend to their bytes."""
+    decoder: Literal["none", "first", "all"] = "all"
+    """Decoder layers before which the bytes attend to their latent; with none it is added."""
+    queries: Literal["pooled", "learned"] = "pooled"
+    """First patch queries: max-pooled byte states, or one learned set for all patches."""
+    residual: Literal["single", "doubled"] = "single"
+    """The paper's ``x + out``, or the ``2 x + out`` of the released checkpoints."""
+
+
+class BLTConfig(Node):
+    """A Byte Latent Transformer."""
+
+    kind: Literal["blt"] = "blt"
+    local: LocalConfig
+    global_model: StackConfig
+    cross_attention: CrossAttentionConfig
+    ngrams: NgramEmbeddingConfig = NgramEmbeddingConfig()
+
+    @model_validator(mode="after")
+    def _local_heads_divide(self) -> "BLTConfig":
+        self.local.stack(1)
+        if self.cross_attention.num_heads > self.local.dim:
+            raise ValueError(
+                f"cross_attention.num_heads {self.cross_attention.num_heads} exceeds local.dim "
+                f"{self.local.dim}"
+            )
+        learned = self.cross_attention.queries == "learned"
+        if learned and self.cross_attention.encoder == "none":
+            raise ValueError("learned queries need encoder cross-attention to see any byte")
+        return self
+
+
+ModelConfig = TransformerConfig | BLTConfig | NgramConfig
+
+
+class PatchingBase(Node):
+    """What all patching rules share."""
+
+    max_length: Positive | None = None
+    """Longest patch; null for no limit."""
+
+
+class BytePatching(PatchingBase):
+    """Every byte is a patch."""
+
+    kind: Literal["byte"] = "byte"
+
+
+class StaticPatching(PatchingBase):
+    """Patches of a fixed length."""
+
+    kind: Literal["static"] = "static"
+    length: Positive
+
+
+class SpacePatching(PatchingBase):
+    """Patches end after space-like bytes."""
+
+    kind: Literal["space"] = "space"
+
+
+class CalibratedPatching(PatchingBase):
+    """A rule whose threshold is given, or found for a wanted mean patch size."""
+
+    patch_size: Annotated[float, Field(gt=1)] | None = None
+    """Wanted mean bytes per patch; used where the threshold is null."""
+
+
+class EntropyPatching(CalibratedPatching):
+    """Global rule: a patch starts where the entropy exceeds a threshold."""
+
+    kind: Literal["entropy"] = "entropy"
+    threshold: float | None = None
+    """In nats."""
+
+
+class MonotonicPatching(CalibratedPatching):
+    """Approximate monotonic rule: a patch starts where the entropy rises by an increase."""
+
+    kind: Literal["monotonic"] = "monotonic"
+    increase: float | None = None
+    """In nats."""
+
+
+class CombinedPatching(CalibratedPatching):
+    """Both rules at once; calibration moves the threshold."""
+
+    kind: Literal["combined"] = "combined"
+    threshold: float | None = None
+    """In nats."""
+    increase: float
+    """In nats."""
+
+
+PatchingConfig = Annotated[
+    BytePatching
+    | StaticPatching
+    | SpacePatching
+    | EntropyPatching
+    | MonotonicPatching
+    | CombinedPatching,
+    Field(discriminator="kind"),
+]
+
+
+class DataConfig(Node):
+    """What a run reads, and how it is cut into rows."""
+
+    path: str | None = None
+    """Folder made by ``bytelm data prepare``; required to train."""
+    row_bytes: Positive = 8192
+    """Bytes in a row: the longest context."""
+    row_patches: Positive | None = None
+    """Patches in a row; null for what the patch size makes of ``row_bytes``."""
+    rows_per_step: Positive = 8
+    """Rows in an optimiser step."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of bytes by source; null for what the data holds."""
+    verify: bool = True
+    """Check the hash of every shard before training."""
+
+
+class OptimizerConfig(Node):
+    """AdamW with linear warm-up and cosine decay (paper section 4.8)."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    final_ratio: Fraction = 0.0
+    """Learning rate at the last step, over the peak."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainConfig(Node):
+    """The loop."""
+
+    steps: Positive
+    micro_rows: Positive | None = None
+    """Rows in a forward pass; null for all of a step's at once."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 on CPU."""
+    compile: bool | None = None
+    """torch.compile; null for on CUDA only."""
+    log_every: Positive = 10
+    validate_every: Positive = 500
+    validation_bytes: Positive = 1_000_000
+    """Held-out text read at each validation."""
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    tensorboard: bool = False
+
+
+class Recipe(Node):
+    """Everything a run is made of."""
+
+    model: Annotated[ModelConfig, Field(discriminator="kind")]
+    patching: PatchingConfig | None = None
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _patching_fits_model(self) -> "Recipe":
+        if self.model.kind == "blt" and self.patching is None:
+            raise ValueError("a blt model needs a patching section")
+        if self.model.kind != "blt" and self.patching is not None:
+            raise ValueError(f"a {self.model.kind} model has no patches: remove patching")
+        return self
+
+
+NodeT = TypeVar("NodeT", bound=BaseModel)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-3`` as a number, as people mean it."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse(node: type[NodeT], data: Any, where: str) -> NodeT:
+    """Build ``node`` from plain data.
+
+    Raises:
+        ConfigError: naming ``where``, the path, the value and the remedy for the first mistake.
+    """
+    try:
+        return node.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(node, error)}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    files = resources.files("bytelm.recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """Text of a recipe, shipped or on disk.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    if name in recipe_names():
+        return (resources.files("bytelm.recipes") / f"{name}.yaml").read_text("utf-8")
+    try:
+        return Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            hint = _nearest(name, recipe_names())
+            raise ConfigError(
+                f"no recipe {name!r}: not a file, and not among the shipped ones{hint} "
+                "(`bytelm recipes` lists them)"
+            ) from None
+        raise ConfigError(f"cannot read recipe {name!r}: {error}") from None
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe with overrides applied.
+
+    Args:
+        name: a shipped recipe or a path to a YAML file.
+        overrides: ``key.path=value`` strings, applied in order.
+
+    Raises:
+        ConfigError: the recipe or an override cannot be used.
+    """
+    try:
+        data = yaml.load(recipe_text(name), _YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {name!r} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {name!r} must hold a mapping, not {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return parse(Recipe, data, f"recipe {name!r}")
+
+
+def dump_yaml(node: BaseModel) -> str:
+    """The node as YAML that :func:`parse` reads back."""
+    return yaml.safe_dump(node.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines ``path: old -> new`` for every value in which two plain trees differ."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"override {override!r} must have the form key.path=value")
+    try:
+        value = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = path.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
+    data[last] = value
+
+
+def _explain(node: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = first["loc"]
+    path = ".".join(str(part) for part in location) or "the whole"
+    if first["type"] == "extra_forbidden":
+        valid = _names_at(node, location[:-1])
+        hint = _nearest(str(location[-1]), valid)
+        return f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{path!r} is missing"
+    if isinstance(first["input"], dict | list):
+        return f"{path}: {message}"
+    return f"{path}: {message}, not {first['input']!r}"
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _names_at(node: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Valid keys of the node at ``location``, following tags of unions."""
+    candidates: list[type[BaseModel]] = [node]
+    for part in location:
+        tagged = [c for c in candidates if _tag(c) == part]
+        if tagged:
+            candidates = tagged
+            continue
+        fields = [c.model_fields[str(part)] for c in candidates if str(part) in c.model_fields]
+        candidates = [m for field in fields for m in _nodes_in(field.annotation)]
+    return [name for candidate in candidates for name in candidate.model_fields]
+
+
+def _tag(node: type[BaseModel]) -> Any:
+    field = node.model_fields.get("kind")
+    return field.default if field else None
+
+
+def _nodes_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [node for part in get_args(annotation) for node in _nodes_in(part)]
+    return []

@@ -1,0 +1,1 @@
+"""Models: pure functions of tensors, with no configuration files, devices or logging."""

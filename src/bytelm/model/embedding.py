@@ -1,0 +1,120 @@
+"""Byte embeddings with hash n-grams (paper section 3.2.1 and appendix C)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bytelm import codec
+from bytelm.model.layers import init_linear
+
+# Ten-digit primes, one per hash function, in the order that released checkpoints use.
+PRIMES = (
+    1000000007,
+    5915587277,
+    1500450271,
+    3267000013,
+    5754853343,
+    4093082899,
+    9576890767,
+    3628273133,
+    2860486313,
+    5463458053,
+    3367900313,
+)
+
+Combine = Literal["sum", "mean"]
+
+
+def ngram_hashes(
+    ids: Int[Tensor, "batch bytes"],
+    positions: Int[Tensor, "batch bytes"],
+    sizes: Sequence[int],
+    prime: int,
+) -> Int[Tensor, "batch bytes sizes"]:
+    """Rolling polynomial hashes of the n-grams that end at each byte, modulo 2^64.
+
+    For size ``n``, with ids before the document's start taken as 0 (BOE)::
+
+        hash[i] = sum_{k=0}^{n-1} ids[i - n + 1 + k] * prime**k   (signed 64-bit wrap-around)
+
+    so the oldest id has power 0. This is the hash of the released checkpoints; the paper's
+    equation 23 gives power 0 to the newest byte, a relabelling of table rows.
+    """
+    by_size = {}
+    running = torch.zeros_like(ids)
+    for n in range(1, max(sizes) + 1):
+        oldest = functional.pad(ids, (n - 1, 0), value=codec.BOE)[:, : ids.shape[1]]
+        oldest = torch.where(positions >= n - 1, oldest, codec.BOE)
+        running = oldest + running * prime
+        by_size[n] = running
+    return torch.stack([by_size[n] for n in sizes], -1)
+
+
+class ByteEmbedding(nn.Module):
+    """The embedding of each byte plus those of the hashed n-grams that end at it.
+
+    ::
+
+        e[i] = E[id[i]] + sum_{n, f} E_{n,f}[hash_{n,f}(ids[i-n+1..i]) mod rows]
+
+    and, with ``combine="mean"``, divided by the number of terms as in the paper (equation 4); the
+    released checkpoints do not divide. All n-gram tables are one matrix: table ``t``, functions
+    outermost, holds rows ``t * rows`` and up. N-grams never reach before the document's start.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        ngram_sizes: Sequence[int],
+        ngram_rows: int,
+        ngram_functions: int,
+        combine: Combine,
+    ) -> None:
+        super().__init__()
+        self.ngram_sizes = tuple(ngram_sizes)
+        self.ngram_rows = ngram_rows
+        self.ngram_functions = ngram_functions
+        num_tables = len(self.ngram_sizes) * ngram_functions
+        self.scale = 1.0 / (1 + num_tables) if combine == "mean" else 1.0
+        self.bytes = nn.Embedding(codec.VOCAB_SIZE, dim)
+        self.ngrams = nn.Embedding(num_tables * ngram_rows, dim) if num_tables else None
+
+    @property
+    def context(self) -> int:
+        """Ids before a byte that its embedding depends on."""
+        return max(self.ngram_sizes, default=1) - 1
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Truncated normal, sigma = dim ** -0.5, for every table."""
+        init_linear(self.bytes.weight, generator)
+        if self.ngrams is not None:
+            init_linear(self.ngrams.weight, generator)
+
+    def forward(
+        self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
+    ) -> Float[Tensor, "batch bytes dim"]:
+        embedded = self.bytes(ids)
+        if self.ngrams is None:
+            return embedded
+        rows = self.ngram_indices(ids, positions)
+        grams = functional.embedding_bag(rows.flatten(0, 1), self.ngrams.weight, mode="sum")
+        return (embedded + grams.unflatten(0, ids.shape)) * self.scale
+
+    def ngram_indices(
+        self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
+    ) -> Int[Tensor, "batch bytes tables"]:
+        """Row of the n-gram matrix for each byte and table."""
+        hashes = torch.cat(
+            [
+                ngram_hashes(ids, positions, self.ngram_sizes, prime)
+                for prime in PRIMES[: self.ngram_functions]
+            ],
+            dim=-1,
+        )
+        tables = torch.arange(hashes.shape[-1], device=ids.device)
+        return hashes % self.ngram_rows + tables * self.ngram_rows

@@ -1,0 +1,67 @@
+"""The plain byte-level transformer: entropy model and baseline are this one class."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bytelm import codec
+from bytelm.config import StackConfig, TransformerConfig
+from bytelm.model.attention import Context, StackSpec
+from bytelm.model.layers import NORM_EPS, Block, init_linear
+from bytelm.patching import row_positions
+
+
+def build_blocks(config: StackConfig) -> nn.ModuleList:
+    """The blocks of a stack."""
+    return nn.ModuleList(
+        Block(dim=config.dim, num_heads=config.num_heads, hidden_dim=config.ffn_dim)
+        for _ in range(config.num_layers)
+    )
+
+
+def stack_spec(config: StackConfig, window: int | None) -> StackSpec:
+    """What attention needs to know of a stack."""
+    head_dim = config.dim // config.num_heads
+    return StackSpec(config.num_layers, head_dim, config.rope_theta, window)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm, output matrix; ids in, logits of the next id out."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.spec = stack_spec(config, config.window)
+        self.embedding = nn.Embedding(codec.VOCAB_SIZE, config.dim)
+        self.blocks = build_blocks(config)
+        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.output = nn.Linear(config.dim, codec.VOCAB_SIZE, bias=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Every matrix truncated normal at fan-in ** -0.5, norms 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                init_linear(module.weight, generator)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch bytes"],
+        documents: Int[Tensor, "batch bytes"] | None = None,
+    ) -> Float[Tensor, "batch bytes vocab"]:
+        """Logits, in fp32, of the id after each.
+
+        Args:
+            ids: packed rows.
+            documents: document of each byte; ``None`` for one document a row.
+        """
+        if documents is None:
+            documents = torch.zeros_like(ids)
+        return self.run(ids, self.spec.over_rows(documents, row_positions(documents)))
+
+    def run(
+        self, ids: Int[Tensor, "batch bytes"], context: Context
+    ) -> Float[Tensor, "batch bytes vocab"]:
+        """Logits in any context: packed rows, or the continuation of a cached document."""
+        x = self.embedding(ids)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, context.factors, context.attend(layer))
+        return self.output(self.norm(x)).float()

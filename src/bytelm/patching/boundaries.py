@@ -1,0 +1,113 @@
+"""The :class:`Patches` of a batch: one value, made in one place, that every later stage reads.
+
+A *boundary* is a position that starts a patch. Byte ``i`` carries ``next_boundary[i]``: whether
+byte ``i + 1`` is one. That single bit, a function of bytes ``<= i``, fixes the whole alignment::
+
+    encoder_ids[i] = number of patches begun at or before byte i, less one
+    decoder_ids[i] = encoder_ids[i] if next_boundary[i] else encoder_ids[i] - 1
+
+The second line is "the last patch that is complete at byte i": the last byte of patch ``j`` reads
+latent ``j``, every other byte of patch ``j`` reads latent ``j - 1``. The first byte of a document
+(its BOS) is always a patch of its own, so a latent to read always exists. (Paper section 3;
+`docs/concepts.md` draws it.)
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+PADDING = -1
+"""Document number of padding bytes and of unused patches."""
+
+
+class Patches(NamedTuple):
+    """How the bytes of a batch of packed rows fall into documents and patches.
+
+    Rows hold whole documents (or pieces treated as such) one after another, then padding.
+    """
+
+    documents: Int[Tensor, "batch bytes"]
+    """Document of each byte, increasing along the row; ``PADDING`` on padding."""
+    positions: Int[Tensor, "batch bytes"]
+    """Index of each byte in its document."""
+    encoder_ids: Int[Tensor, "batch bytes"]
+    """Patch that holds the byte; ``num_patches`` on padding."""
+    decoder_ids: Int[Tensor, "batch bytes"]
+    """Last patch that is complete at the byte: the latent its prediction reads; 0 on padding."""
+    lengths: Int[Tensor, "batch patches"]
+    """Bytes in each patch; 0 for unused ones."""
+    patch_documents: Int[Tensor, "batch patches"]
+    """Document of each patch; ``PADDING`` for unused ones."""
+    patch_positions: Int[Tensor, "batch patches"]
+    """Index of each patch in its document."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches a row has room for."""
+        return self.lengths.shape[1]
+
+    @property
+    def counts(self) -> Int[Tensor, " batch"]:
+        """Patches in use in each row."""
+        return (self.lengths > 0).sum(1)
+
+
+def row_positions(
+    documents: Int[Tensor, "batch length"],
+) -> Int[Tensor, "batch length"]:
+    """Index of each element within its run of equal ``documents``."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    is_first = torch.ones_like(documents, dtype=torch.bool)
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(is_first, index, 0).cummax(1).values
+
+
+def build_patches(
+    next_boundary: Bool[Tensor, "batch bytes"],
+    documents: Int[Tensor, "batch bytes"] | None = None,
+    num_patches: int | None = None,
+) -> Patches:
+    """Turn boundary decisions into :class:`Patches`, without a loop or a host synchronisation.
+
+    Args:
+        next_boundary: whether the byte after each byte starts a patch. The value at the first
+            byte of a document is taken as true, and nothing reaches past a document's last byte.
+        documents: document of each byte, ``PADDING`` on padding; ``None`` for one document a row.
+        num_patches: patches to make room for, at least as many as any row has (the caller's
+            promise: checking it here would wait for the device). ``None`` counts them, which does
+            wait.
+
+    Returns:
+        The batch's :class:`Patches`.
+    """
+    if documents is None:
+        documents = torch.zeros_like(next_boundary, dtype=torch.long)
+    positions = row_positions(documents)
+    is_padding = documents == PADDING
+    next_boundary = next_boundary | (positions == 0)
+
+    starts = torch.ones_like(next_boundary)
+    starts[:, 1:] = next_boundary[:, :-1] | (positions[:, 1:] == 0)
+    starts = starts & ~is_padding
+    running = starts.cumsum(1)
+    if num_patches is None:
+        num_patches = int(running[:, -1].max())
+    encoder_ids = torch.where(is_padding, num_patches, running - 1)
+    decoder_ids = torch.where(next_boundary, running - 1, running - 2).masked_fill(is_padding, 0)
+
+    shape = (next_boundary.shape[0], num_patches + 1)
+    lengths = encoder_ids.new_zeros(shape).scatter_add(1, encoder_ids, torch.ones_like(encoder_ids))
+    patch_documents = encoder_ids.new_full(shape, PADDING)
+    patch_documents = patch_documents.scatter_reduce(1, encoder_ids, documents, "amax")
+    patch_documents = patch_documents[:, :-1]
+    return Patches(
+        documents=documents,
+        positions=positions,
+        encoder_ids=encoder_ids,
+        decoder_ids=decoder_ids,
+        lengths=lengths[:, :-1],
+        patch_documents=patch_documents,
+        patch_positions=row_positions(patch_documents),
+    )

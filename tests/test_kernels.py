@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bytelm import kernels
+
+segment_rows = st.lists(
+    st.lists(st.integers(0, 4), min_size=7, max_size=7), min_size=1, max_size=3
+).map(lambda rows: torch.tensor(rows).sort(1).values)
+
+
+def agree(fast, reference, *inputs):
+    """Outputs and gradients of the two are equal to rounding."""
+    results = []
+    for function in (fast, reference):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        generator = torch.Generator().manual_seed(3)
+        (out * torch.randn(out.shape, generator=generator)).sum().backward()
+        results.append((out, *(leaf.grad for leaf in leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@given(segment_rows)
+def test_segment_max_equals_its_reference(ids):
+    values = torch.randn(*ids.shape, 6)
+    agree(
+        lambda v: kernels.segment_max(v, ids, 4),
+        lambda v: kernels.reference_segment_max(v, ids, 4),
+        values,
+    )
+
+
+@given(segment_rows, st.sampled_from([1, 2, 3]))
+def test_encoder_cross_attention_equals_its_reference(ids, slots):
+    batch, length = ids.shape
+    queries = torch.randn(batch, 4, slots, 2, 6)
+    keys, values = torch.randn(2, batch, length, 2, 6)
+    agree(
+        lambda *x: kernels.encoder_cross_attention(*x, ids),
+        lambda *x: kernels.reference_encoder_cross_attention(*x, ids),
+        queries,
+        keys,
+        values,
+    )
+
+
+@given(segment_rows, st.sampled_from([1, 2, 3]))
+def test_decoder_cross_attention_equals_its_reference(ids, slots):
+    batch, length = ids.shape
+    queries = torch.randn(batch, length, 2, 6)
+    keys, values = torch.randn(2, batch, 5, slots, 2, 6)
+    agree(
+        lambda *x: kernels.decoder_cross_attention(*x, ids),
+        lambda *x: kernels.reference_decoder_cross_attention(*x, ids),
+        queries,
+        keys,
+        values,
+    )
+
+
+def test_empty_and_stray_segments_yield_zero_and_no_gradient():
+    ids = torch.tensor([[0, 0, 2, 3]])  # segment 1 is empty, element 3 belongs to none of 3
+    values = torch.randn(1, 4, 2, requires_grad=True)
+    out = kernels.segment_max(values, ids, 3)
+    assert out[0, 1].eq(0).all()
+    out.sum().backward()
+    assert values.grad is not None
+    assert values.grad[0, 3].eq(0).all()
+
+
+def test_encoder_cross_attention_survives_scores_that_overflow_exp():
+    ids = torch.tensor([[0, 0]])
+    queries = torch.full((1, 1, 1, 1, 1), 100.0)
+    keys = torch.tensor([200.0, -200.0]).view(1, 2, 1, 1)
+    values = torch.tensor([3.0, 5.0]).view(1, 2, 1, 1)
+    assert kernels.encoder_cross_attention(queries, keys, values, ids).item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("fast", ["encoder", "decoder"])
+def test_memory_of_cross_attention_is_linear(fast):
+    """No intermediate holds bytes x patches numbers."""
+    num_bytes, patches = 4096, 1024
+    ids = torch.arange(num_bytes)[None] // 4
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    per_byte, per_slot = torch.randn(1, num_bytes, 1, 4), torch.randn(1, patches, 2, 1, 4)
+    with Watch():
+        if fast == "encoder":
+            kernels.encoder_cross_attention(per_slot, per_byte, per_byte, ids)
+        else:
+            kernels.decoder_cross_attention(per_byte, per_slot, per_slot, ids)
+    assert 0 < largest <= num_bytes * 2 * 4 * 8 < num_bytes * patches
