@@ -71,13 +71,9 @@ class LocalEncoder(nn.Module):
         )
 
     def byte_states(
-        self,
-        ids: Int[Tensor, "batch bytes"],
-        positions: Int[Tensor, "batch bytes"],
-        context: Context,
+        self, x: Float[Tensor, "batch bytes dim"], context: Context
     ) -> list[Float[Tensor, "batch bytes dim"]]:
-        """States after each layer that patches read; the last layer's come last."""
-        x = self.embedding(ids, positions)
+        """States of embedded bytes after each layer that patches read; the last layer's last."""
         states = []
         for layer, block in enumerate(self.blocks):
             x = block(x, context.factors, context.attend(layer))
@@ -207,7 +203,8 @@ class BLT(nn.Module):
         """Logits, in fp32, of the id after each byte of packed rows."""
         # Encoder and decoder share window and head dimension, hence the context.
         context = self.encoder.spec.over_rows(patches.documents, patches.positions)
-        states = self.encoder.byte_states(ids, patches.positions, context)
+        embedded = self.encoder.embedding(ids, patches.positions)
+        states = self.encoder.byte_states(embedded, context)
         vectors = self.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
 
         global_spec = self.global_model.spec

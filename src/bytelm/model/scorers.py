@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bytelm import codec
@@ -79,7 +79,7 @@ class TransformerScorer(nn.Module):
     ) -> Float[Tensor, "batch bytes"]:
         """Entropies of packed rows."""
         if self.reset_at_newline:
-            documents = _split_at(ids == codec.NEWLINE, documents)
+            documents = split_at_newlines(ids, documents)
         return entropy(self.transformer(ids, documents))
 
     def stream(self) -> "TransformerScorerStream":
@@ -117,12 +117,12 @@ class TransformerScorerStream:
         return entropy(self._scorer.transformer.run(ids[None], context))[0]
 
 
-def _split_at(
-    is_start: Bool[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"] | None
+def split_at_newlines(
+    ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"] | None
 ) -> Int[Tensor, "batch bytes"]:
-    """Document numbers in which every start begins a new document as well."""
-    starts = is_start.clone()
-    starts[:, 0] = True
+    """Document numbers in which every newline begins a new document as well."""
+    starts = ids == codec.NEWLINE
+    starts[:, :1] = True
     if documents is not None:
         starts[:, 1:] |= documents[:, 1:] != documents[:, :-1]
     return starts.cumsum(1)

@@ -1,0 +1,204 @@
+"""A scorer that is a table: next-byte entropies by context, made by counting.
+
+The paper notes that an entropy model with a small receptive field can be tabulated (section 4.2).
+Here the model is an interpolated n-gram (Witten-Bell)::
+
+    p_k(b | c) = (count(c, b) + kinds(c) p_{k-1}(b | c')) / (count(c) + kinds(c))
+
+with ``c`` the last ``k`` ids, ``c'`` the last ``k - 1``, ``kinds(c)`` the number of different ids
+seen after ``c``, and ``p_{-1}`` uniform. Only its entropies are kept, one number per context seen
+often enough; a byte takes the entropy of its longest known context. Scoring is a few binary
+searches per byte: thousands of times cheaper than a transformer on a CPU.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bytelm import codec
+from bytelm.config import NgramConfig
+from bytelm.model.scorers import split_at_newlines
+from bytelm.patching import row_positions
+
+# An odd 64-bit multiplier (the golden ratio's bits), as a signed integer.
+_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
+
+
+class NgramScorer(nn.Module):
+    """Entropy of each byte's longest known context."""
+
+    keys: Int[Tensor, " contexts"]
+    """Hashes of the known contexts of every order, sorted."""
+    values: Float[Tensor, " contexts"]
+    """Their entropies, in nats."""
+    default: Float[Tensor, ""]
+    """Entropy without context."""
+
+    def __init__(
+        self, *, max_order: int, num_contexts: int, reset_at_newline: bool = False
+    ) -> None:
+        super().__init__()
+        self.max_order = max_order
+        self.reset_at_newline = reset_at_newline
+        self.register_buffer("keys", torch.zeros(num_contexts, dtype=torch.long))
+        self.register_buffer("values", torch.zeros(num_contexts))
+        self.register_buffer("default", torch.zeros(()))
+
+    def entropies(
+        self,
+        ids: Int[Tensor, "batch bytes"],
+        documents: Int[Tensor, "batch bytes"] | None = None,
+    ) -> Float[Tensor, "batch bytes"]:
+        """Entropies of packed rows."""
+        if documents is None:
+            documents = torch.zeros_like(ids)
+        if self.reset_at_newline:
+            documents = split_at_newlines(ids, documents)
+        positions = row_positions(documents)
+        entropies = self.default.expand(ids.shape)
+        for order, keys in enumerate(context_keys(ids, self.max_order), start=1):
+            slots = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+            known = (self.keys[slots] == keys) & (positions >= order - 1)
+            entropies = torch.where(known, self.values[slots], entropies)
+        return entropies
+
+    def stream(self) -> "NgramScorerStream":
+        """Score one document as it arrives."""
+        return NgramScorerStream(self)
+
+
+class NgramScorerStream:
+    """An :class:`NgramScorer` at work on one document: it remembers ``max_order - 1`` ids."""
+
+    def __init__(self, scorer: NgramScorer) -> None:
+        self._scorer = scorer
+        self._recent: Tensor | None = None
+
+    def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
+        """Entropies at the document's next bytes."""
+        recent = ids[:0] if self._recent is None else self._recent
+        joined = torch.cat((recent, ids))
+        self._recent = joined[max(len(joined) - self._scorer.max_order + 1, 0) :]
+        return self._scorer.entropies(joined[None])[0, len(recent) :]
+
+
+def context_keys(
+    ids: Int[Tensor, "*batch bytes"], max_order: int
+) -> list[Int[Tensor, "*batch bytes"]]:
+    """Hash of the last ``k`` ids at each byte, for ``k = 1 .. max_order``, modulo 2^64.
+
+    ``key_k[i] = sum_{j<k} (ids[i-j] + 1) M**(j+1)``; meaningless where fewer ids precede.
+    """
+    keys, running, power = [], torch.zeros_like(ids), 1
+    for order in range(1, max_order + 1):
+        power = _wrap(power * _MULTIPLIER)
+        running = running + (ids.roll(order - 1, -1) + 1) * power
+        keys.append(running)
+    return keys
+
+
+def _wrap(value: int) -> int:
+    """Signed 64-bit value of an integer."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def fit_ngram_scorer(
+    documents: Sequence[bytes], config: NgramConfig, *, reset_at_newline: bool = False
+) -> NgramScorer:
+    """Count contexts in ``documents`` and tabulate their entropies.
+
+    Memory is about ``max_contexts * 260 * 12`` bytes beside the text.
+    """
+    encoded = [codec.encode(document, eos=True) for document in documents]
+    ids = torch.from_numpy(np.concatenate(encoded)) if encoded else torch.zeros(0).long()
+    numbers = np.repeat(np.arange(len(encoded)), [len(x) for x in encoded])
+    segments = torch.from_numpy(numbers)[None]
+    if reset_at_newline:
+        segments = split_at_newlines(ids[None], segments)
+    positions = row_positions(segments)[0].numpy()
+    # EOS is predicted and never a context; each document's last position predicts nothing.
+    is_context = ids.numpy()[:-1] != codec.EOS
+    following = ids.numpy()[1:][is_context]
+    positions = positions[:-1][is_context]
+
+    uniform = np.full((1, codec.VOCAB_SIZE), 1.0 / codec.VOCAB_SIZE, dtype=np.float32)
+    counts = np.bincount(following, minlength=codec.VOCAB_SIZE)[None]
+    table = _Table(np.zeros(0, np.int64), _interpolate(counts, uniform))
+    keys, values = [], []
+    default = float(table.entropies()[0])
+    previous = np.zeros(len(following), np.int64)
+    for order, key in enumerate(context_keys(ids, config.max_order), start=1):
+        current = key.numpy()[:-1][is_context]
+        valid = positions >= order - 1
+        table = _next_order(table, current[valid], previous[valid], following[valid], config)
+        keys.append(table.keys)
+        values.append(table.entropies()[1:])
+        previous = current
+
+    all_keys, all_values = np.concatenate(keys), np.concatenate(values)
+    order_of = np.argsort(all_keys)
+    scorer = NgramScorer(
+        max_order=config.max_order, num_contexts=len(all_keys), reset_at_newline=reset_at_newline
+    )
+    scorer.keys.copy_(torch.from_numpy(all_keys[order_of]))
+    scorer.values.copy_(torch.from_numpy(all_values[order_of]))
+    scorer.default.fill_(default)
+    return scorer
+
+
+class _Table:
+    """Distributions of one order: row 0 for unknown contexts, row ``r + 1`` for ``keys[r]``."""
+
+    def __init__(self, keys: NDArray[np.int64], probabilities: NDArray[np.float32]) -> None:
+        self.keys = keys
+        self.probabilities = probabilities
+
+    def rows(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row of each key."""
+        if not len(self.keys):
+            return np.zeros(len(keys), np.int64)
+        slots = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[slots] == keys, slots + 1, 0)
+
+    def entropies(self) -> NDArray[np.float32]:
+        """Entropy of every row, in nats."""
+        p = self.probabilities
+        return -(p * np.log(p)).sum(1, dtype=np.float32)
+
+
+def _next_order(
+    shorter: _Table,
+    keys: NDArray[np.int64],
+    shorter_keys: NDArray[np.int64],
+    following: NDArray[np.int64],
+    config: NgramConfig,
+) -> _Table:
+    """Distributions of the contexts one id longer that were seen often enough."""
+    contexts, example, counts = np.unique(keys, return_index=True, return_counts=True)
+    frequent = np.flatnonzero(counts >= config.min_count)
+    if len(frequent) > config.max_contexts:
+        order = np.argsort(-counts[frequent], kind="stable")
+        frequent = np.sort(frequent[order[: config.max_contexts]])
+    table = _Table(contexts[frequent], shorter.probabilities)
+    prior = shorter.probabilities[shorter.rows(shorter_keys[example[frequent]])]
+    rows = table.rows(keys)
+    known = rows > 0
+    cells = (rows[known] - 1) * codec.VOCAB_SIZE + following[known]
+    size = len(frequent) * codec.VOCAB_SIZE
+    pair_counts = np.bincount(cells, minlength=size).reshape(-1, codec.VOCAB_SIZE)
+    table.probabilities = np.concatenate(
+        (shorter.probabilities[:1], _interpolate(pair_counts, prior))
+    )
+    return table
+
+
+def _interpolate(counts: NDArray[np.int64], prior: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Witten-Bell: as much weight on the prior as there are different continuations."""
+    kinds = (counts > 0).sum(1, keepdims=True)
+    totals = counts.sum(1, keepdims=True) + kinds
+    mixed = (counts + kinds * prior) / np.maximum(totals, 1)
+    return np.where(totals > 0, mixed, prior).astype(np.float32)
