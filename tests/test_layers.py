@@ -6,7 +6,7 @@ from pathlib import Path
 import bytelm
 
 LAYERS = [
-    {"errors"},
+    {"errors", "version"},
     {"config", "codec", "tracking"},
     {"patching", "kernels"},
     {"model"},

@@ -14,6 +14,10 @@ from bytelm.model.ngram import fit_ngram_scorer
 TEXT = [b"the cat sat on the mat\n", b"the dog\nsat on the log\n" * 3, b"", b"\xff\x00\xff\x00"]
 
 
+def fit(config):
+    return fit_ngram_scorer([codec.encode(d, eos=True) for d in TEXT], config)
+
+
 def entropy_by_definition(documents, context, config):
     """The interpolated distribution after ``context``, written as its recursion."""
     sequences = [codec.encode(d, eos=True).tolist() for d in documents]
@@ -42,7 +46,7 @@ def entropy_by_definition(documents, context, config):
 
 def test_entropies_equal_the_definition():
     config = NgramConfig(max_order=3, min_count=2)
-    scorer = fit_ngram_scorer(TEXT, config)
+    scorer = fit(config)
     ids = ids_of(b"the cat, the log \xff")
     entropies = scorer.entropies(ids[None])[0]
     for i in range(len(ids)):
@@ -53,7 +57,8 @@ def test_entropies_equal_the_definition():
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_stream_fed_in_any_pieces_equals_scoring_the_document_whole(reset):
-    scorer = fit_ngram_scorer(TEXT, NgramConfig(max_order=4, min_count=1), reset_at_newline=reset)
+    scorer = fit(NgramConfig(max_order=4, min_count=1))
+    scorer.reset_at_newline = reset
 
     @given(byte_strings, piece_sizes)
     def check(document, sizes):
@@ -67,7 +72,7 @@ def test_a_stream_fed_in_any_pieces_equals_scoring_the_document_whole(reset):
 
 @given(st.lists(byte_strings, min_size=1, max_size=4))
 def test_documents_of_a_packed_row_do_not_see_each_other(documents):
-    scorer = fit_ngram_scorer(TEXT, NgramConfig(max_order=4, min_count=1))
+    scorer = fit(NgramConfig(max_order=4, min_count=1))
     each = [ids_of(d) for d in documents]
     ids, numbers = pack(each)
     packed = scorer.entropies(ids[None], numbers[None])[0]
@@ -75,15 +80,16 @@ def test_documents_of_a_packed_row_do_not_see_each_other(documents):
 
 
 def test_with_a_reset_a_line_is_scored_as_if_it_began_the_context():
-    scorer = fit_ngram_scorer(TEXT, NgramConfig(max_order=4, min_count=1), reset_at_newline=True)
+    scorer = fit(NgramConfig(max_order=4, min_count=1))
+    scorer.reset_at_newline = True
     once = scorer.entropies(torch.from_numpy(codec.encode(b"\nthe dog", bos=False))[None])[0]
     after = scorer.entropies(ids_of(b"on the log\nthe dog")[None])[0]
     assert torch.equal(after[-len(once) :], once)
 
 
 def test_rare_contexts_are_dropped_least_frequent_first():
-    full = fit_ngram_scorer(TEXT, NgramConfig(max_order=2, min_count=1))
-    capped = fit_ngram_scorer(TEXT, NgramConfig(max_order=2, min_count=1, max_contexts=5))
+    full = fit(NgramConfig(max_order=2, min_count=1))
+    capped = fit(NgramConfig(max_order=2, min_count=1, max_contexts=5))
     assert len(capped.keys) == 10 < len(full.keys)
 
 

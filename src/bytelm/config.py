@@ -141,9 +141,6 @@ class BLTConfig(Node):
         return self
 
 
-ModelConfig = TransformerConfig | BLTConfig | NgramConfig
-
-
 class PatchingBase(Node):
     """What all patching rules share."""
 
@@ -184,6 +181,11 @@ class EntropyPatching(CalibratedPatching):
     threshold: float | None = None
     """In nats."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the threshold is still to be found."""
+        return self.threshold is None
+
 
 class MonotonicPatching(CalibratedPatching):
     """Approximate monotonic rule: a patch starts where the entropy rises by an increase."""
@@ -191,6 +193,11 @@ class MonotonicPatching(CalibratedPatching):
     kind: Literal["monotonic"] = "monotonic"
     increase: float | None = None
     """In nats."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the threshold is still to be found."""
+        return self.increase is None
 
 
 class CombinedPatching(CalibratedPatching):
@@ -202,6 +209,14 @@ class CombinedPatching(CalibratedPatching):
     increase: float
     """In nats."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the threshold is still to be found."""
+        return self.threshold is None
+
+
+CalibratedConfig = EntropyPatching | MonotonicPatching | CombinedPatching
+"""The rules that calibration can serve."""
 
 PatchingConfig = Annotated[
     BytePatching
@@ -212,6 +227,32 @@ PatchingConfig = Annotated[
     | CombinedPatching,
     Field(discriminator="kind"),
 ]
+
+
+class TableConfig(Node):
+    """The shape of a fitted n-gram table."""
+
+    kind: Literal["table"] = "table"
+    max_order: Positive
+    num_contexts: Annotated[int, Field(ge=0)]
+
+
+class ScorerConfig(Node):
+    """What yields the entropies."""
+
+    model: Annotated[TransformerConfig | TableConfig, Field(discriminator="kind")]
+    reset_at_newline: bool = False
+    """Whether a newline begins a new context (paper section 4.4)."""
+
+
+class ModelDescription(Node):
+    """All it takes to build a model: an untrained copy of what a checkpoint holds."""
+
+    model: Annotated[TransformerConfig | BLTConfig | TableConfig, Field(discriminator="kind")]
+    patching: PatchingConfig | None = None
+    scorer: ScorerConfig | None = None
+    context_bytes: Positive | None = None
+    """Longest stretch of text the model was trained on."""
 
 
 class DataConfig(Node):
@@ -269,7 +310,7 @@ class TrainConfig(Node):
 class Recipe(Node):
     """Everything a run is made of."""
 
-    model: Annotated[ModelConfig, Field(discriminator="kind")]
+    model: Annotated[TransformerConfig | BLTConfig | NgramConfig, Field(discriminator="kind")]
     patching: PatchingConfig | None = None
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

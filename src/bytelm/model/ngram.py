@@ -60,6 +60,8 @@ class NgramScorer(nn.Module):
             documents = split_at_newlines(ids, documents)
         positions = row_positions(documents)
         entropies = self.default.expand(ids.shape)
+        if not len(self.keys):
+            return entropies
         for order, keys in enumerate(context_keys(ids, self.max_order), start=1):
             slots = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
             known = (self.keys[slots] == keys) & (positions >= order - 1)
@@ -106,23 +108,17 @@ def _wrap(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def fit_ngram_scorer(
-    documents: Sequence[bytes], config: NgramConfig, *, reset_at_newline: bool = False
-) -> NgramScorer:
-    """Count contexts in ``documents`` and tabulate their entropies.
+def fit_ngram_scorer(sequences: Sequence[NDArray[np.int64]], config: NgramConfig) -> NgramScorer:
+    """Count contexts in ``sequences`` of ids and tabulate their entropies.
 
     Memory is about ``max_contexts * 260 * 12`` bytes beside the text.
     """
-    encoded = [codec.encode(document, eos=True) for document in documents]
-    ids = torch.from_numpy(np.concatenate(encoded)) if encoded else torch.zeros(0).long()
-    numbers = np.repeat(np.arange(len(encoded)), [len(x) for x in encoded])
-    segments = torch.from_numpy(numbers)[None]
-    if reset_at_newline:
-        segments = split_at_newlines(ids[None], segments)
-    positions = row_positions(segments)[0].numpy()
-    # EOS is predicted and never a context; each document's last position predicts nothing.
-    is_context = ids.numpy()[:-1] != codec.EOS
-    following = ids.numpy()[1:][is_context]
+    ids = np.concatenate([*sequences, np.zeros(0, np.int64)])
+    numbers = np.repeat(np.arange(len(sequences)), [len(x) for x in sequences])
+    positions = row_positions(torch.from_numpy(numbers)[None])[0].numpy()
+    # A context predicts the id after it in the same sequence.
+    is_context = numbers[:-1] == numbers[1:]
+    following = ids[1:][is_context]
     positions = positions[:-1][is_context]
 
     uniform = np.full((1, codec.VOCAB_SIZE), 1.0 / codec.VOCAB_SIZE, dtype=np.float32)
@@ -131,7 +127,7 @@ def fit_ngram_scorer(
     keys, values = [], []
     default = float(table.entropies()[0])
     previous = np.zeros(len(following), np.int64)
-    for order, key in enumerate(context_keys(ids, config.max_order), start=1):
+    for order, key in enumerate(context_keys(torch.from_numpy(ids), config.max_order), start=1):
         current = key.numpy()[:-1][is_context]
         valid = positions >= order - 1
         table = _next_order(table, current[valid], previous[valid], following[valid], config)
@@ -141,9 +137,7 @@ def fit_ngram_scorer(
 
     all_keys, all_values = np.concatenate(keys), np.concatenate(values)
     order_of = np.argsort(all_keys)
-    scorer = NgramScorer(
-        max_order=config.max_order, num_contexts=len(all_keys), reset_at_newline=reset_at_newline
-    )
+    scorer = NgramScorer(max_order=config.max_order, num_contexts=len(all_keys))
     scorer.keys.copy_(torch.from_numpy(all_keys[order_of]))
     scorer.values.copy_(torch.from_numpy(all_values[order_of]))
     scorer.default.fill_(default)

@@ -5,7 +5,7 @@ A scorer scores packed rows (:meth:`Scorer.entropies`) or one document as it arr
 and memory that does not grow with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -58,6 +58,34 @@ def score_document(
     stream = scorer.stream()
     for piece in ids.split(chunk):
         yield stream.feed(piece)
+
+
+@torch.inference_mode()
+def score_documents(
+    scorer: Scorer, documents: Sequence[Int[Tensor, " _"]], row_bytes: int = STREAM_CHUNK
+) -> list[Float[Tensor, " _"]]:
+    """Entropies of many documents: short ones share packed rows, long ones are streamed."""
+    results: dict[int, Tensor] = {}
+    row: list[int] = []
+
+    def score_row() -> None:
+        lengths = torch.tensor([len(documents[i]) for i in row])
+        ids = torch.cat([documents[i] for i in row])
+        numbers = torch.arange(len(row)).repeat_interleave(lengths).to(ids.device)
+        entropies = scorer.entropies(ids[None], numbers[None])[0]
+        results.update(zip(row, entropies.split(lengths.tolist()), strict=True))
+        row.clear()
+
+    for index, ids in enumerate(documents):
+        if len(ids) > row_bytes:
+            results[index] = torch.cat(list(score_document(scorer, ids)))
+            continue
+        if row and sum(len(documents[i]) for i in row) + len(ids) > row_bytes:
+            score_row()
+        row.append(index)
+    if row:
+        score_row()
+    return [results[i] for i in range(len(documents))]
 
 
 class TransformerScorer(nn.Module):

@@ -18,6 +18,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm import codec
+from bytelm.config import (
+    BytePatching,
+    CombinedPatching,
+    EntropyPatching,
+    MonotonicPatching,
+    PatchingConfig,
+    SpacePatching,
+    StaticPatching,
+)
+from bytelm.errors import PatchingError
 from bytelm.patching.boundaries import row_positions
 
 
@@ -39,10 +49,8 @@ class Context(NamedTuple):
 class Rule(Protocol):
     """A patching rule."""
 
-    @property
-    def needs_entropies(self) -> bool:
-        """Whether :class:`Context` must carry entropies."""
-        ...
+    needs_entropies: ClassVar[bool]
+    """Whether :class:`Context` must carry entropies."""
 
     def __call__(self, context: Context) -> Bool[Tensor, "*shape"]:
         """Whether the byte after each byte starts a patch. Position 0 is decided elsewhere."""
@@ -223,6 +231,32 @@ class PatcherStream:
         self._previous_entropy = None if entropies is None else entropies[-1:]
         self._previous_decision = decision[-1:]
         return limited
+
+
+def build_patcher(config: PatchingConfig) -> Patcher:
+    """The patcher a configuration describes.
+
+    Raises:
+        PatchingError: a threshold has not been calibrated yet.
+    """
+    return Patcher(_build_rule(config), config.max_length)
+
+
+def _build_rule(config: PatchingConfig) -> Rule:
+    match config:
+        case BytePatching():
+            return ByteRule()
+        case StaticPatching():
+            return StaticRule(config.length)
+        case SpacePatching():
+            return SpaceRule()
+        case EntropyPatching(threshold=float(threshold)):
+            return EntropyRule(threshold=threshold)
+        case MonotonicPatching(increase=float(increase)):
+            return EntropyRule(increase=increase)
+        case CombinedPatching(threshold=float(threshold)):
+            return EntropyRule(threshold=threshold, increase=config.increase)
+    raise PatchingError(f"the {config.kind} rule has no threshold yet: give one, or calibrate it")
 
 
 def _shift(values: Tensor, previous: Tensor | None) -> Tensor:

@@ -1,0 +1,94 @@
+"""Calibration on prepared data, with a report per source."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytelm.config import CalibratedConfig, PatchingConfig
+from bytelm.data.dataset import Calibration, Dataset, SourceReport, write_manifest
+from bytelm.data.loader import Pieces
+from bytelm.errors import DataError
+from bytelm.patching import PatchSample, calibrate, patch_statistics
+
+SAMPLE_BYTES = 4_000_000
+_PIECE_BYTES = 16_384
+
+
+Sample = dict[str, list[tuple[Tensor, Tensor | None]]]
+"""(ids, entropies) pairs by source."""
+
+
+def sample_dataset(dataset: Dataset, max_bytes: int = SAMPLE_BYTES, seed: int = 0) -> Sample:
+    """Random pieces of documents, with entropies where there are any; the same ones every time.
+
+    Raises:
+        DataError: the data has no documents.
+    """
+    if not len(dataset):
+        raise DataError(f"{dataset.folder} holds no training documents")
+    pieces = Pieces(dataset.lengths, np.arange(len(dataset)), _PIECE_BYTES)
+    sample: Sample = {}
+    taken = 0
+    for index in range(len(pieces)):
+        document, number = pieces.at(index, [seed])
+        begin = number * _PIECE_BYTES
+        end = min(begin + _PIECE_BYTES, int(dataset.lengths[document]) + 1)
+        ids = torch.from_numpy(dataset.ids(document, begin, end))
+        entropies = None
+        if dataset.has_entropies:
+            entropies = torch.from_numpy(dataset.entropies(document, begin, end))
+        name = dataset.source_names[dataset.source_ids[document]]
+        sample.setdefault(name, []).append((ids, entropies))
+        taken += end - begin
+        if taken >= max_bytes:
+            break
+    return sample
+
+
+def calibrate_sample(config: PatchingConfig, sample: Sample, patch_size: float) -> CalibratedConfig:
+    """Calibrate a rule on a sample of all sources together.
+
+    Raises:
+        PatchingError: as :func:`bytelm.patching.calibrate`.
+    """
+    return calibrate(config, _join(sample), patch_size)
+
+
+def report_patches(config: PatchingConfig, sample: Sample) -> Calibration:
+    """Patches of each source of a sample under a rule."""
+    sources = {}
+    for name, documents in sorted(sample.items()):
+        statistics = patch_statistics(config, PatchSample.join(documents))
+        sources[name] = SourceReport(
+            sampled_bytes=statistics.num_positions,
+            patches=statistics.num_patches,
+            patch_size=statistics.mean_size,
+            longest=statistics.longest,
+        )
+    total = sum(r.sampled_bytes for r in sources.values())
+    patches = sum(r.patches for r in sources.values())
+    return Calibration(
+        rule=config.model_dump(mode="json"), patch_size=total / patches, sources=sources
+    )
+
+
+def _join(sample: Sample) -> PatchSample:
+    return PatchSample.join([document for documents in sample.values() for document in documents])
+
+
+def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) -> Calibration:
+    """Calibrate a rule on a prepared folder and record it, with its report, in the manifest.
+
+    Raises:
+        DataError: the folder is not prepared data, is damaged, or has no entropies.
+        PatchingError: as :func:`bytelm.patching.calibrate`.
+    """
+    dataset = Dataset(folder, "train")
+    if not dataset.has_entropies:
+        raise DataError(f"{folder} has no entropies to calibrate on: prepare it with --scorer")
+    sample = sample_dataset(dataset)
+    calibration = report_patches(calibrate_sample(config, sample, patch_size), sample)
+    write_manifest(folder, dataset.manifest.model_copy(update={"calibration": calibration}))
+    return calibration

@@ -1,0 +1,291 @@
+"""Prepared data: a folder of Arrow files that any tool can read.
+
+::
+
+    manifest.json            settings, sources, shards with their sizes and SHA-256, calibration
+    train-00000.arrow ...    one row per document: document (bytes), source, entropies
+    validation-00000.arrow ...
+    scorer/                  the checkpoint that made the entropies, where there are any
+
+``entropies[i]`` is the entropy, in nats, of the prediction of the document's byte ``i``: first the
+one made at BOS, last the one made at the last byte, so there is one more than there are bytes.
+Boundaries are not stored: they follow from the entropies and a threshold that may change.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bytelm import codec
+from bytelm.config import Node, parse
+from bytelm.errors import BytelmError, DataError
+
+MANIFEST = "manifest.json"
+SCORER = "scorer"
+FORMAT = 1
+
+Split = Literal["train", "validation"]
+
+
+class SourceTotal(Node):
+    """How much there is of one source."""
+
+    documents: int
+    text_bytes: int
+
+
+class ShardRecord(Node):
+    """One Arrow file."""
+
+    file: str
+    split: Split
+    documents: int
+    text_bytes: int
+    file_bytes: int
+    sha256: str
+    sources: dict[str, SourceTotal]
+
+
+class ScorerRecord(Node):
+    """What made the entropies."""
+
+    fingerprint: str
+    reset_at_newline: bool
+
+
+class SourceReport(Node):
+    """Patches of a sample of one source."""
+
+    sampled_bytes: int
+    patches: int
+    patch_size: float
+    """Mean bytes per patch."""
+    longest: int
+    """Longest patch, in bytes."""
+
+
+class Calibration(Node):
+    """A patching rule, and the patches it makes of each source."""
+
+    rule: dict[str, object]
+    patch_size: float
+    """Mean bytes per patch over the whole sample."""
+    sources: dict[str, SourceReport]
+
+
+class Manifest(Node):
+    """What a prepared folder holds."""
+
+    format: int = FORMAT
+    bytelm: str
+    settings: dict[str, object]
+    shards: list[ShardRecord]
+    scorer: ScorerRecord | None = None
+    calibration: Calibration | None = None
+
+    def sources(self, split: Split | None = None) -> dict[str, SourceTotal]:
+        """How much there is of each source, by name, in one split or both."""
+        documents, text_bytes = Counter[str](), Counter[str]()
+        for shard in self.shards:
+            if split in (None, shard.split):
+                for name, total in shard.sources.items():
+                    documents[name] += total.documents
+                    text_bytes[name] += total.text_bytes
+        return {
+            name: SourceTotal(documents=documents[name], text_bytes=text_bytes[name])
+            for name in sorted(documents)
+        }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: there is none, or it cannot be used.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"{folder} is not prepared data: it has no {MANIFEST}; make it with "
+            f"`bytelm data prepare TEXT... --out {folder}`"
+        )
+
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; prepare the data again") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise DataError(f"{path} has a format this version of bytelm cannot read: prepare it again")
+    try:
+        return parse(Manifest, data, str(path))
+    except BytelmError as error:
+        raise DataError(f"{error}; prepare the data again") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest, whole or not at all."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
+    temporary = folder / f".{MANIFEST}"
+    with disk_errors(folder / MANIFEST):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / MANIFEST)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into an error that names the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"could not write {path}: {error.strerror or error}; free some space and run the same "
+            "command again: it goes on where it stopped"
+        ) from error
+
+
+def check_shard(folder: Path, shard: ShardRecord, *, contents: bool) -> None:
+    """Compare a shard with its record.
+
+    Args:
+        folder: of the data.
+        shard: the record.
+        contents: also hash the file; without, only its size is looked at.
+
+    Raises:
+        DataError: the file is missing, cut short or altered.
+    """
+    path = folder / shard.file
+    remedy = "restore it from a copy, or prepare the data again"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: {remedy}")
+    size = path.stat().st_size
+    if size != shard.file_bytes:
+        raise DataError(
+            f"{path} is damaged: it has {size} bytes where {shard.file_bytes} were written; "
+            f"{remedy}"
+        )
+    if contents and file_hash(path) != shard.sha256:
+        raise DataError(f"{path} is damaged: its contents have changed; {remedy}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Shard(NamedTuple):
+    """Views into a memory-mapped shard: document ``i`` is ``text[begins[i]:begins[i + 1]]``."""
+
+    text: NDArray[np.uint8]
+    begins: NDArray[np.int64]
+    entropies: NDArray[np.float32] | None
+    entropy_begins: NDArray[np.int64] | None
+
+
+class Dataset:
+    """Random access to the documents of one split, memory-mapped.
+
+    Args:
+        folder: made by ``bytelm data prepare``.
+        split: which documents.
+        verify: hash every file before use, in place of comparing sizes only.
+
+    Raises:
+        DataError: the folder is not prepared data, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path, split: Split, *, verify: bool = False) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.has_entropies = self.manifest.scorer is not None
+        records = [s for s in self.manifest.shards if s.split == split]
+        self.source_names = list(self.manifest.sources())
+        """Names of all sources, sorted; the same for both splits."""
+        self._shards: list[_Shard] = []
+        lengths, sources = [], []
+        for record in records:
+            check_shard(folder, record, contents=verify)
+            table = _open_table(folder / record.file)
+            shard = _views(table, self.has_entropies)
+            self._shards.append(shard)
+            lengths.append(np.diff(shard.begins))
+            order = {name: i for i, name in enumerate(self.source_names)}
+            sources.append(np.array([order[s] for s in table["source"].to_pylist()], np.int32))
+        empty = np.zeros(0, np.int64)
+        self.lengths: NDArray[np.int64] = np.concatenate([empty, *lengths])
+        """Bytes of each document."""
+        self.source_ids: NDArray[np.int32] = np.concatenate([empty.astype(np.int32), *sources])
+        """Index into :attr:`source_names` of each document."""
+        counts = [len(shard.begins) - 1 for shard in self._shards]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, index: int) -> bytes:
+        """The bytes of a document."""
+        shard, row = self._locate(index)
+        return shard.text[shard.begins[row] : shard.begins[row + 1]].tobytes()
+
+    def ids(self, index: int, begin: int, end: int) -> NDArray[np.int64]:
+        """Ids ``begin`` to ``end`` of the sequence BOS, bytes, EOS of a document."""
+        shard, row = self._locate(index)
+        length = int(self.lengths[index])
+        first = int(shard.begins[row])
+        text = shard.text[first + max(begin - 1, 0) : first + min(end - 1, length)]
+        ids = np.empty(end - begin, np.int64)
+        at = int(begin == 0)
+        ids[:at] = codec.BOS
+        ids[at : at + len(text)] = text
+        ids[at : at + len(text)] += codec.OFFSET
+        ids[at + len(text) :] = codec.EOS
+        return ids
+
+    def entropies(self, index: int, begin: int, end: int) -> NDArray[np.float32]:
+        """Entropies at positions ``begin`` to ``end``; position 0 is BOS. A copy, as ids are."""
+        shard, row = self._locate(index)
+        assert shard.entropies is not None
+        assert shard.entropy_begins is not None
+        first = int(shard.entropy_begins[row])
+        return shard.entropies[first + begin : first + end].copy()
+
+    def _locate(self, index: int) -> tuple[_Shard, int]:
+        at = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._shards[at], index - int(self._first[at])
+
+
+def _open_table(path: Path) -> pa.Table:
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is damaged: {error}; prepare the data again") from None
+
+
+def _views(table: pa.Table, has_entropies: bool) -> _Shard:
+    """Numpy views of a shard, which is one record batch."""
+    _, offsets, data = table["document"].chunk(0).buffers()
+    text = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
+    begins = np.frombuffer(offsets, np.int64)[: table.num_rows + 1]
+    if not has_entropies:
+        return _Shard(text, begins, None, None)
+    _, offsets, _, values = table["entropies"].chunk(0).buffers()
+    entropy_begins = np.frombuffer(offsets, np.int64)[: table.num_rows + 1]
+    return _Shard(text, begins, np.frombuffer(values, np.float32), entropy_begins)
+
+
+SCHEMA = pa.schema([("document", pa.large_binary()), ("source", pa.string())])
+SCORED_SCHEMA = SCHEMA.append(pa.field("entropies", pa.large_list(pa.float32())))

@@ -1,0 +1,206 @@
+"""The training stream: shuffled, mixed, packed; exactly resumable and independent of ranks.
+
+Documents are cut into pieces of a row's bytes; an epoch is a random permutation of all pieces, so
+long documents are shuffled as thoroughly as short ones. Row ``r`` of every optimiser step is filled
+by its own stream: stream ``r`` of ``R`` takes pieces ``r, r + R, r + 2R, ...`` of the endless
+concatenation of epochs. A stream's state is a few integers, and a rank that owns some rows runs
+just their streams: the rows of a step are the same at any world size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.data.dataset import Dataset
+from bytelm.data.packing import Batch, Row, Stretch, make_batch
+from bytelm.errors import DataError
+from bytelm.patching import Patcher
+
+
+class Pieces:
+    """The pieces of some documents, in a new order every epoch."""
+
+    def __init__(self, lengths: NDArray[np.int64], documents: NDArray[np.int64], size: int) -> None:
+        self.documents = documents
+        # A document of n bytes has n + 1 positions: BOS and all bytes.
+        counts = -(-(lengths[documents] + 1) // size)
+        self._ends = np.cumsum(counts)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self.mean_bytes = float((lengths[documents] + 1).sum()) / max(len(self), 1)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def at(self, index: int, seed: Sequence[int]) -> tuple[int, int]:
+        """Document and number within it of the piece at ``index`` of the endless sequence."""
+        epoch, at = divmod(index, len(self))
+        if epoch not in self._orders:
+            # Streams stay within an epoch of one another.
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
+            generator = np.random.Generator(
+                np.random.Philox(np.random.SeedSequence([*seed, epoch]))
+            )
+            self._orders[epoch] = generator.permutation(len(self))
+        piece = int(self._orders[epoch][at])
+        row = int(np.searchsorted(self._ends, piece, side="right"))
+        first = int(self._ends[row - 1]) if row else 0
+        return int(self.documents[row]), piece - first
+
+
+@dataclass
+class _StreamState:
+    """Where one stream stands."""
+
+    draws: list[int]
+    """Pieces taken from each component of the mixture."""
+    document: int = 0
+    """Document of the piece in progress."""
+    begin: int = 0
+    """Next position of the piece in progress."""
+    end: int = 0
+    """Its end; nothing is in progress when ``begin`` has reached it."""
+
+
+@dataclass
+class LoaderState:
+    """Where a loader stands: JSON-ready, and all that is needed to go on."""
+
+    step: int
+    streams: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Loader:
+    """Batches for training, one per optimiser step.
+
+    Args:
+        dataset: prepared data, with entropies if the patcher needs them.
+        row_bytes: bytes in a row.
+        row_patches: patches in a row; ``None`` without a patcher.
+        rows_per_step: rows in a step, over all ranks.
+        patcher: the patching rule; ``None`` for models without patches.
+        mixture: share of bytes by source name; ``None`` for what the data holds.
+        seed: of the order.
+        rank: this process, which produces rows ``rank, rank + world_size, ...``.
+        world_size: number of processes.
+
+    Raises:
+        DataError: the data is empty, lacks entropies, or the mixture names an unknown source.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        row_bytes: int,
+        row_patches: int | None,
+        rows_per_step: int,
+        patcher: Patcher | None,
+        mixture: dict[str, float] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if patcher is not None and patcher.needs_entropies and not dataset.has_entropies:
+            raise DataError(
+                f"{dataset.folder} has no entropies, which the patching rule needs: prepare it "
+                "with --scorer, or choose another rule"
+            )
+        self._dataset = dataset
+        self._row_bytes, self._row_patches, self._patcher = row_bytes, row_patches, patcher
+        self._seed = seed
+        self._num_streams = rows_per_step
+        self._rows = range(rank, rows_per_step, world_size)
+        self._components, self._chances = _mix(dataset, row_bytes, mixture)
+        self.step = 0
+        self._streams = {r: _StreamState([0] * len(self._components)) for r in self._rows}
+
+    def next_batch(self) -> Batch:
+        """The rows of the next step that belong to this rank."""
+        rows = [self._fill(r) for r in self._rows]
+        self.step += 1
+        return make_batch(rows)
+
+    def state(self) -> LoaderState:
+        """Where the loader stands, after the batches taken so far."""
+        return LoaderState(self.step, [asdict(self._streams[r]) for r in self._rows])
+
+    def restore(self, state: LoaderState) -> None:
+        """Go on from a state of a loader with the same settings."""
+        if len(state.streams) != len(self._rows):
+            raise DataError(
+                f"the saved position is of {len(state.streams)} rows a step, not "
+                f"{len(self._rows)}: resume with the same data.rows_per_step"
+            )
+        self.step = state.step
+        streams = [_StreamState(**s) for s in state.streams]
+        self._streams = dict(zip(self._rows, streams, strict=True))
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far, by pieces drawn."""
+        drawn = sum(sum(s.draws) for s in self._streams.values())
+        return drawn / sum(map(len, self._components))
+
+    def _fill(self, number: int) -> Row:
+        row = Row(self._row_bytes, self._row_patches, self._patcher)
+        state = self._streams[number]
+        while not row.is_full:
+            if state.begin >= state.end:
+                self._draw(number, state)
+            state.begin += row.add(self._stretch(state, self._row_bytes - row.num_bytes))
+        return row
+
+    def _stretch(self, state: _StreamState, limit: int) -> Stretch:
+        end = min(state.end, state.begin + limit)
+        entropies = None
+        if self._patcher is not None and self._patcher.needs_entropies:
+            entropies = self._dataset.entropies(state.document, state.begin, end)
+        ids = self._dataset.ids(state.document, state.begin, end + 1)
+        return Stretch(state.document, state.begin, ids, entropies)
+
+    def _draw(self, number: int, state: _StreamState) -> None:
+        """Begin the stream's next piece."""
+        component = 0
+        if len(self._components) > 1:
+            draw = sum(state.draws)
+            # Words of the counter: row, draw. One number per pair, in any order of asking.
+            bits = np.random.Philox(key=self._seed, counter=[0, 0, number, draw])
+            chance = np.random.Generator(bits).random()
+            component = int(np.searchsorted(self._chances, chance, side="right"))
+        pieces = self._components[component]
+        index = number + self._num_streams * state.draws[component]
+        document, piece = pieces.at(index, [self._seed, component])
+        state.draws[component] += 1
+        state.document = document
+        state.begin = piece * self._row_bytes
+        num_positions = int(self._dataset.lengths[document]) + 1
+        state.end = min(state.begin + self._row_bytes, num_positions)
+
+
+def _mix(
+    dataset: Dataset, row_bytes: int, mixture: dict[str, float] | None
+) -> tuple[list[Pieces], NDArray[np.float64]]:
+    """Components of the mixture, and the cumulative chance of drawing a piece from each."""
+    if not len(dataset):
+        raise DataError(f"{dataset.folder} holds no training documents")
+    if mixture is None:
+        everything = np.arange(len(dataset), dtype=np.int64)
+        return [Pieces(dataset.lengths, everything, row_bytes)], np.ones(1)
+    components, shares = [], []
+    for name, share in mixture.items():
+        if name not in dataset.source_names:
+            known = ", ".join(dataset.source_names)
+            raise DataError(f"the mixture names {name!r}, which is none of the sources: {known}")
+        chosen = np.flatnonzero(dataset.source_ids == dataset.source_names.index(name))
+        pieces = Pieces(dataset.lengths, chosen.astype(np.int64), row_bytes)
+        if not len(pieces):
+            raise DataError(f"source {name!r} of the mixture has no training documents")
+        components.append(pieces)
+        # A share of bytes; pieces of short documents are smaller, so more of them are drawn.
+        shares.append(share / pieces.mean_bytes)
+    chances = np.cumsum(shares) / np.sum(shares)
+    chances[-1] = 1.0
+    return components, chances

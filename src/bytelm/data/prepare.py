@@ -1,0 +1,401 @@
+"""Preparation: text in, Arrow shards out; parallel, and restartable after a kill.
+
+Documents are dealt, in reading order, to shards of about equal size, one series for training and
+one for validation; a document's split follows from a hash of its bytes, so copies of a document
+never stand on both sides. Shards are scored and written by worker processes, each file under a
+temporary name first. A journal lists the finished ones; the same command after a kill reads the
+inputs again and skips them.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from bytelm import codec
+from bytelm.checkpoint import find_checkpoint, fingerprint, load_scorer, writing_folder
+from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
+from bytelm.data.dataset import (
+    MANIFEST,
+    SCHEMA,
+    SCORED_SCHEMA,
+    SCORER,
+    Manifest,
+    ScorerRecord,
+    ShardRecord,
+    SourceTotal,
+    Split,
+    check_shard,
+    disk_errors,
+    file_hash,
+    read_manifest,
+    write_manifest,
+)
+from bytelm.errors import DataError
+from bytelm.model.build import ScorerModule
+from bytelm.model.scorers import score_documents
+from bytelm.version import __version__
+
+JOURNAL = "preparing.jsonl"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What preparation is asked to do."""
+
+    read: ReadOptions = field(default_factory=ReadOptions)
+    scorer: Path | None = None
+    """Checkpoint that makes the entropies."""
+    reset_at_newline: bool = False
+    """Whether a newline begins a new context for the scorer."""
+    validation_share: float = 0.01
+    """Share of documents held out."""
+    shard_bytes: int = 32 * 2**20
+    """Text per shard."""
+    workers: int | None = None
+    """Processes; ``None`` for one per core where there is a scorer, else one."""
+
+
+@dataclass
+class Progress:
+    """How far a preparation is, for whoever shows it."""
+
+    read_bytes: int
+    """Of the input files, as they lie on disk."""
+    total_bytes: int
+    documents: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Documents on their way to a file."""
+
+    name: str
+    split: Split
+    documents: list[Document]
+
+
+def prepare(
+    arguments: list[str],
+    out: Path,
+    options: PrepareOptions,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Prepare inputs into ``out``; a folder already finished with the same settings is returned.
+
+    Raises:
+        DataError: an input cannot be read, there is nothing to prepare, ``out`` holds something
+            else, or it was prepared with other settings.
+        CheckpointError: the scorer cannot be loaded.
+    """
+    if not 0 <= options.validation_share < 1:
+        raise DataError(f"the validation share must be in [0, 1), not {options.validation_share}")
+    inputs = find_inputs(arguments, options.read)
+    settings = _settings(inputs, options)
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        _check_settings(manifest.settings, settings, out)
+        for shard in manifest.shards:
+            check_shard(out, shard, contents=False)
+        return manifest
+    finished = _begin(out, settings)
+    scorer = _copy_scorer(out, options)
+    reader = Reader(options.read)
+    shards = _run(inputs, out, options, reader, finished, report)
+    if not shards:
+        raise DataError(
+            f"the inputs hold no text ({reader.num_empty} empty documents, {reader.num_invalid} "
+            "invalid records)"
+        )
+    manifest = Manifest(bytelm=__version__, settings=settings, shards=shards, scorer=scorer)
+    write_manifest(out, manifest)
+    (out / JOURNAL).unlink()
+    return manifest
+
+
+def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
+    """Everything the result depends on, JSON-ready."""
+    scorer = None
+    if options.scorer is not None:
+        scorer = fingerprint(find_checkpoint(options.scorer))
+    return {
+        "inputs": [i.identity for i in inputs],
+        "read": asdict(options.read),
+        "scorer": scorer,
+        "reset_at_newline": options.reset_at_newline,
+        "validation_share": options.validation_share,
+        "shard_bytes": options.shard_bytes,
+    }
+
+
+def _check_settings(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    changed = [key for key in new if old.get(key) != new[key]]
+    if changed:
+        raise DataError(
+            f"{out} was prepared with other settings ({', '.join(changed)} differ): choose another "
+            "folder, or remove it"
+        )
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
+    """Open the journal; the shards an earlier run finished, by file name."""
+    journal = out / JOURNAL
+    if journal.exists():
+        lines = journal.read_text("utf-8").splitlines()
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # a line that a kill cut short
+                break
+        if entries:
+            _check_settings(entries[0], settings, out)
+            records = [ShardRecord.model_validate(entry) for entry in entries[1:]]
+            _write_journal(journal, [settings, *(r.model_dump(mode="json") for r in records)])
+            return {r.file: r for r in records if _is_intact(out, r)}
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty and was not made by `bytelm data prepare`")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write_journal(journal, [settings])
+    return {}
+
+
+def _write_journal(journal: Path, entries: list[dict[str, Any]]) -> None:
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
+
+
+def _is_intact(out: Path, record: ShardRecord) -> bool:
+    try:
+        check_shard(out, record, contents=False)
+    except DataError:
+        return False
+    return True
+
+
+def _copy_scorer(out: Path, options: PrepareOptions) -> ScorerRecord | None:
+    """Put the scorer beside the data, so that the folder is complete."""
+    if options.scorer is None:
+        return None
+    source = find_checkpoint(options.scorer)
+    load_scorer(source, reset_at_newline=options.reset_at_newline)
+    if not (out / SCORER).exists():
+        with writing_folder(out / SCORER) as folder:
+            for name in ("config.json", "model.safetensors"):
+                (folder / name).write_bytes((source / name).read_bytes())
+    return ScorerRecord(fingerprint=fingerprint(source), reset_at_newline=options.reset_at_newline)
+
+
+def _run(
+    inputs: list[Input],
+    out: Path,
+    options: PrepareOptions,
+    reader: Reader,
+    finished: dict[str, ShardRecord],
+    report: Callable[[Progress], None],
+) -> list[ShardRecord]:
+    """Read, deal and write; records in the order of the shards' names."""
+    records = dict[str, ShardRecord]()
+    progress = Progress(0, sum(i.num_bytes for i in inputs), 0, 0)
+    journal = out / JOURNAL
+
+    def done(record: ShardRecord) -> None:
+        records[record.file] = record
+        progress.shards += 1
+        if record.file not in finished:
+            with disk_errors(journal), journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record.model_dump(mode="json")) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        report(progress)
+
+    with _workers(out, options) as submit:
+        pending: set[Future[ShardRecord]] = set()
+        documents = _with_progress(inputs, reader, progress, report)
+        for shard in _deal(documents, options):
+            if shard.name in finished:
+                done(finished[shard.name])
+                continue
+            pending.add(submit(shard))
+            while len(pending) > 2 * _num_workers(options):
+                ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    done(future.result())
+        for future in pending:
+            done(future.result())
+    return [records[name] for name in sorted(records)]
+
+
+def _with_progress(
+    inputs: list[Input], reader: Reader, progress: Progress, report: Callable[[Progress], None]
+) -> Iterator[Document]:
+    before, last = 0, 0.0
+    for source in inputs:
+        for document in reader.read(source):
+            yield document
+            progress.documents += 1
+            progress.read_bytes = before + min(reader.position, source.num_bytes)
+            if time.monotonic() - last > 0.1:
+                last = time.monotonic()
+                report(progress)
+        before += source.num_bytes
+        progress.read_bytes = before
+
+
+def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[_Shard]:
+    """Documents in reading order, to shards of each split."""
+    open_shards: dict[Split, list[Document]] = {"train": [], "validation": []}
+    sizes, numbers = Counter[Split](), Counter[Split]()
+
+    def close(split: Split) -> _Shard:
+        shard = _Shard(f"{split}-{numbers[split]:05d}.arrow", split, open_shards[split])
+        numbers[split] += 1
+        sizes[split] = 0
+        open_shards[split] = []
+        return shard
+
+    for document in documents:
+        split: Split = "validation" if _is_held_out(document, options) else "train"
+        open_shards[split].append(document)
+        sizes[split] += len(document.data)
+        if sizes[split] >= options.shard_bytes:
+            yield close(split)
+    for split in ("train", "validation"):
+        if open_shards[split]:
+            yield close(split)
+
+
+def _is_held_out(document: Document, options: PrepareOptions) -> bool:
+    digest = hashlib.sha256(document.data).digest()[:8]
+    return int.from_bytes(digest, "big") < options.validation_share * 2**64
+
+
+def _num_workers(options: PrepareOptions) -> int:
+    if options.workers is not None:
+        return max(options.workers, 1)
+    return (os.cpu_count() or 1) if options.scorer else 1
+
+
+@contextmanager
+def _workers(
+    out: Path, options: PrepareOptions
+) -> Iterator[Callable[[_Shard], "Future[ShardRecord]"]]:
+    """Somewhere to send shards: worker processes, or this one."""
+    scorer_folder = out / SCORER if options.scorer else None
+    arguments = (out, scorer_folder, options.reset_at_newline)
+    if _num_workers(options) == 1:
+        writer = _Writer(*arguments)
+
+        def run(shard: _Shard) -> "Future[ShardRecord]":
+            future: Future[ShardRecord] = Future()
+            future.set_result(writer.write(shard))
+            return future
+
+        yield run
+        return
+    pool = ProcessPoolExecutor(
+        _num_workers(options),
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(*arguments, os.getpid()),
+    )
+    try:
+        yield lambda shard: pool.submit(_write_in_worker, shard)
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process died, perhaps for lack of memory: run the same command again, which "
+            "goes on where it stopped, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Writer:
+    """Scores and writes shards."""
+
+    def __init__(self, out: Path, scorer: Path | None, reset_at_newline: bool) -> None:
+        self._out = out
+        self._scorer: ScorerModule | None = None
+        if scorer is not None:
+            self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline)
+
+    def write(self, shard: _Shard) -> ShardRecord:
+        """Write one shard, whole or not at all."""
+        columns = [
+            pa.array([d.data for d in shard.documents], pa.large_binary()),
+            pa.array([d.source for d in shard.documents], pa.string()),
+        ]
+        schema = SCHEMA
+        if self._scorer is not None:
+            schema = SCORED_SCHEMA
+            columns.append(_entropy_column(self._scorer, shard.documents))
+        path = self._out / shard.name
+        temporary = path.with_name(f".{shard.name}")
+        with disk_errors(path):
+            with temporary.open("wb") as file:
+                with pa.ipc.new_file(file, schema) as writer:
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        documents, text_bytes = Counter[str](), Counter[str]()
+        for document in shard.documents:
+            documents[document.source] += 1
+            text_bytes[document.source] += len(document.data)
+        return ShardRecord(
+            file=shard.name,
+            split=shard.split,
+            documents=documents.total(),
+            text_bytes=text_bytes.total(),
+            file_bytes=path.stat().st_size,
+            sha256=file_hash(path),
+            sources={
+                name: SourceTotal(documents=documents[name], text_bytes=text_bytes[name])
+                for name in sorted(documents)
+            },
+        )
+
+
+def _entropy_column(scorer: ScorerModule, documents: list[Document]) -> pa.Array:
+    ids = [torch.from_numpy(codec.encode(d.data)) for d in documents]
+    entropies = score_documents(scorer, ids)
+    offsets = np.concatenate([[0], np.cumsum([len(x) for x in entropies])])
+    values = torch.cat(entropies).float().numpy()
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+
+
+_writer: _Writer | None = None
+
+
+def _start_worker(out: Path, scorer: Path | None, reset_at_newline: bool, parent: int) -> None:
+    global _writer
+    torch.set_num_threads(1)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    _writer = _Writer(out, scorer, reset_at_newline)
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when the process that started it is gone, even by kill -9."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _write_in_worker(shard: _Shard) -> ShardRecord:
+    assert _writer is not None
+    return _writer.write(shard)

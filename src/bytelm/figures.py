@@ -1,0 +1,185 @@
+"""Figures: entropies with patches, rules side by side, training curves.
+
+Needs matplotlib (``bytelm[figures]``). Each function draws one figure and saves it; the format
+follows from the file's name.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bytelm.config import CombinedPatching, EntropyPatching
+from bytelm.errors import ConfigError
+from bytelm.language_model import PatchedText
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PATCH_COLOURS = ("#cfe3f7", "#fbe3c5")
+LINE_COLOUR = "#1f5a99"
+BOUNDARY_COLOUR = "#9a9a9a"
+THRESHOLD_COLOUR = "#c2410c"
+BYTES_PER_LINE = 96
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("figures need matplotlib: install bytelm[figures]") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise ConfigError(f"cannot draw {path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def draw_entropies(patched: PatchedText, path: Path) -> None:
+    """Entropy of each byte's prediction, the threshold, and where patches begin.
+
+    As the paper's Figure 4: a dot above each byte is how uncertain the scorer was about it; a
+    grey line stands before each byte that starts a patch. Long texts continue on further panels.
+
+    Raises:
+        ConfigError: the text has no entropies, matplotlib is missing, or the file cannot be made.
+    """
+    if patched.entropies is None:
+        raise ConfigError("this rule needs no entropies, so there are none to draw")
+    length = len(patched.data)
+    panels = max(-(-length // BYTES_PER_LINE), 1)
+    width = 1.5 + 0.135 * min(length, BYTES_PER_LINE)
+    figure = _new_figure(max(width, 4.0), 2.2 * panels + 0.4)
+    axes = np.atleast_1d(figure.subplots(panels, 1, sharey=True))
+    labels = byte_labels(patched.data)
+    for panel, axis in enumerate(axes):
+        begin = panel * BYTES_PER_LINE
+        end = min(begin + BYTES_PER_LINE, length)
+        x = np.arange(begin, end)
+        axis.plot(x, patched.entropies[begin:end], ".-", color=LINE_COLOUR, lw=1, ms=4)
+        for boundary in patched.boundaries:
+            if begin <= boundary < end:
+                axis.axvline(boundary - 0.5, color=BOUNDARY_COLOUR, lw=0.8)
+        if isinstance(patched.rule, EntropyPatching | CombinedPatching):
+            assert patched.rule.threshold is not None
+            axis.axhline(patched.rule.threshold, color=THRESHOLD_COLOUR, lw=1, ls="--")
+        axis.set_xlim(begin - 0.7, begin + min(length, BYTES_PER_LINE) - 0.3)
+        axis.set_xticks(x, labels[begin:end], fontfamily=_font(), fontsize=7)
+        axis.tick_params(axis="x", length=0)
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("entropy (nats)")
+        axis.spines[["top", "right"]].set_visible(False)
+    rule = _rule_name(patched)
+    axes[0].set_title(
+        f"{rule}: {len(patched.boundaries)} patches, {patched.patch_size:.2f} bytes each",
+        fontsize=9,
+        loc="left",
+    )
+    _save(figure, path)
+
+
+def draw_rules(patched: Sequence[PatchedText], path: Path) -> None:
+    """The patches that several rules make of one text, one rule a line, as the paper's Figure 3.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be made.
+    """
+    data = patched[0].data[:BYTES_PER_LINE]
+    labels = byte_labels(data)
+    figure = _new_figure(2.0 + 0.135 * len(data), 0.5 + 0.42 * len(patched))
+    axis = figure.subplots()
+    for line, text in enumerate(patched):
+        _draw_boxes(axis, text, line, len(data))
+        for x, label in enumerate(labels):
+            axis.text(x, line, label, ha="center", va="center", fontsize=7, fontfamily=_font())
+    names = [f"{_rule_name(text)}  ({text.patch_size:.1f})" for text in patched]
+    axis.set_yticks(range(len(patched)), names, fontsize=8)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.set_xlim(-0.7, len(data) - 0.3)
+    axis.set_ylim(len(patched) - 0.4, -0.6)
+    axis.spines[:].set_visible(False)
+    axis.set_title("bytes per patch in brackets", fontsize=8, loc="right")
+    _save(figure, path)
+
+
+def draw_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path,
+    *,
+    x_label: str,
+    y_label: str = "held-out bits per byte",
+) -> None:
+    """Lines over a logarithmic x axis, one per name.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be made.
+    """
+    figure = _new_figure(6.0, 3.6)
+    axis = figure.subplots()
+    for name, (x, y) in curves.items():
+        axis.plot(x, y, "o-", ms=3.5, lw=1.4, label=name)
+    axis.set_xscale("log")
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def _draw_boxes(axis: "Axes", text: PatchedText, line: int, length: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    ends = [*text.boundaries[1:], len(text.data)]
+    for number, (begin, end) in enumerate(zip(text.boundaries, ends, strict=True)):
+        if begin < length:
+            box = Rectangle(
+                (begin - 0.47, line - 0.38),
+                min(end, length) - begin - 0.06,
+                0.76,
+                color=PATCH_COLOURS[number % 2],
+                lw=0,
+            )
+            axis.add_patch(box)
+
+
+def byte_labels(data: bytes) -> list[str]:
+    """A label for each byte: its character, on the first of its bytes; marks for the invisible."""
+    labels = [f"{byte:02x}" for byte in data]
+    at = 0
+    for character in data.decode("utf-8", "surrogateescape"):
+        size = len(character.encode("utf-8", "surrogateescape"))
+        if not "\udc80" <= character <= "\udcff":
+            shown = {" ": "_", "\n": "\\n", "\t": "\\t", "$": "\\$"}.get(character, character)
+            labels[at : at + size] = [shown if shown.isprintable() else labels[at]] + [""] * (
+                size - 1
+            )
+        at += size
+    return labels
+
+
+def _rule_name(patched: PatchedText) -> str:
+    rule = patched.rule
+    details = []
+    for name, symbol in (("length", "length"), ("threshold", "H >"), ("increase", "H rises by >")):
+        value = getattr(rule, name, None)
+        if value is not None:
+            details.append(f"{symbol} {value:.3g}")
+    return f"{rule.kind} {', '.join(details)}".strip()
+
+
+def _font() -> list[str]:
+    """Monospace first; the others so that letters of many scripts are found where installed."""
+    from matplotlib import font_manager
+
+    wanted = ["DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "DejaVu Sans"]
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in wanted if name in installed]

@@ -1,0 +1,228 @@
+"""A saved model, ready to use: patch text, measure bits per byte, generate."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bytelm import codec
+from bytelm.checkpoint import CheckpointConfig, load_model
+from bytelm.config import PatchingConfig
+from bytelm.errors import CheckpointError, ConfigError
+from bytelm.evaluation import Likelihood, evaluate
+from bytelm.generation import GREEDY, Piece, Sampling, stream
+from bytelm.model.build import LanguageModule, ScorerModule
+from bytelm.model.ngram import NgramScorer
+from bytelm.model.patched import PatchedModel
+from bytelm.model.scorers import TransformerScorer, score_documents
+from bytelm.patching import build_patcher
+
+DEFAULT_CONTEXT_BYTES = 8192
+"""Longest piece scored at once by models that do not say what they were trained on."""
+
+
+@dataclass(frozen=True)
+class PatchedText:
+    """A text and its patches."""
+
+    data: bytes
+    boundaries: tuple[int, ...]
+    """Positions in ``data`` that start a patch. 0 always does: BOS before it is a patch alone."""
+    entropies: NDArray[np.float32] | None
+    """``entropies[i]`` is that of the prediction of byte ``i``, in nats; one more than there are
+    bytes, the last being that of the byte after the text."""
+    rule: PatchingConfig
+
+    @property
+    def patches(self) -> list[bytes]:
+        """The bytes of each patch."""
+        ends = [*self.boundaries[1:], len(self.data)]
+        return [self.data[a:b] for a, b in zip(self.boundaries, ends, strict=True)]
+
+    @property
+    def patch_size(self) -> float:
+        """Mean bytes per patch."""
+        return len(self.data) / max(len(self.boundaries), 1)
+
+
+class LanguageModel:
+    """What :func:`load` returns.
+
+    Text may be ``str`` (taken as UTF-8) or any ``bytes``.
+    """
+
+    def __init__(self, module: LanguageModule | NgramScorer, config: CheckpointConfig) -> None:
+        self.module = module
+        self.config = config
+
+    @property
+    def context_bytes(self) -> int:
+        """Longest stretch of text the model was trained on."""
+        return self.config.context_bytes or DEFAULT_CONTEXT_BYTES
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.module.state_dict().values())).device
+
+    def entropies(self, text: str | bytes) -> NDArray[np.float32]:
+        """Entropy of the prediction of each byte, in nats, and last of the byte after the text.
+
+        Raises:
+            ConfigError: the model has no scorer and is none.
+        """
+        ids = torch.from_numpy(codec.encode(text)).to(self.device)
+        return score_documents(self._scorer(), [ids])[0].cpu().numpy()
+
+    def patch(self, text: str | bytes, rule: PatchingConfig | None = None) -> PatchedText:
+        """Cut a text into patches.
+
+        Args:
+            text: any bytes.
+            rule: another rule than the model's own; entropies come from its scorer, or from the
+                model itself if it is one.
+
+        Raises:
+            ConfigError: the model has no rule of its own, or no entropies for the one given.
+            PatchingError: the rule has no threshold.
+        """
+        rule = rule or self.config.patching
+        if rule is None:
+            raise ConfigError(
+                f"a {self.config.model.kind} model has no patching rule of its own: name one"
+            )
+        patcher = build_patcher(rule)
+        data = codec.to_bytes(text)
+        needs_entropies = patcher.needs_entropies
+        can_score = not isinstance(self.module, PatchedModel) or self.module.scorer is not None
+        entropies = self.entropies(data) if needs_entropies or can_score else None
+        scores = torch.from_numpy(entropies)[None] if entropies is not None else None
+        ids = torch.from_numpy(codec.encode(data))[None]
+        next_boundary = patcher.next_boundary(ids, scores)[0, : len(data)]
+        boundaries = tuple(next_boundary.nonzero().flatten().tolist())
+        return PatchedText(data, boundaries, entropies, rule)
+
+    def likelihood(
+        self, texts: Iterable[tuple[str, bytes]], *, stride: int | None = None
+    ) -> dict[str, Likelihood]:
+        """Likelihood of labelled texts, totalled by label.
+
+        Args:
+            texts: (label, text) pairs.
+            stride: see :func:`bytelm.evaluation.evaluate`.
+
+        Raises:
+            ConfigError: the model is a table of entropies, or the stride is out of range.
+        """
+        module = self._language_module()
+        return evaluate(module, texts, context_bytes=self.context_bytes, stride=stride)
+
+    def bits_per_byte(
+        self, text: str | bytes | Iterable[str | bytes], *, stride: int | None = None
+    ) -> float:
+        """Bits per byte of one text, or of several together.
+
+        Raises:
+            ConfigError: as :meth:`likelihood`.
+        """
+        texts = [text] if isinstance(text, str | bytes) else text
+        labelled = (("", codec.to_bytes(t)) for t in texts)
+        return self.likelihood(labelled, stride=stride).get("", Likelihood()).bits_per_byte
+
+    def generate(
+        self,
+        prompt: str | bytes = b"",
+        *,
+        max_bytes: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str | bytes] = (),
+    ) -> bytes:
+        """Continue a prompt; the bytes after it.
+
+        Raises:
+            ConfigError: an option is out of range.
+        """
+        pieces = self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
+        return b"".join(piece.data for piece in pieces)
+
+    def stream(
+        self,
+        prompt: str | bytes = b"",
+        *,
+        max_bytes: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str | bytes] = (),
+    ) -> Iterator[Piece]:
+        """Continue a prompt, yielding bytes as soon as they are certain.
+
+        Raises:
+            ConfigError: an option is out of range.
+        """
+        return stream(
+            self._language_module(),
+            codec.to_bytes(prompt),
+            max_bytes=max_bytes,
+            sampling=sampling,
+            stop=[codec.to_bytes(s) for s in stop],
+        )
+
+    def stream_text(
+        self,
+        prompt: str | bytes = b"",
+        *,
+        max_bytes: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str | bytes] = (),
+    ) -> Iterator[str]:
+        """Like :meth:`stream`, as text: no character is split, invalid bytes become U+FFFD."""
+        decoder = codec.Utf8Stream()
+        for piece in self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop):
+            text = decoder.feed(piece.data)
+            if text:
+                yield text
+        rest = decoder.close()
+        if rest:
+            yield rest
+
+    def _scorer(self) -> ScorerModule:
+        module = self.module
+        if isinstance(module, NgramScorer):
+            return module
+        if not isinstance(module, PatchedModel):
+            return TransformerScorer(module)
+        if not isinstance(module.scorer, TransformerScorer | NgramScorer):
+            raise ConfigError(
+                "this model has no scorer: its patching rule needs none, and entropy rules cannot "
+                "be applied with it"
+            )
+        return module.scorer
+
+    def _language_module(self) -> LanguageModule:
+        if isinstance(self.module, NgramScorer):
+            raise ConfigError(
+                "an n-gram table only holds entropies: it can patch text, not predict it"
+            )
+        return self.module
+
+
+def load(path: str | PathLike[str], device: str = "auto") -> LanguageModel:
+    """Load a checkpoint, or the newest one of a training run.
+
+    Args:
+        path: folder of a checkpoint or a run.
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        module, config = load_model(Path(path), torch.device(device))
+    except RuntimeError as error:
+        raise CheckpointError(f"cannot load {path} on {device}: {error}") from error
+    return LanguageModel(module, config)

@@ -1,0 +1,133 @@
+"""Calibration: the threshold that gives a wanted mean patch size (paper section 4.3).
+
+The mean patch size is the number of positions (BOS and bytes) over the number of patches. It does
+not decrease as the threshold rises, so bisection over the values in a sample finds it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bytelm.config import CalibratedConfig, MonotonicPatching, PatchingConfig
+from bytelm.errors import PatchingError
+from bytelm.patching.boundaries import build_patches
+from bytelm.patching.rules import build_patcher
+
+TOLERANCE = 0.02
+"""How far, relatively, the mean patch size found may be from the one wanted."""
+_GAP_SEARCH = 2000
+"""The threshold goes into the widest gap among this fraction (one over it) of the values."""
+
+
+class PatchSample(NamedTuple):
+    """Whole documents, one after another."""
+
+    ids: Int[Tensor, "1 bytes"]
+    entropies: Float[Tensor, "1 bytes"] | None
+    documents: Int[Tensor, "1 bytes"]
+
+    @classmethod
+    def join(cls, documents: Sequence[tuple[Tensor, Tensor | None]]) -> "PatchSample":
+        """A sample of (ids, entropies) pairs; all have entropies or none has.
+
+        Raises:
+            PatchingError: there are none.
+        """
+        if not documents:
+            raise PatchingError("there is no text to calibrate on")
+        lengths = torch.tensor([len(ids) for ids, _ in documents])
+        numbers = torch.arange(len(documents)).repeat_interleave(lengths)
+        scores = [entropies for _, entropies in documents if entropies is not None]
+        joined = torch.cat(scores)[None] if scores else None
+        return cls(torch.cat([ids for ids, _ in documents])[None], joined, numbers[None])
+
+
+class PatchStatistics(NamedTuple):
+    """Patches of some documents."""
+
+    num_positions: int
+    """Bytes, and a BOS for each document."""
+    num_patches: int
+    longest: int
+    """In bytes."""
+
+    @property
+    def mean_size(self) -> float:
+        """Mean bytes per patch."""
+        return self.num_positions / max(self.num_patches, 1)
+
+
+def patch_statistics(config: PatchingConfig, sample: PatchSample) -> PatchStatistics:
+    """Count the patches of a sample under a rule."""
+    boundary = build_patcher(config).next_boundary(*sample)
+    patches = build_patches(boundary, sample.documents)
+    num_patches = patches.num_patches
+    return PatchStatistics(sample.ids.numel(), num_patches, int(patches.lengths.max()))
+
+
+def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) -> CalibratedConfig:
+    """The rule with the threshold (or increase) that gives a mean patch size on a sample.
+
+    Args:
+        config: a calibrated kind of rule; a threshold it already has is replaced.
+        sample: documents with their entropies.
+        patch_size: wanted mean bytes per patch.
+
+    Returns:
+        The rule with its threshold set, in a wide gap between two values of the sample, so that
+        rounding moves no boundary.
+
+    Raises:
+        PatchingError: the rule has no threshold, or none gives a mean within 2% of the one wanted;
+            the message names what can be reached.
+    """
+    if not isinstance(config, CalibratedConfig):
+        raise PatchingError(
+            f"the {config.kind} rule has no threshold to calibrate: use entropy, monotonic or "
+            "combined"
+        )
+    assert sample.entropies is not None
+    values = sample.entropies[0].double()
+    if isinstance(config, MonotonicPatching):
+        values = values.diff()
+    values = values.unique()
+    # Threshold i lies between values i and i + 1 of these; the outermost let all or none through.
+    edges = torch.cat((values[:1] - 1.0, values, values[-1:] + 1.0))
+
+    def at(index: int) -> CalibratedConfig:
+        name = "increase" if isinstance(config, MonotonicPatching) else "threshold"
+        middle = float(edges[index] + edges[index + 1]) / 2
+        return config.model_copy(update={name: middle})
+
+    def mean_size(index: int) -> float:
+        boundary = build_patcher(at(index)).next_boundary(*sample)
+        is_last = torch.ones_like(boundary)
+        is_last[:, :-1] = sample.documents[:, 1:] != sample.documents[:, :-1]
+        num_patches = int(sample.documents[0, -1]) + 1 + int((boundary & ~is_last).sum())
+        return sample.ids.numel() / num_patches
+
+    low, high = 0, len(edges) - 2
+    smallest, largest = mean_size(low), mean_size(high)
+    if not smallest <= patch_size <= largest:
+        limit = "" if config.max_length is None else f" with max_length {config.max_length}"
+        raise PatchingError(
+            f"a mean patch size of {patch_size:g} cannot be reached on this text: the "
+            f"{config.kind} rule{limit} gives {smallest:.2f} to {largest:.2f} bytes per patch"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if mean_size(middle) <= patch_size else (low, middle)
+    found = min(low, high, key=lambda i: abs(mean_size(i) / patch_size - 1))
+    reached = mean_size(found)
+    if abs(reached / patch_size - 1) > TOLERANCE:
+        raise PatchingError(
+            f"a mean patch size of {patch_size:g} cannot be reached on this text: it jumps from "
+            f"{mean_size(low):.2f} to {mean_size(high):.2f}; ask for one of those, or use more text"
+        )
+    reach = len(values) // _GAP_SEARCH
+    first = max(found - reach, 0)
+    gaps = edges.diff()[first : found + reach + 1]
+    return at(first + int(gaps.argmax()))

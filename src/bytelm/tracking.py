@@ -1,0 +1,132 @@
+"""Where metrics go: a JSON Lines file always, TensorBoard if asked for, a line on the screen."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bytelm.errors import ConfigError
+
+PLAIN_SECONDS = 10.0
+"""Between lines where the output is not a terminal."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Somewhere metrics go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class JsonlSink:
+    """One JSON object a line; :meth:`position` and ``resume_at`` make resuming leave no trace."""
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        if resume_at is not None and path.exists():
+            os.truncate(path, resume_at)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def position(self) -> int:
+        """Bytes in the file."""
+        self._file.flush()
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, resume_at_step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "train.tensorboard needs TensorBoard: install bytelm[track]"
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=resume_at_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class LiveLine:
+    """A progress bar with the latest figures; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+        self._console = console
+        self._title, self._total = title, total
+        self._last_plain = time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+        self._first, self._began = done, time.monotonic()
+
+    def __enter__(self) -> "LiveLine":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, figures: str) -> None:
+        """Show how far things are."""
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=done, figures=figures)
+            return
+        now = time.monotonic()
+        if done < self._total and now - self._last_plain < PLAIN_SECONDS:
+            return
+        self._last_plain = now
+        left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
+        minutes, seconds = divmod(round(left), 60)
+        self._console.print(
+            f"{self._title} {done}/{self._total} {figures}, {minutes}:{seconds:02d} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, highlight=False, soft_wrap=True)

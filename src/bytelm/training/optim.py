@@ -1,0 +1,44 @@
+"""The optimiser and its schedule (paper section 4.8)."""
+
+import math
+
+import torch
+from torch import nn
+
+from bytelm.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on norms and embedding tables.
+
+    A row of an n-gram table is read rarely: decay would erase it between readings.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1 and id(p) not in tables]
+    others = [p for p in parameters if p.dim() <= 1 or id(p) in tables]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Rate of step ``step`` of ``steps``: linear warm-up, then a cosine to ``final_ratio``.
+
+    ::
+
+        warm-up  peak (step + 1) / warmup_steps
+        then     peak (r + (1 - r) (1 + cos(pi t)) / 2),  t from 0 to 1 at the last step
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    t = (step - config.warmup_steps) / max(steps - 1 - config.warmup_steps, 1)
+    cosine = (1 + math.cos(math.pi * min(t, 1.0))) / 2
+    return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * cosine)

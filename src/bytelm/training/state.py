@@ -1,0 +1,125 @@
+"""Saving and resuming a run: what a step's checkpoint holds beside the model.
+
+::
+
+    RUN/recipe.yaml                      what was asked for
+    RUN/metrics.jsonl
+    RUN/checkpoints/step-00000500/       a complete model checkpoint, and
+        optimizer.safetensors            moments by parameter name
+        trainer.json                     step, data position, metrics position
+
+Restoring gives the same bits as never having stopped: nothing random is drawn while training
+except the order of the data, which is a function of its position.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bytelm.checkpoint import (
+    check_folder,
+    load_tensors,
+    read_json,
+    save_tensors,
+    saved_steps,
+    write_json,
+    write_model,
+    writing_folder,
+)
+from bytelm.config import ModelDescription
+from bytelm.data import LoaderState
+from bytelm.errors import CheckpointError
+
+OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+
+
+@dataclass
+class TrainerState:
+    """Everything but tensors."""
+
+    step: int
+    """Steps done."""
+    data: LoaderState
+    data_fingerprint: str
+    metrics_bytes: int
+    """Size of ``metrics.jsonl`` at this step."""
+    bytes_seen: int
+    flops: float
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save_step(
+    run: Path,
+    module: nn.Module,
+    trained: nn.Module,
+    description: ModelDescription,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    training: dict[str, Any],
+    keep: int,
+) -> None:
+    """Save a step, then remove all but the newest ``keep``.
+
+    Args:
+        run: folder of the run.
+        module: the complete model.
+        trained: the part of it whose parameters the optimiser holds.
+        description: of the model.
+        optimizer: of the run.
+        state: everything else.
+        training: for people, into the model's configuration.
+        keep: checkpoints to keep.
+
+    Raises:
+        CheckpointError: the disk refused; earlier checkpoints are untouched.
+    """
+    folder = step_folder(run, state.step)
+    with writing_folder(folder) as temporary:
+        write_model(temporary, module, description, training)
+        save_tensors(temporary / OPTIMIZER, _moments(trained, optimizer))
+        write_json(temporary / TRAINER, asdict(state))
+    for old in saved_steps(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_step(
+    folder: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainerState:
+    """Restore parameters and moments, and return the rest.
+
+    Raises:
+        CheckpointError: the folder is damaged or of another model.
+    """
+    try:
+        check_folder(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} (or remove {folder} to resume from the checkpoint before it)"
+        ) from None
+    trained.load_state_dict(load_tensors(folder / "model.safetensors", device))
+    moments = load_tensors(folder / OPTIMIZER, device)
+    names = {id(p): name for name, p in trained.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            optimizer.state[parameter] = {
+                key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    data = read_json(folder / TRAINER)
+    return TrainerState(**{**data, "data": LoaderState(**data["data"])})
+
+
+def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in trained.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
