@@ -25,7 +25,7 @@ from bytelm.config import (
     recipe_names,
     recipe_text,
 )
-from bytelm.errors import BytelmError, ConfigError
+from bytelm.errors import BytelmError, ConfigError, PatchingError
 from bytelm.version import __version__
 
 if TYPE_CHECKING:
@@ -182,7 +182,11 @@ def data_prepare(
     if scorer is not None:
         from bytelm.data.calibration import calibrate_folder
 
-        calibrate_folder(out, EntropyPatching(), patch_size)
+        try:
+            calibrate_folder(out, EntropyPatching(), patch_size)
+        except PatchingError as error:
+            # The data is whole; only the suggestion of a threshold is missing.
+            console.print(f"[yellow]not calibrated:[/] {escape(str(error))}", soft_wrap=True)
     _show_data(out)
 
 
@@ -352,9 +356,7 @@ def _show_likelihood(by_source: dict) -> None:
 @app.command()
 def patch(
     checkpoint: Checkpoint,
-    text: Annotated[
-        str | None, typer.Argument(help="Text; - or none for standard input.")
-    ] = None,
+    text: Annotated[str | None, typer.Argument(help="Text; - or none for standard input.")] = None,
     rule: Annotated[Rule | None, typer.Option(help="In place of the model's own.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Of an entropy rule, nats.")] = None,
     increase: Annotated[float | None, typer.Option(help="Of a monotonic rule, nats.")] = None,

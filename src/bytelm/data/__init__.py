@@ -5,7 +5,7 @@ from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import Dataset, Manifest, read_manifest
 from bytelm.data.loader import Loader, LoaderState
 from bytelm.data.packing import IGNORED, Batch, Row, Stretch, make_batch
-from bytelm.data.prepare import PrepareOptions, Progress, prepare
+from bytelm.data.preparation import PrepareOptions, Progress, prepare
 
 __all__ = [
     "IGNORED",

@@ -49,6 +49,8 @@ class TrainerState:
     """Size of ``metrics.jsonl`` at this step."""
     bytes_seen: int
     flops: float
+    interval: dict[str, Any]
+    """Totals of the report in progress."""
 
 
 def step_folder(run: Path, step: int) -> Path:

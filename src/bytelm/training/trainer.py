@@ -5,12 +5,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from bytelm import codec
@@ -66,10 +65,10 @@ class TrainingResult:
 
 @dataclass
 class _Interval:
-    """Totals since the last report."""
+    """Totals since the last report; part of a checkpoint, so that reports survive a stop."""
 
-    byte_nats: Tensor
-    target_nats: Tensor
+    byte_nats: float = 0.0
+    target_nats: float = 0.0
     num_bytes: int = 0
     num_targets: int = 0
     num_patches: int = 0
@@ -77,16 +76,11 @@ class _Interval:
     room_patches: int = 0
     seconds: float = 0.0
 
-    @classmethod
-    def begin(cls, device: torch.device) -> "_Interval":
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(zero.clone(), zero.clone())
-
     def metrics(self) -> dict[str, float]:
         """Figures of the interval."""
         figures = {
-            "loss": float(self.target_nats) / self.num_targets,
-            "bpb": float(self.byte_nats) / math.log(2) / max(self.num_bytes, 1),
+            "loss": self.target_nats / self.num_targets,
+            "bpb": self.byte_nats / math.log(2) / max(self.num_bytes, 1),
             "bytes_per_second": self.num_bytes / self.seconds,
             "padded_bytes": 1 - self.num_targets / self.room_bytes,
         }
@@ -147,7 +141,8 @@ class _Trainer:
         self.optimizer = build_optimizer(self.setup.trained, self.recipe.optimizer)
         self.step_flops = _step_flops(self.setup)
         self.data_fingerprint = file_hash(self.setup.dataset.folder / MANIFEST)
-        self.state = TrainerState(0, self.loader.state(), self.data_fingerprint, 0, 0, 0.0)
+        self.interval = _Interval()
+        self.state = TrainerState(0, self.loader.state(), self.data_fingerprint, 0, 0, 0.0, {})
         self._resume()
         if self.train_config.compile or (
             self.train_config.compile is None and self.device.type == "cuda"
@@ -165,6 +160,7 @@ class _Trainer:
                 "holds now: restore that data, or start in another folder"
             )
         self.loader.restore(self.state.data)
+        self.interval = _Interval(**self.state.interval)
 
     def run(self, time_limit: float | None) -> TrainingResult:
         """Train to the last step, or until told to stop."""
@@ -180,14 +176,12 @@ class _Trainer:
                 _stop_signals() as stop,
                 LiveLine(self.console, self.title, config.steps, self.state.step) as line,
             ):
-                interval = _Interval.begin(self.device)
                 while self.state.step < config.steps and not stop:
-                    self._step(interval)
+                    self._step()
                     step = self.state.step
                     is_last = step == config.steps
                     if step % config.log_every == 0 or is_last:
-                        self._report(interval, line)
-                        interval = _Interval.begin(self.device)
+                        self._report(line)
                     if step % config.validate_every == 0 or is_last:
                         validation = self._validate(line)
                     if time_limit is not None and time.monotonic() - began > time_limit:
@@ -205,12 +199,13 @@ class _Trainer:
             state.step, finished, validation if finished else {}, state.flops, state.bytes_seen
         )
 
-    def _step(self, interval: _Interval) -> None:
+    def _step(self) -> None:
         """One optimiser step: accumulate, clip, update."""
         began = time.monotonic()
         config, step = self.train_config, self.state.step
         batch = self.loader.next_batch()
         num_targets = int((batch.targets != IGNORED).sum())
+        all_nats, byte_nats = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in batch.split(config.micro_rows or len(batch.ids)):
             micro = micro.to(self.device)
             with self._precision():
@@ -218,8 +213,8 @@ class _Trainer:
             # Divided by the targets of the whole step: k micro-batches equal one large batch.
             (nats.sum() / num_targets).backward()
             with torch.no_grad():
-                interval.target_nats += nats.sum()
-                interval.byte_nats += nats[micro.targets >= codec.OFFSET].sum()
+                all_nats += nats.sum()
+                byte_nats += (nats * (micro.targets >= codec.OFFSET)).sum()
         norm = float(
             clip_grad_norm_(self.setup.trained.parameters(), self.recipe.optimizer.clip_norm)
         )
@@ -230,11 +225,14 @@ class _Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(batch, interval, num_targets)
         self.rate, self.norm = rate, norm
-        interval.seconds += time.monotonic() - began
+        self.interval.target_nats += float(all_nats)
+        self.interval.byte_nats += float(byte_nats)
+        self._count(batch, num_targets)
+        self.interval.seconds += time.monotonic() - began
 
-    def _count(self, batch: Batch, interval: _Interval, num_targets: int) -> None:
+    def _count(self, batch: Batch, num_targets: int) -> None:
+        interval = self.interval
         num_bytes = int((batch.targets >= codec.OFFSET).sum())
         interval.num_bytes += num_bytes
         interval.num_targets += num_targets
@@ -265,8 +263,9 @@ class _Trainer:
             "the data around this step"
         )
 
-    def _report(self, interval: _Interval, line: LiveLine) -> None:
-        state = self.state
+    def _report(self, line: LiveLine) -> None:
+        state, interval = self.state, self.interval
+        self.interval = _Interval()
         metrics = {
             **interval.metrics(),
             "learning_rate": self.rate,
@@ -318,6 +317,7 @@ class _Trainer:
         if step_folder(self.run_folder, self.state.step).exists():
             return
         self.state.data = self.loader.state()
+        self.state.interval = asdict(self.interval)
         self.state.metrics_bytes = self.jsonl.position()
         save_step(
             self.run_folder,

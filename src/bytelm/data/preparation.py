@@ -232,10 +232,11 @@ def _run(
                 done(finished[shard.name])
                 continue
             pending.add(submit(shard))
-            while len(pending) > 2 * _num_workers(options):
-                ready, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    done(future.result())
+            # Record what is finished; wait only where too much text is under way.
+            timeout = None if len(pending) > 2 * _num_workers(options) else 0
+            ready, pending = wait(pending, timeout, return_when=FIRST_COMPLETED)
+            for future in ready:
+                done(future.result())
         for future in pending:
             done(future.result())
     return [records[name] for name in sorted(records)]

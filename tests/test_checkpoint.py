@@ -1,0 +1,219 @@
+import json
+import os
+
+import pytest
+import torch
+
+from builders import BLT_VARIANTS, blt_config, random_ids, random_patched, random_transformer
+from bytelm.checkpoint import (
+    FILES,
+    find_checkpoint,
+    fingerprint,
+    load_model,
+    load_scorer,
+    save_model,
+    save_tensors,
+    write_json,
+    writing_folder,
+)
+from bytelm.config import (
+    EntropyPatching,
+    ModelDescription,
+    NgramConfig,
+    ScorerConfig,
+    SpacePatching,
+    TableConfig,
+    TransformerConfig,
+)
+from bytelm.errors import CheckpointError
+from bytelm.model.ngram import NgramScorer, fit_ngram_scorer
+from bytelm.patching import EntropyRule, SpaceRule
+
+SMALL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "window": 8}
+SCORER = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
+
+
+def patched_description(model, variant="base"):
+    rule = model.patcher.rule
+    patching = SpacePatching()
+    if isinstance(rule, EntropyRule):
+        patching = EntropyPatching(threshold=rule.threshold, max_length=model.patcher.max_length)
+    return ModelDescription(
+        model=blt_config(variant),
+        patching=patching,
+        scorer=ScorerConfig(model=TransformerConfig(**SCORER), reset_at_newline=True),
+        context_bytes=64,
+    )
+
+
+def saved(tmp_path, variant="base"):
+    model = random_patched(variant, reset=True, max_length=5)
+    save_model(tmp_path / "m", model, patched_description(model, variant))
+    return model, tmp_path / "m"
+
+
+@pytest.mark.parametrize("variant", BLT_VARIANTS)
+def test_a_saved_model_gives_the_same_logits(tmp_path, variant):
+    model, folder = saved(tmp_path, variant)
+    loaded, config = load_model(folder)
+    ids = random_ids(70)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), model(ids))
+    assert config.context_bytes == 64
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_rule_without_entropies_saves_no_scorer(tmp_path):
+    model = random_patched(rule=SpaceRule())
+    model.scorer = None
+    save_model(
+        tmp_path / "m", model, ModelDescription(model=blt_config(), patching=SpacePatching())
+    )
+    assert not (tmp_path / "m" / "scorer.safetensors").exists()
+    ids = random_ids(40)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "m")[0](ids), model(ids))
+
+
+def test_transformers_and_tables_are_models_and_scorers(tmp_path):
+    transformer = random_transformer()
+    save_model(tmp_path / "t", transformer, ModelDescription(model=TransformerConfig(**SMALL)))
+    table = fit_ngram_scorer([random_ids(500, num_values=20).numpy()], NgramConfig(max_order=2))
+    config = TableConfig(max_order=2, num_contexts=len(table.keys))
+    save_model(tmp_path / "n", table, ModelDescription(model=config))
+    ids = random_ids(60, num_values=20)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "t")[0](ids), transformer(ids))
+        scorer, _ = load_scorer(tmp_path / "n", reset_at_newline=False)
+        assert torch.equal(scorer.entropies(ids), table.entropies(ids))
+        loaded = load_model(tmp_path / "n")[0]
+        assert isinstance(loaded, NgramScorer)
+        assert len(table.keys) > 10
+        assert fingerprint(tmp_path / "n") != fingerprint(tmp_path / "t")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "scorer.safetensors"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "empty"])
+def test_damage_is_named_with_a_remedy(tmp_path, name, damage):
+    _, folder = saved(tmp_path)
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "truncate":
+            path.write_bytes(data[:-10])
+        case "flip":
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        case "empty":
+            path.write_bytes(b"")
+        case "remove":
+            path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is (damaged|missing).*restore it"):
+        load_model(folder)
+
+
+def reseal(folder):
+    """Write ``files.json`` anew, as if the folder had been saved as it is."""
+    os.remove(folder / FILES)
+    other = folder.with_name("resealed")
+    with writing_folder(other) as temporary:
+        for path in folder.iterdir():
+            (temporary / path.name).write_bytes(path.read_bytes())
+    return other
+
+
+def test_another_format_is_named(tmp_path):
+    _, folder = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "format": 7, "bytelm": "9.9"})
+    with pytest.raises(
+        CheckpointError, match=r"has format 7, this version of bytelm reads 1.*9\.9"
+    ):
+        load_model(reseal(folder))
+
+
+def test_an_unknown_configuration_key_is_named(tmp_path):
+    _, folder = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["local"]["windw"] = 3
+    write_json(folder / "config.json", config)
+    with pytest.raises(CheckpointError, match=r"unknown key 'model\.blt\.local\.windw'.*'window'"):
+        load_model(reseal(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("decoder.norm.weight"), "decoder.norm.weight is missing"),
+        (lambda w: w.update(extra=torch.ones(1)), "extra is unknown"),
+        (
+            lambda w: w.update({"decoder.norm.weight": torch.ones(5)}),
+            r"decoder.norm.weight has shape \[5\], not \[32\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    model, folder = saved(tmp_path)
+    weights = dict(model.blt.state_dict())
+    change(weights)
+    save_tensors(folder / "model.safetensors", weights)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(reseal(folder))
+
+
+def test_folders_that_are_no_checkpoint_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no files\.json"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="has not saved a checkpoint yet"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_blt_is_no_scorer(tmp_path):
+    _, folder = saved(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a blt model, which is not a scorer"):
+        load_scorer(folder, reset_at_newline=False)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    model, folder = saved(tmp_path)
+    with pytest.raises(CheckpointError, match="exists: choose another name"):
+        save_model(folder, model, patched_description(model))
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_failure_at_any_moment_of_a_save_leaves_nothing_behind(tmp_path, monkeypatch, moment):
+    """The disk refuses the n-th flush; afterwards only whole folders exist, and a retry works."""
+    fsync, calls = os.fsync, []
+
+    def refuse(descriptor):
+        calls.append(descriptor)
+        if len(calls) == moment + 1:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    messages = []
+    try:
+        saved(tmp_path)
+    except CheckpointError as error:
+        messages.append(str(error))
+    assert all("No space left on device; nothing was changed" in m for m in messages)
+    assert len(messages) == (len(calls) > moment)
+    if (tmp_path / "m").exists():
+        load_model(tmp_path / "m")
+    else:
+        assert os.listdir(tmp_path) == []
+        monkeypatch.setattr(os, "fsync", fsync)
+        saved(tmp_path)
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    left = tmp_path / ".writing-m"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    _, folder = saved(tmp_path)
+    load_model(folder)
+    assert os.listdir(tmp_path) == ["m"]

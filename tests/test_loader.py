@@ -1,0 +1,205 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bytelm import codec
+from bytelm.data import (
+    IGNORED,
+    Dataset,
+    Loader,
+    LoaderState,
+    PrepareOptions,
+    ReadOptions,
+    Row,
+    Stretch,
+    prepare,
+)
+from bytelm.data.packing import make_batch, stretch_boundaries
+from bytelm.errors import DataError
+from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patches
+
+SIZES = {"alpha": [5, 700, 40], "beta": [1, 1, 90], "gamma": [2000]}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Seven documents of very different lengths in three sources; no two bytes in a row equal."""
+    folder = tmp_path_factory.mktemp("loader")
+    rng = np.random.default_rng(0)
+    lines = []
+    for source, sizes in SIZES.items():
+        for size in sizes:
+            text = "".join(rng.choice(list("abc de. fgh"), size))
+            lines.append(json.dumps({"text": text, "source": source}))
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    options = PrepareOptions(read=ReadOptions(source_field="source"), validation_share=0.0)
+    prepare([str(folder / "x.jsonl")], folder / "d", options)
+    return Dataset(folder / "d", "train")
+
+
+def loader(dataset, **changes):
+    options = {
+        "row_bytes": 64,
+        "row_patches": 20,
+        "rows_per_step": 6,
+        "patcher": Patcher(SpaceRule()),
+        "seed": 3,
+    }
+    return Loader(dataset, **{**options, **changes})
+
+
+def equal(a, b):
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def rows_of(batch):
+    return [tuple(row.tolist()) for row in torch.cat((batch.ids, batch.targets), 1)]
+
+
+@pytest.mark.parametrize("mixture", [None, {"alpha": 1.0, "gamma": 2.0}])
+def test_a_restored_loader_goes_on_exactly(dataset, mixture):
+    first = loader(dataset, mixture=mixture)
+    states, batches = [], []
+    for _ in range(12):
+        states.append(json.loads(json.dumps(vars(first.state()))))
+        batches.append(first.next_batch())
+    for step in range(12):
+        resumed = loader(dataset, mixture=mixture)
+        resumed.restore(LoaderState(**states[step]))
+        assert resumed.step == step
+        for expected in batches[step : step + 2]:
+            assert equal(resumed.next_batch(), expected)
+
+
+@pytest.mark.parametrize("mixture", [None, {"alpha": 1.0, "beta": 1.0, "gamma": 1.0}])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6])
+def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(dataset, world_size, mixture):
+    alone = loader(dataset, mixture=mixture)
+    ranks = [
+        loader(dataset, mixture=mixture, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    for _ in range(5):
+        expected = rows_of(alone.next_batch())
+        together = [row for rank in ranks for row in rows_of(rank.next_batch())]
+        assert Counter(together) == Counter(expected)
+
+
+def test_every_id_is_a_target_once_an_epoch(dataset):
+    """Over whole epochs, every position of every document is predicted equally often."""
+    one = loader(dataset, rows_per_step=1, row_patches=None, patcher=None)
+    seen = Counter()
+    total = sum(n + 1 for sizes in SIZES.values() for n in sizes)
+    state = one._streams[0]
+    while True:
+        row = one._fill(0)
+        for stretch in row.stretches:
+            for offset in range(stretch.num_positions):
+                seen[stretch.document, stretch.begin + offset] += 1
+        if sum(seen.values()) >= 3 * total and state.begin == state.end:
+            break
+    positions = {(d, p) for d in range(len(dataset)) for p in range(int(dataset.lengths[d]) + 1)}
+    assert set(seen) == positions
+    assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_epochs_are_shuffled_differently_and_by_the_seed(dataset):
+    def order(seed, pieces):
+        one = loader(dataset, rows_per_step=1, row_patches=None, patcher=None, seed=seed)
+        found = []
+        while len(found) < pieces:
+            found += [
+                (s.document, s.begin // 64) for s in one._fill(0).stretches if not s.begin % 64
+            ]
+        return found[:pieces]
+
+    epoch = len(loader(dataset)._components[0])
+    twice = order(1, 2 * epoch)
+    assert sorted(twice[:epoch]) == sorted(twice[epoch:])
+    assert twice[:epoch] != twice[epoch:]
+    assert order(2, epoch) != order(1, epoch) == twice[:epoch]
+
+
+def test_rows_keep_to_both_budgets_and_one_of_them_is_used_up(dataset):
+    one = loader(dataset)
+    for _ in range(20):
+        batch = one.next_batch()
+        assert batch.ids.shape == (6, 64)
+        assert batch.next_boundary is not None
+        patches = build_patches(batch.next_boundary, batch.documents)
+        assert torch.equal(patches.counts, batch.patch_counts)
+        used = (batch.documents >= 0).sum(1)
+        assert ((used == 64) | (batch.patch_counts == 20)).all()
+        assert (batch.patch_counts <= 20).all()
+        assert torch.equal(batch.targets == IGNORED, batch.documents < 0)
+
+
+def test_targets_are_the_next_ids_of_the_same_document(dataset):
+    batch = loader(dataset).next_batch()
+    inside = batch.documents[:, 1:] == batch.documents[:, :-1]
+    inside &= batch.documents[:, 1:] >= 0
+    assert torch.equal(batch.targets[:, :-1][inside], batch.ids[:, 1:][inside])
+    assert (batch.targets != codec.BOS).all()
+
+
+@given(st.integers(1, 20), st.integers(1, 40), st.lists(st.integers(0, 60), min_size=1, max_size=5))
+def test_a_packed_row_holds_patches_of_its_stretches_alone(max_patches, max_bytes, sizes):
+    rng = np.random.default_rng(sum(sizes))
+    patcher = Patcher(EntropyRule(threshold=0.5))
+    row = Row(max_bytes, max_patches, patcher)
+    for number, size in enumerate(sizes):
+        if row.is_full:
+            break
+        ids = codec.encode(rng.bytes(size), eos=True)
+        taken = row.add(Stretch(number, 0, ids, rng.random(size + 1, dtype=np.float32)))
+        assert 1 <= taken <= size + 1
+    batch = make_batch([row])
+    assert batch.next_boundary is not None
+    patches = build_patches(batch.next_boundary, batch.documents, batch.num_patches)
+    assert patches.counts.item() == row.num_patches <= max_patches
+    for number, stretch in enumerate(row.stretches):
+        own = batch.next_boundary[0][batch.documents[0] == number].numpy()
+        assert np.array_equal(own, stretch_boundaries(patcher, stretch))
+
+
+def test_a_mixture_sets_the_share_of_bytes(dataset):
+    shares = {"alpha": 1.0, "beta": 2.0, "gamma": 5.0}
+    one = loader(dataset, mixture=shares, row_patches=None, patcher=None, rows_per_step=4)
+    seen = Counter()
+    for _ in range(400):
+        for r in range(4):
+            for stretch in one._fill(r).stretches:
+                source = dataset.source_names[dataset.source_ids[stretch.document]]
+                seen[source] += stretch.num_positions
+    total = seen.total()
+    for name, share in shares.items():
+        assert seen[name] / total == pytest.approx(share / 8, rel=0.1)
+
+
+def test_bad_requests_are_named(dataset, tmp_path):
+    with pytest.raises(DataError, match="names 'delta', which is none of the sources: alpha, beta"):
+        loader(dataset, mixture={"delta": 1.0})
+    with pytest.raises(DataError, match="has no entropies, which the patching rule needs"):
+        loader(dataset, patcher=Patcher(EntropyRule(threshold=1.0)))
+    with pytest.raises(DataError, match="is of 6 rows a step, not 4"):
+        loader(dataset, rows_per_step=4).restore(loader(dataset).state())
+    (tmp_path / "a.txt").write_text("x")
+    prepare([str(tmp_path / "a.txt")], tmp_path / "d", PrepareOptions(validation_share=0.9999))
+    with pytest.raises(DataError, match="holds no training documents"):
+        loader(Dataset(tmp_path / "d", "train"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6, 9])
+def test_micro_batches_are_the_rows_in_order(dataset, rows):
+    batch = loader(dataset).next_batch()
+    parts = batch.split(rows)
+    assert [len(p.ids) for p in parts[:-1]] == [rows] * (len(parts) - 1)
+    assert [row for part in parts for row in rows_of(part)] == rows_of(batch)
+    assert all(part.num_patches == batch.num_patches for part in parts)

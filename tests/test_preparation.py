@@ -1,0 +1,275 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from builders import random_transformer
+from bytelm import codec
+from bytelm.checkpoint import load_scorer, save_model
+from bytelm.config import EntropyPatching, ModelDescription, TransformerConfig
+from bytelm.data import Dataset, PrepareOptions, ReadOptions, preparation, prepare
+from bytelm.data.calibration import calibrate_folder
+from bytelm.data.dataset import MANIFEST, read_manifest
+from bytelm.errors import CheckpointError, DataError
+
+TEXTS = [f"document {i}: {'word ' * (i % 50)}\n" for i in range(200)]
+SMALL = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "lang": t[9]}) + "\n" for t in TEXTS))
+    return str(path)
+
+
+@pytest.fixture
+def scorer(tmp_path):
+    folder = tmp_path / "scorer-run"
+    description = ModelDescription(model=TransformerConfig(**SMALL))
+    save_model(folder, random_transformer(**SMALL), description)
+    return folder
+
+
+def documents(folder, split):
+    dataset = Dataset(folder, split)
+    return [dataset.document(i) for i in range(len(dataset))]
+
+
+def test_documents_come_out_exactly_as_they_went_in(corpus, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions(shard_bytes=2000, validation_share=0.2))
+    train, held_out = (documents(tmp_path / "d", s) for s in ("train", "validation"))
+    assert sorted(train + held_out) == sorted(t.encode() for t in TEXTS)
+    assert 10 < len(held_out) < 80
+    order = [t.encode() for t in TEXTS]
+    assert train == [t for t in order if t in set(train)]
+    assert len(read_manifest(tmp_path / "d").shards) > 5
+
+
+def test_copies_of_a_document_never_stand_on_both_sides(tmp_path):
+    lines = [f"text {i % 40}" for i in range(400)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    options = PrepareOptions(read=ReadOptions(format="lines"), validation_share=0.3)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "d", options)
+    train, held_out = (set(documents(tmp_path / "d", s)) for s in ("train", "validation"))
+    assert train
+    assert held_out
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_entropies_are_those_of_the_scorer_on_each_document_alone(corpus, scorer, tmp_path, reset):
+    options = PrepareOptions(scorer=scorer, reset_at_newline=reset, workers=1, shard_bytes=4000)
+    prepare([corpus], tmp_path / "d", options)
+    dataset = Dataset(tmp_path / "d", "train")
+    model, _ = load_scorer(tmp_path / "d" / "scorer", reset_at_newline=reset)
+    for i in (0, 7, len(dataset) - 1):
+        ids = codec.encode(dataset.document(i))
+        with torch.no_grad():
+            expected = model.entropies(torch.from_numpy(ids)[None])[0].numpy()
+        stored = dataset.entropies(i, 0, len(ids))
+        np.testing.assert_allclose(stored, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_any_tool_can_read_the_shards(corpus, scorer, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions(scorer=scorer, workers=1))
+    table = pa.ipc.open_file(tmp_path / "d" / "train-00000.arrow").read_all()
+    row = table.slice(0, 1).to_pylist()[0]
+    assert set(row) == {"document", "source", "entropies"}
+    assert len(row["entropies"]) == len(row["document"]) + 1
+
+
+def test_ids_and_entropies_of_any_slice(corpus, scorer, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions(scorer=scorer, workers=1, shard_bytes=3000))
+    dataset = Dataset(tmp_path / "d", "train")
+    index = len(dataset) // 2
+    whole = codec.encode(dataset.document(index), eos=True)
+    scores = dataset.entropies(index, 0, len(whole) - 1)
+    for begin, end in [
+        (0, 1),
+        (0, len(whole)),
+        (1, 5),
+        (3, len(whole)),
+        (len(whole) - 1, len(whole)),
+    ]:
+        assert dataset.ids(index, begin, end).tolist() == whole[begin:end].tolist()
+        end = min(end, len(whole) - 1)
+        assert np.array_equal(dataset.entropies(index, begin, end), scores[begin:end])
+
+
+def test_the_number_of_workers_does_not_change_the_result(corpus, scorer, tmp_path):
+    for workers in (1, 2):
+        options = PrepareOptions(scorer=scorer, workers=workers, shard_bytes=2000)
+        prepare([corpus], tmp_path / str(workers), options)
+    one, two = (read_manifest(tmp_path / str(w)) for w in (1, 2))
+    assert one == two
+
+
+def test_finished_data_is_not_made_again(corpus, tmp_path):
+    first = prepare([corpus], tmp_path / "d", PrepareOptions())
+    before = (tmp_path / "d" / "train-00000.arrow").stat().st_mtime_ns
+    assert prepare([corpus], tmp_path / "d", PrepareOptions()) == first
+    assert (tmp_path / "d" / "train-00000.arrow").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_preparation_goes_on_where_it_stopped(corpus, scorer, tmp_path, monkeypatch):
+    options = PrepareOptions(scorer=scorer, workers=1, shard_bytes=1000)
+    whole = prepare([corpus], tmp_path / "whole", options)
+    written = []
+    write = preparation._Writer.write
+
+    def fail_at_fifth(self, shard):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(shard.name)
+        return write(self, shard)
+
+    monkeypatch.setattr(preparation._Writer, "write", fail_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([corpus], tmp_path / "d", options)
+    (tmp_path / "d" / written[2]).write_bytes(b"cut short")
+    # A kill in the middle of a line of the journal.
+    with (tmp_path / "d" / "preparing.jsonl").open("a") as journal:
+        journal.write('{"file": "train-')
+    again = []
+
+    def record(self, shard):
+        again.append(shard.name)
+        return write(self, shard)
+
+    monkeypatch.setattr(preparation._Writer, "write", record)
+    assert prepare([corpus], tmp_path / "d", options).shards == whole.shards
+    assert set(written) & set(again) == {written[2]}
+    assert not (tmp_path / "d" / "preparing.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_nothing(scorer, tmp_path):
+    path = tmp_path / "big.jsonl"
+    path.write_text("".join(json.dumps({"text": t * 40}) + "\n" for t in TEXTS))
+    command = [
+        *(sys.executable, "-m", "bytelm", "data", "prepare", str(path), "--scorer", str(scorer)),
+        *("--out", str(tmp_path / "d"), "--shard-mb", "0.02", "--workers", "2"),
+    ]
+    kills = 0
+    for wait in (3.0, 4.0, 5.0, 5.5, 6.0):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(wait)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert kills
+    for split in ("train", "validation"):
+        Dataset(tmp_path / "d", split, verify=True)
+    found = documents(tmp_path / "d", "train") + documents(tmp_path / "d", "validation")
+    assert sorted(found) == sorted(t.encode() * 40 for t in TEXTS)
+    time.sleep(1.5)
+    assert not multiprocessing.active_children()
+
+
+def test_other_settings_are_refused(corpus, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions())
+    with pytest.raises(DataError, match=r"other settings \(validation_share differ\)"):
+        prepare([corpus], tmp_path / "d", PrepareOptions(validation_share=0.5))
+    with pytest.raises(DataError, match="inputs differ"):
+        prepare([corpus, corpus], tmp_path / "d", PrepareOptions())
+
+
+def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="was not made by"):
+        prepare([corpus], tmp_path / "mine", PrepareOptions())
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_no_text_at_all_is_an_error(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"hold no text \(1 empty documents"):
+        prepare([str(tmp_path / "empty.txt")], tmp_path / "d", PrepareOptions())
+
+
+def test_a_full_disk_is_reported_and_the_work_done_is_kept(corpus, tmp_path, monkeypatch):
+    options = PrepareOptions(shard_bytes=1000)
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device; free some space"):
+        prepare([corpus], tmp_path / "d", options)
+    monkeypatch.setattr(os, "fsync", fsync)
+    done = [p for p in os.listdir(tmp_path / "d") if p.endswith(".arrow") and p[0] != "."]
+    assert done
+    prepare([corpus], tmp_path / "d", options)
+    found = documents(tmp_path / "d", "train") + documents(tmp_path / "d", "validation")
+    assert sorted(found) == sorted(t.encode() for t in TEXTS)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_shards_are_named(corpus, tmp_path, damage):
+    prepare([corpus], tmp_path / "d", PrepareOptions())
+    path = tmp_path / "d" / "train-00000.arrow"
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"train-00000.arrow is (damaged|missing)"):
+        Dataset(tmp_path / "d", "train", verify=True)
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 99}', '{"format": 1, "shards": 3}', "[]"])
+def test_a_damaged_manifest_is_named(corpus, tmp_path, content):
+    prepare([corpus], tmp_path / "d", PrepareOptions())
+    (tmp_path / "d" / MANIFEST).write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        Dataset(tmp_path / "d", "train")
+
+
+def test_a_folder_that_is_not_prepared_data_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"is not prepared data: it has no manifest\.json"):
+        Dataset(tmp_path, "train")
+
+
+def test_a_model_without_a_window_is_refused_as_scorer(corpus, tmp_path):
+    unbounded = {**SMALL, "window": None}
+    description = ModelDescription(model=TransformerConfig(**unbounded))
+    save_model(tmp_path / "full", random_transformer(**unbounded), description)
+    with pytest.raises(CheckpointError, match="has no window"):
+        prepare([corpus], tmp_path / "d", PrepareOptions(scorer=tmp_path / "full"))
+
+
+def test_calibration_is_recorded_with_a_report_per_source(scorer, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_bytes(rng.bytes(4000))
+    texts = [str(tmp_path / f"{name}.txt") for name in ("one", "two")]
+    prepare(texts, tmp_path / "d", PrepareOptions(scorer=scorer, workers=1, validation_share=0.0))
+    calibration = calibrate_folder(tmp_path / "d", EntropyPatching(), 3.0)
+    assert calibration.patch_size == pytest.approx(3.0, rel=0.02)
+    assert read_manifest(tmp_path / "d").calibration == calibration
+    assert list(calibration.sources) == ["one", "two"]
+
+
+def test_calibration_needs_entropies(corpus, tmp_path):
+    prepare([corpus], tmp_path / "plain", PrepareOptions())
+    with pytest.raises(DataError, match="has no entropies to calibrate on"):
+        calibrate_folder(tmp_path / "plain", EntropyPatching(), 3.0)

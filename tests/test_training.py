@@ -1,0 +1,326 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from builders import BASE_BLT, random_blt, random_ids, random_transformer
+from bytelm.checkpoint import load_model, save_model, saved_steps
+from bytelm.config import ModelDescription, OptimizerConfig, Recipe, TransformerConfig, parse
+from bytelm.data import PrepareOptions, prepare
+from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
+from bytelm.training import build_optimizer, fit_table, learning_rate, train, trainer
+
+SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
+WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Scored data of made-up sentences, most words of which are predictable from their start."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    lines = [
+        json.dumps({"text": " ".join(rng.choice(WORDS, rng.integers(5, 60)))}) for _ in range(300)
+    ]
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    scorer = TransformerConfig(**{**SMALL, "window": 6})
+    save_model(
+        folder / "scorer",
+        random_transformer(num_layers=1, window=6),
+        ModelDescription(model=scorer),
+    )
+    options = PrepareOptions(scorer=folder / "scorer", workers=1, validation_share=0.1)
+    prepare([str(folder / "x.jsonl")], folder / "d", options)
+    return str(folder / "d")
+
+
+def recipe(data, kind="blt", **train_options):
+    settings = {
+        "data": {"path": data, "row_bytes": 96, "rows_per_step": 4},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "train": {
+            "steps": 9,
+            "log_every": 2,
+            "validate_every": 4,
+            "checkpoint_every": 3,
+            "validation_bytes": 2000,
+            "keep_checkpoints": 9,
+            **train_options,
+        },
+    }
+    if kind == "blt":
+        settings["model"] = {"kind": "blt", **BASE_BLT}
+        settings["patching"] = {"kind": "entropy", "patch_size": 3.0}
+    else:
+        settings["model"] = {**SMALL, "window": 16}
+    return parse(Recipe, settings, "test")
+
+
+def changed(settings: Recipe, section: str, **values) -> Recipe:
+    node = getattr(settings, section).model_copy(update=values)
+    return settings.model_copy(update={section: node})
+
+
+def metrics(run):
+    """Metrics of a run without those that measure time."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "bytes_per_second"} for line in lines]
+
+
+def assert_same_bits(run, other):
+    assert metrics(run) == metrics(other)
+    for mine, theirs in zip(saved_steps(run), saved_steps(other), strict=True):
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            a, b = load_file(mine / name), load_file(theirs / name)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[k], b[k]) for k in a), (mine, name)
+        assert (mine / "trainer.json").read_text() != ""
+
+
+class StopAt(Exception):
+    """Raised in place of a kill."""
+
+
+@pytest.mark.parametrize("kind", ["blt", "transformer"])
+@pytest.mark.parametrize("stop", [4, 6, 8])
+def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind, stop):
+    """Killed after any step, it goes on from the last checkpoint as if nothing had happened."""
+    settings = recipe(data, kind)
+    train(settings, tmp_path / "whole")
+    step = trainer._Trainer._step
+
+    def kill(self):
+        if self.state.step == stop:
+            raise StopAt
+        step(self)
+
+    monkeypatch.setattr(trainer._Trainer, "_step", kill)
+    with pytest.raises(StopAt):
+        train(settings, tmp_path / "killed")
+    monkeypatch.setattr(trainer._Trainer, "_step", step)
+    result = train(settings, tmp_path / "killed")
+    assert result.finished
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(data, tmp_path):
+    settings = recipe(data)
+    train(settings, tmp_path / "whole")
+    stops = 0
+    while not (result := train(settings, tmp_path / "sliced", time_limit=0.0)).finished:
+        stops += 1
+        assert saved_steps(tmp_path / "sliced")[-1].name == f"step-{result.step:08d}"
+    assert stops == 8
+    last = [saved_steps(tmp_path / name)[-1] for name in ("whole", "sliced")]
+    a, b = (load_file(folder / "model.safetensors") for folder in last)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("kind", ["blt", "transformer"])
+@pytest.mark.parametrize("micro_rows", [1, 2, 3])
+def test_accumulating_micro_batches_equals_one_large_batch(data, tmp_path, kind, micro_rows):
+    settings = recipe(data, kind, steps=4)
+    train(settings, tmp_path / "large")
+    train(changed(settings, "train", micro_rows=micro_rows), tmp_path / "small")
+    a, b = (load_model(tmp_path / name)[0].state_dict() for name in ("large", "small"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=2e-5)
+    for one, other in zip(metrics(tmp_path / "large"), metrics(tmp_path / "small"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["blt", "transformer"])
+def test_a_model_learns(data, tmp_path, kind):
+    settings = changed(recipe(data, kind, steps=60), "optimizer", learning_rate=1e-2)
+    result = train(settings, tmp_path / "r")
+    first, *_, last = [m["bpb"] for m in metrics(tmp_path / "r") if "bpb" in m]
+    held_out = result.validation["x"].bits_per_byte
+    assert last < 0.7 * first
+    assert abs(held_out - last) < 0.7
+
+
+def test_what_a_run_reports(data, tmp_path):
+    result = train(recipe(data), tmp_path / "r")
+    rows = metrics(tmp_path / "r")
+    assert [r["step"] for r in rows if "bpb" in r] == [2, 4, 6, 8, 9]
+    assert [r["step"] for r in rows if "validation_bpb" in r] == [4, 8, 9]
+    trained = [r for r in rows if "bpb" in r]
+    assert all(2.5 < r["patch_size"] < 3.5 for r in trained)
+    assert all(0 <= r[k] < 0.5 for r in trained for k in ("padded_bytes", "padded_patches"))
+    assert result.flops == trained[-1]["flops"] > 0
+    assert 0 < result.bytes_seen <= 9 * 4 * 96
+    assert rows[-1]["validation_bpb"] == pytest.approx(result.validation["x"].bits_per_byte)
+    _, config = load_model(tmp_path / "r")
+    assert config.patching is not None
+    assert config.context_bytes == 96
+    assert config.training is not None
+    assert config.training["step"] == 9
+
+
+def test_the_newest_checkpoints_are_kept(data, tmp_path):
+    train(recipe(data, keep_checkpoints=2), tmp_path / "r")
+    assert [p.name for p in saved_steps(tmp_path / "r")] == ["step-00000006", "step-00000009"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    data, tmp_path, monkeypatch
+):
+    nats = trainer.position_nats
+
+    def poisoned(logits, batch):
+        poisoned.calls += 1
+        return nats(logits, batch) * (math.nan if poisoned.calls == 5 else 1.0)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(trainer, "position_nats", poisoned)
+    with pytest.raises(TrainingError, match=r"at step 5 \(gradient norm nan\); the last good") as e:
+        train(recipe(data), tmp_path / "r")
+    assert "step-00000003" in str(e.value)
+    assert "optimizer.learning_rate" in str(e.value)
+    model, _ = load_model(tmp_path / "r")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    from bytelm.training import state
+
+    save = state.save_tensors
+
+    def full(path, tensors):
+        if "step-00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        save(path, tensors)
+
+    whole = train(recipe(data), tmp_path / "whole")
+    monkeypatch.setattr(state, "save_tensors", full)
+    with pytest.raises(CheckpointError, match="No space left on device; nothing was changed"):
+        train(recipe(data), tmp_path / "r")
+    assert [p.name for p in saved_steps(tmp_path / "r")] == ["step-00000003"]
+    assert os.listdir(tmp_path / "r" / "checkpoints") == ["step-00000003"]
+    monkeypatch.setattr(state, "save_tensors", save)
+    assert train(recipe(data), tmp_path / "r") == whole
+    assert_same_bits(tmp_path / "whole", tmp_path / "r")
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(data, tmp_path):
+    train(recipe(data, steps=8), tmp_path / "r")
+    path = saved_steps(tmp_path / "r")[-1] / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"or remove .*step-00000008 to resume from"):
+        train(recipe(data, steps=8), tmp_path / "r")
+
+
+def test_another_recipe_is_refused_and_harmless_changes_are_not(data, tmp_path):
+    train(recipe(data, steps=3), tmp_path / "r")
+    other = changed(recipe(data, steps=3), "optimizer", learning_rate=1e-4)
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0\.003 -> 0\.0001"):
+        train(other, tmp_path / "r")
+    assert train(recipe(data, steps=3, log_every=1), tmp_path / "r").finished
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        train(recipe(data), tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_other_data_is_refused_on_resuming(data, tmp_path):
+    train(recipe(data, steps=3), tmp_path / "r")
+    (tmp_path / "y.txt").write_text("other text " * 50)
+    prepare([str(tmp_path / "y.txt")], tmp_path / "d", PrepareOptions(validation_share=0.0))
+    with pytest.raises(DataError, match="has no entropies"):
+        train(recipe(str(tmp_path / "d"), steps=3), tmp_path / "r")
+    run = tmp_path / "t"
+    train(recipe(data, "transformer", steps=3), run)
+    with pytest.raises(ConfigError, match="was trained on other data"):
+        train(recipe(str(tmp_path / "d"), "transformer", steps=3), run)
+
+
+def test_bad_recipes_are_named(data, tmp_path):
+    no_path = changed(recipe(data), "data", path=None)
+    with pytest.raises(ConfigError, match=r"add data\.path=FOLDER"):
+        train(no_path, tmp_path / "a")
+    too_large = changed(recipe(data), "patching", patch_size=900.0)
+    with pytest.raises(PatchingError, match=r"patch size of 900 cannot be reached.*gives 1\.00 to"):
+        train(too_large, tmp_path / "b")
+    no_threshold = changed(recipe(data), "patching", patch_size=None)
+    with pytest.raises(PatchingError, match="needs a threshold or a patch_size"):
+        train(no_threshold, tmp_path / "c")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device is available"):
+            train(recipe(data, device="cuda"), tmp_path / "d")
+
+
+def test_runs_without_held_out_text_train_all_the_same(tmp_path):
+    (tmp_path / "y.txt").write_text("some text " * 100)
+    prepare([str(tmp_path / "y.txt")], tmp_path / "d", PrepareOptions(validation_share=0.0))
+    result = train(recipe(str(tmp_path / "d"), "transformer", steps=2), tmp_path / "r")
+    assert result.finished
+    assert result.validation == {}
+
+
+def test_learning_rate_warms_up_and_decays_to_its_end():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_ratio=0.1)
+    rates = [learning_rate(s, 20, config) for s in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[3:]))
+
+
+def test_tables_and_norms_are_not_decayed():
+    model = random_blt()
+    decayed, others = build_optimizer(model, OptimizerConfig(weight_decay=0.5)).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.5
+    assert others["weight_decay"] == 0.0
+    assert all("norm" in names[id(p)] or "embedding" in names[id(p)] for p in others["params"])
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_a_table_is_fitted_and_saved(data, tmp_path):
+    settings = parse(
+        Recipe, {"model": {"kind": "ngram"}, "data": {"path": data}, "train": {"steps": 1}}, "test"
+    )
+    table = fit_table(settings, tmp_path / "t")
+    ids = random_ids(30)[None]
+    assert torch.equal(load_model(tmp_path / "t")[0].entropies(ids), table.entropies(ids))
+    assert len(table.keys) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_signals_end_a_run_that_resumes_to_the_same_bits(data, tmp_path, number):
+    import yaml
+
+    settings = recipe(data, steps=400, checkpoint_every=20, log_every=20, validate_every=400)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-m", "bytelm", "train", str(path), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    run = tmp_path / "stopped"
+    process = subprocess.Popen([*command, str(run)], stdout=subprocess.PIPE)
+    while len(saved_steps(run)) < 2:
+        time.sleep(0.02)
+    process.send_signal(number)
+    printed, _ = process.communicate()
+    assert len(saved_steps(run)) < 20
+    if number != signal.SIGKILL:
+        assert process.returncode == 0
+        assert b"the same command goes on" in printed
+    subprocess.run([*command, str(run)], check=True, stdout=subprocess.DEVNULL)
+    a, b = (saved_steps(tmp_path / n)[-1] for n in ("whole", "stopped"))
+    assert a.name == b.name
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
