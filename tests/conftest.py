@@ -1,3 +1,5 @@
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -12,6 +14,7 @@ def pytest_configure(config):
     # Each xdist worker on a small machine gets one thread; otherwise they fight over the cores.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
 
 @pytest.fixture(autouse=True)

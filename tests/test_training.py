@@ -17,7 +17,7 @@ from bytelm.checkpoint import load_model, save_model, saved_steps
 from bytelm.config import ModelDescription, OptimizerConfig, Recipe, TransformerConfig, parse
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
-from bytelm.training import build_optimizer, fit_table, learning_rate, train, trainer
+from bytelm.training import Trainer, build_optimizer, fit_table, learning_rate, train, trainer
 
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
@@ -96,17 +96,17 @@ def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind
     """Killed after any step, it goes on from the last checkpoint as if nothing had happened."""
     settings = recipe(data, kind)
     train(settings, tmp_path / "whole")
-    step = trainer._Trainer._step
+    step = Trainer.step
 
     def kill(self):
-        if self.state.step == stop:
+        if self.num_steps == stop:
             raise StopAt
         step(self)
 
-    monkeypatch.setattr(trainer._Trainer, "_step", kill)
+    monkeypatch.setattr(Trainer, "step", kill)
     with pytest.raises(StopAt):
         train(settings, tmp_path / "killed")
-    monkeypatch.setattr(trainer._Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     result = train(settings, tmp_path / "killed")
     assert result.finished
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from bytelm.config import (
     recipe_text,
 )
 from bytelm.errors import BytelmError, ConfigError, PatchingError
+from bytelm.tracking import preparation_bar
 from bytelm.version import __version__
 
 if TYPE_CHECKING:
@@ -132,6 +132,9 @@ def data_prepare(
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Pass over records that cannot be read.")
     ] = False,
+    cut_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer documents, at line ends if possible.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.")] = None,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="Text per shard, in MB.")] = 32.0,
 ) -> None:
@@ -143,7 +146,6 @@ def data_prepare(
     bytelm data prepare data --scorer entropy-run --out data-scored[/]
     """
     from bytelm.data import PrepareOptions, ReadOptions, prepare
-    from bytelm.data import Progress as Preparation
 
     read = ReadOptions(
         format=format,
@@ -152,6 +154,7 @@ def data_prepare(
         include=include,
         binary=binary,
         skip_invalid=skip_invalid,
+        cut_bytes=cut_bytes,
     )
     options = PrepareOptions(
         read=read,
@@ -161,23 +164,7 @@ def data_prepare(
         shard_bytes=round(shard_mb * 1e6),
         workers=workers,
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("preparing")
-
-        def report(state: Preparation) -> None:
-            progress.update(
-                task,
-                completed=state.read_bytes,
-                total=state.total_bytes or None,
-                description=f"{state.documents:,} documents, {state.shards} shards",
-            )
-
+    with preparation_bar(console) as report:
         prepare(inputs, out, options, report)
     if scorer is not None:
         from bytelm.data.calibration import calibrate_folder

@@ -3,18 +3,31 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from bytelm.errors import ConfigError
 
 PLAIN_SECONDS = 10.0
 """Between lines where the output is not a terminal."""
+
+
+def read_jsonl(path: Path) -> list[dict[str, float]]:
+    """Metrics that a :class:`JsonlSink` wrote."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @runtime_checkable
@@ -31,10 +44,10 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line; :meth:`position` and ``resume_at`` make resuming leave no trace."""
+    """One JSON object a line; what an earlier run wrote after ``resume_at`` bytes is dropped."""
 
-    def __init__(self, path: Path, resume_at: int | None = None) -> None:
-        if resume_at is not None and path.exists():
+    def __init__(self, path: Path, resume_at: int = 0) -> None:
+        if path.exists():
             os.truncate(path, resume_at)
         self._file = path.open("a", encoding="utf-8")
 
@@ -130,3 +143,36 @@ class LiveLine:
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+@runtime_checkable
+class Preparation(Protocol):
+    """How far a preparation of data is."""
+
+    read_bytes: int
+    total_bytes: int
+    documents: int
+    shards: int
+
+
+@contextmanager
+def preparation_bar(console: Console) -> Iterator[Callable[[Preparation], None]]:
+    """A bar for the bytes of input read, and what to call with news."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("preparing", total=None)
+
+        def report(state: Preparation) -> None:
+            progress.update(
+                task,
+                completed=state.read_bytes,
+                total=state.total_bytes or None,
+                description=f"{state.documents:,} documents, {state.shards} shards",
+            )
+
+        yield report

@@ -63,6 +63,9 @@ class ReadOptions:
     """Also read files in directories that look binary (a NUL byte near the start)."""
     skip_invalid: bool = False
     """Count and skip records that cannot be read, in place of stopping."""
+    cut_bytes: int | None = None
+    """Cut documents longer than this into pieces of at most as much, after a newline if one is in
+    the second half: the parts of a single long file can then be shuffled and held out."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class Reader:
         try:
             for document in self._read(source):
                 if document.data:
-                    yield document
+                    yield from _cut(document, self.options.cut_bytes)
                 else:
                     self.num_empty += 1
         except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
@@ -321,3 +324,18 @@ class Reader:
         if not self.options.skip_invalid:
             raise DataError(f"{message} (--skip-invalid passes over such records)")
         self.num_invalid += 1
+
+
+def _cut(document: Document, cut_bytes: int | None) -> Iterator[Document]:
+    """A document in pieces of at most ``cut_bytes``."""
+    data, begin = document.data, 0
+    if cut_bytes is None or len(data) <= cut_bytes:
+        yield document
+        return
+    while begin < len(data):
+        end = begin + cut_bytes
+        if end < len(data):
+            newline = data.rfind(b"\n", begin + cut_bytes // 2, end)
+            end = newline + 1 if newline >= 0 else end
+        yield Document(data[begin:end], document.source)
+        begin = end

@@ -1,0 +1,1 @@
+"""Shipped recipes. The first line of each says what it is."""

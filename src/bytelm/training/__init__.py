@@ -1,7 +1,18 @@
 """Training."""
 
 from bytelm.training.optim import build_optimizer, learning_rate
+from bytelm.training.run import TrainingResult, train
 from bytelm.training.table import fit_table
-from bytelm.training.trainer import TrainingResult, train
+from bytelm.training.timing import StepCost, step_cost
+from bytelm.training.trainer import Trainer
 
-__all__ = ["TrainingResult", "build_optimizer", "fit_table", "learning_rate", "train"]
+__all__ = [
+    "StepCost",
+    "Trainer",
+    "TrainingResult",
+    "build_optimizer",
+    "fit_table",
+    "learning_rate",
+    "step_cost",
+    "train",
+]

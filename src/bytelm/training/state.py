@@ -30,9 +30,9 @@ from bytelm.checkpoint import (
     write_model,
     writing_folder,
 )
-from bytelm.config import ModelDescription
 from bytelm.data import LoaderState
 from bytelm.errors import CheckpointError
+from bytelm.training.setup import Setup
 
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 
@@ -48,7 +48,6 @@ class TrainerState:
     metrics_bytes: int
     """Size of ``metrics.jsonl`` at this step."""
     bytes_seen: int
-    flops: float
     interval: dict[str, Any]
     """Totals of the report in progress."""
 
@@ -60,35 +59,29 @@ def step_folder(run: Path, step: int) -> Path:
 
 def save_step(
     run: Path,
-    module: nn.Module,
-    trained: nn.Module,
-    description: ModelDescription,
+    setup: Setup,
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     training: dict[str, Any],
-    keep: int,
 ) -> None:
-    """Save a step, then remove all but the newest ``keep``.
+    """Save a step, then remove all but the newest ``train.keep_checkpoints``.
 
     Args:
         run: folder of the run.
-        module: the complete model.
-        trained: the part of it whose parameters the optimiser holds.
-        description: of the model.
+        setup: model and description.
         optimizer: of the run.
         state: everything else.
         training: for people, into the model's configuration.
-        keep: checkpoints to keep.
 
     Raises:
         CheckpointError: the disk refused; earlier checkpoints are untouched.
     """
     folder = step_folder(run, state.step)
     with writing_folder(folder) as temporary:
-        write_model(temporary, module, description, training)
-        save_tensors(temporary / OPTIMIZER, _moments(trained, optimizer))
+        write_model(temporary, setup.module, setup.description, training)
+        save_tensors(temporary / OPTIMIZER, _moments(setup.trained, optimizer))
         write_json(temporary / TRAINER, asdict(state))
-    for old in saved_steps(run)[:-keep]:
+    for old in saved_steps(run)[: -setup.recipe.train.keep_checkpoints]:
         shutil.rmtree(old)
 
 

@@ -1,0 +1,387 @@
+"""The tour: a small BLT trained, measured and sampled on this computer, in minutes.
+
+Nothing is downloaded: by default the text is the Python standard library, which every machine that
+can run this has. The steps are those a user would type, so the folder is an example of all that the
+package makes. Each step can be interrupted; the same command goes on.
+"""
+
+import lzma
+import os
+import platform
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bytelm.accounting import parameter_counts
+from bytelm.checkpoint import read_json, write_json
+from bytelm.config import EntropyPatching, Recipe, SpacePatching, StaticPatching, load_recipe
+from bytelm.data import Dataset, Manifest, PrepareOptions, ReadOptions, prepare
+from bytelm.data.calibration import calibrate_folder
+from bytelm.errors import ConfigError, DataError
+from bytelm.evaluation import total
+from bytelm.figures import draw_curves, draw_entropies, draw_rules
+from bytelm.generation import Sampling
+from bytelm.language_model import LanguageModel, load
+from bytelm.model.patched import PatchedModel
+from bytelm.model.transformer import Transformer
+from bytelm.tracking import preparation_bar, read_jsonl
+from bytelm.training import StepCost, TrainingResult, fit_table, step_cost, train
+from bytelm.training.run import METRICS
+from bytelm.version import __version__
+
+PATCH_SIZE = 4.5
+FLOPS = 4e12
+"""Training FLOPs of each of the two models, where time allows."""
+RESERVED_SECONDS = 50.0
+"""Kept for evaluating, sampling and drawing."""
+MIN_BYTES = 100_000
+HELD_OUT_BYTES = 250_000
+PLAN, RESULTS, REPORT = "plan.json", "results.json", "report.md"
+STAGES = 7
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of results."""
+
+    name: str
+    bits_per_byte: float
+    patch_size: float | None = None
+    parameters: int | None = None
+    """Without n-gram tables, which are look-ups."""
+    table_parameters: int | None = None
+    flops: float | None = None
+    train_bytes: int | None = None
+
+
+def run_quickstart(
+    data: Path | None, out: Path, *, minutes: float, seed: int, console: Console
+) -> None:
+    """Run the tour.
+
+    Args:
+        data: file or folder of text; ``None`` for the standard library of the running Python.
+        out: folder of the run.
+        minutes: time to take at most; less means shorter training.
+        seed: of weights and data order.
+        console: where to show what happens.
+
+    Raises:
+        ConfigError: ``out`` holds a quickstart of other settings.
+        DataError: the text cannot be read, or there is too little of it.
+    """
+    began = time.monotonic()
+    stage = _Stages(console)
+    stage("reading text")
+    text = _prepare_text(data, out, console)
+    stage("fitting an entropy model: a table of n-gram entropies")
+    if not (out / "entropy").exists():
+        fit_table(_recipe("quickstart-entropy", out / "text", seed), out / "entropy")
+    stage(f"scoring the text, and finding the threshold for {PATCH_SIZE} bytes per patch")
+    threshold = _score(out, console)
+    console.print(f"      threshold {threshold:.3f} nats", highlight=False)
+
+    left = 60 * minutes - (time.monotonic() - began)
+    plan = _plan(out, data, seed, left, console)
+    stage(f"training a BLT for {plan['blt']} steps")
+    blt = _train("blt", out, plan, seed, console)
+    stage(f"training a plain byte transformer for {plan['byte']} steps, the same FLOPs")
+    byte = _train("byte", out, plan, seed, console)
+
+    stage("evaluating on held-out files")
+    lm, baseline = load(out / "blt", "cpu"), load(out / "byte", "cpu")
+    documents = _held_out(out / "text")
+    rows = [
+        _measure("BLT with entropy patches", lm, documents, blt),
+        _measure("plain byte transformer", baseline, documents, byte),
+        _xz(documents),
+    ]
+    stage("sampling and drawing")
+    prompt = documents[0][:60]
+    sampling = Sampling(temperature=0.7, top_p=0.95, seed=seed)
+    sample = lm.generate(prompt, max_bytes=400, sampling=sampling)
+    snippet = documents[0][:192]
+    _draw(out, lm, snippet)
+    _write_report(out, rows, text, prompt, sample, threshold, time.monotonic() - began)
+    _show(out, rows, prompt, sample, time.monotonic() - began, console)
+
+
+class _Stages:
+    """Numbered headings: what is going on, and how much is to come."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._number = console, 0
+
+    def __call__(self, title: str) -> None:
+        self._number += 1
+        self._console.print(f"[bold]{self._number}/{STAGES}[/bold]  {title}", highlight=False)
+
+
+def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
+    """Documents of the text, a few held out."""
+    if data is None:
+        library = Path(sysconfig.get_paths()["stdlib"])
+        # Installed packages may live inside the library's folder; they differ between machines.
+        parts = [p for p in sorted(library.iterdir()) if not p.name.endswith("-packages")]
+        arguments = [f"python={p}" for p in parts if p.is_dir() or p.suffix == ".py"]
+        read = ReadOptions(include="*.py")
+    else:
+        arguments = [str(data)]
+        # Long documents are cut, so that a part of a single file can be held out.
+        read = ReadOptions(cut_bytes=32_768)
+    options = PrepareOptions(read=read, validation_share=0.03)
+    with preparation_bar(console) as report:
+        manifest = prepare(arguments, out / "text", options, report)
+    held_out = sum(s.text_bytes for s in manifest.sources("validation").values())
+    everything = sum(s.text_bytes for s in manifest.sources().values())
+    console.print(f"      {everything:,} bytes, {held_out:,} of them held out", highlight=False)
+    if everything < MIN_BYTES or not held_out:
+        raise DataError(
+            f"{data or 'the standard library'} holds {everything:,} bytes, of which {held_out:,} "
+            f"could be held out: the quickstart needs at least {MIN_BYTES:,} bytes in several "
+            "documents"
+        )
+    return manifest
+
+
+def _score(out: Path, console: Console) -> float:
+    options = PrepareOptions(scorer=out / "entropy", validation_share=0.03)
+    with preparation_bar(console) as report:
+        prepare([str(out / "text")], out / "scored", options, report)
+    rule = calibrate_folder(out / "scored", EntropyPatching(), PATCH_SIZE).rule
+    return EntropyPatching.model_validate(rule).threshold or 0.0
+
+
+def _recipe(name: str, data: Path, seed: int, *overrides: str) -> Recipe:
+    return load_recipe(name, [f"data.path={data}", f"train.seed={seed}", *overrides])
+
+
+def _training_recipe(name: str, out: Path, seed: int, steps: int) -> Recipe:
+    return _recipe(
+        f"quickstart-{name}",
+        out / ("scored" if name == "blt" else "text"),
+        seed,
+        f"train.steps={steps}",
+        f"train.validate_every={max(steps // 8, 1)}",
+        f"train.checkpoint_every={max(steps // 4, 1)}",
+    )
+
+
+def _plan(
+    out: Path, data: Path | None, seed: int, seconds: float, console: Console
+) -> dict[str, int]:
+    """Steps of both models: equal FLOPs, as many as fit; the same when run again."""
+    settings = {"data": None if data is None else str(data), "seed": seed}
+    if (out / PLAN).exists():
+        plan = read_json(out / PLAN)
+        if plan["settings"] != settings:
+            raise ConfigError(
+                f"{out} holds a quickstart of other settings ({plan['settings']}): choose another "
+                "--out, or remove it"
+            )
+        return plan["steps"]
+    costs = {name: step_cost(_training_recipe(name, out, seed, 1)) for name in ("blt", "byte")}
+    steps = equal_flops(costs, FLOPS, seconds - RESERVED_SECONDS)
+    flops = steps["blt"] * costs["blt"].flops
+    if flops < 0.9 * FLOPS:
+        console.print(
+            f"      time allows {flops / FLOPS:.0%} of the usual training: --minutes gives more",
+            highlight=False,
+        )
+    write_json(out / PLAN, {"settings": settings, "steps": steps})
+    return steps
+
+
+def equal_flops(costs: dict[str, StepCost], flops: float, seconds: float) -> dict[str, int]:
+    """Steps for each of several models such that all spend the same FLOPs and time suffices.
+
+    Args:
+        costs: of one step of each model.
+        flops: wanted for each.
+        seconds: for all of them together.
+    """
+    seconds_per_flop = sum(cost.seconds / cost.flops for cost in costs.values())
+    affordable = min(flops, max(seconds, 0.0) / seconds_per_flop)
+    return {name: max(round(affordable / cost.flops), 1) for name, cost in costs.items()}
+
+
+def _train(
+    name: str, out: Path, plan: dict[str, int], seed: int, console: Console
+) -> TrainingResult:
+    recipe = _training_recipe(name, out, seed, plan[name])
+    result = train(recipe, out / name, console=console, title=f"     {name}")
+    if not result.finished:
+        raise ConfigError(f"stopped in step {result.step}: the same command goes on from there")
+    return result
+
+
+def _held_out(folder: Path) -> list[bytes]:
+    """Held-out documents, whole, the longer ones of a fair share first."""
+    dataset = Dataset(folder, "validation")
+    documents, size = [], 0
+    for index in range(len(dataset)):
+        documents.append(dataset.document(index))
+        size += len(documents[-1])
+        if size > HELD_OUT_BYTES:
+            break
+    # A document that is long enough to quote from comes first.
+    documents.sort(key=lambda document: len(document) < 2000)
+    return documents
+
+
+def _measure(name: str, lm: LanguageModel, documents: list[bytes], result: TrainingResult) -> Row:
+    labelled = [("", document) for document in documents]
+    likelihood = total(lm.likelihood(labelled, stride=lm.context_bytes // 2).values())
+    module = lm.module.blt if isinstance(lm.module, PatchedModel) else lm.module
+    assert not isinstance(module, PatchedModel)
+    counts = parameter_counts(module) if isinstance(module, Transformer) else None
+    if counts is None:
+        assert isinstance(lm.module, PatchedModel)
+        counts = parameter_counts(lm.module.blt)
+    tables = counts.get("n-gram embeddings", 0)
+    return Row(
+        name,
+        likelihood.bits_per_byte,
+        likelihood.patch_size if likelihood.num_patches else None,
+        sum(counts.values()) - tables,
+        tables,
+        result.flops,
+        result.bytes_seen,
+    )
+
+
+def _xz(documents: list[bytes]) -> Row:
+    compressed = sum(len(lzma.compress(document, preset=9)) for document in documents)
+    return Row("xz -9, each file alone", 8 * compressed / sum(map(len, documents)))
+
+
+def _draw(out: Path, lm: LanguageModel, snippet: bytes) -> None:
+    patched = lm.patch(snippet)
+    draw_entropies(patched, out / "entropies.svg")
+    rules = [
+        patched,
+        lm.patch(snippet, SpacePatching()),
+        lm.patch(snippet, StaticPatching(length=4)),
+    ]
+    draw_rules(rules, out / "rules.svg")
+    curves = {}
+    for name, label in (("blt", "BLT"), ("byte", "byte transformer")):
+        points = [m for m in read_jsonl(out / name / METRICS) if "validation_bpb" in m]
+        flops = [m["validation_flops"] for m in points]
+        curves[label] = (flops, [m["validation_bpb"] for m in points])
+    draw_curves(curves, out / "training.svg", x_label="training FLOPs")
+
+
+def _table_rows(rows: list[Row]) -> list[list[str]]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        [
+            row.name,
+            f"{row.bits_per_byte:.3f}",
+            number(row.patch_size, ".2f"),
+            number(row.parameters, ","),
+            number(row.table_parameters, ","),
+            number(row.flops, ".2e"),
+            number(row.train_bytes, ","),
+        ]
+        for row in rows
+    ]
+
+
+HEADINGS = [
+    "model",
+    "held-out bits/byte",
+    "bytes/patch",
+    "parameters",
+    "in n-gram tables",
+    "training FLOPs",
+    "bytes read",
+]
+
+
+def _write_report(
+    out: Path,
+    rows: list[Row],
+    text: Manifest,
+    prompt: bytes,
+    sample: bytes,
+    threshold: float,
+    seconds: float,
+) -> None:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    versions = f"bytelm {__version__}, torch {torch.__version__}"
+    write_json(
+        out / RESULTS,
+        {
+            "rows": [asdict(row) for row in rows],
+            "threshold": threshold,
+            "seconds": seconds,
+            "machine": machine,
+            "versions": versions,
+        },
+    )
+    lines = [" | ".join(HEADINGS), " | ".join("---" for _ in HEADINGS)]
+    lines += [" | ".join(row) for row in _table_rows(rows)]
+    table = "\n".join(f"| {line} |" for line in lines)
+    documents = sum(s.documents for s in text.sources().values())
+    size = sum(s.text_bytes for s in text.sources().values())
+    shown = (prompt + sample).decode("utf-8", "replace")
+    (out / REPORT).write_text(
+        f"""# Quickstart
+
+{documents:,} documents, {size:,} bytes; {seconds / 60:.1f} minutes on {machine}; {versions}.
+
+{table}
+
+Held-out bits per byte: lower is better. The models have read other files of the same kind, `xz`
+only the file at hand. The entropy model is a table, made by counting, so it costs no FLOPs.
+
+![training](training.svg)
+
+## Patches
+
+A grey line stands before each byte that starts a patch: where the entropy of its prediction is
+above {threshold:.3f} nats.
+
+![entropies](entropies.svg)
+![rules](rules.svg)
+
+## A sample
+
+The first {len(prompt)} bytes are the prompt.
+
+~~~
+{shown}
+~~~
+""",
+        "utf-8",
+    )
+
+
+def _show(
+    out: Path, rows: list[Row], prompt: bytes, sample: bytes, seconds: float, console: Console
+) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in _table_rows(rows):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    console.print()
+    shown = (prompt + sample).decode("utf-8", "replace")
+    console.print(shown, highlight=False, markup=False, style="dim")
+    console.print(
+        f"\n{seconds / 60:.1f} minutes. {out / REPORT} has the figures. Next:\n"
+        f"  bytelm patch {out / 'blt'} 'def main():'\n"
+        f"  bytelm generate {out / 'blt'} 'def '\n"
+        f"  bytelm eval {out / 'blt'} --bpb FILE",
+        highlight=False,
+    )

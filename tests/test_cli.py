@@ -1,0 +1,222 @@
+"""The command line as a user meets it: every verb on real files, and every mistake in one line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from builders import BASE_BLT
+from bytelm import cli
+
+SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
+WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command; returns its exit status, output and error output."""
+
+    def run(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["bytelm", *map(str, arguments)])
+        if stdin:
+            monkeypatch.setattr(
+                sys, "stdin", type("In", (), {"buffer": __import__("io").BytesIO(stdin)})
+            )
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Everything that takes a while to make, made by the commands a user would type."""
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(rng.choice(WORDS, 40))}) for _ in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    options = {"data": {"row_bytes": 128, "rows_per_step": 4}, "train": {"steps": 4}}
+    recipes = {
+        "entropy": {"model": {**SMALL, "window": 8}},
+        "blt": {
+            "model": {"kind": "blt", **BASE_BLT},
+            "patching": {"kind": "entropy", "patch_size": 3.0},
+        },
+    }
+    for name, recipe in recipes.items():
+        recipe = {**recipe, **options, "optimizer": {"warmup_steps": 1}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+
+    def bytelm(*arguments):
+        command = [sys.executable, "-m", "bytelm", *map(str, arguments)]
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
+
+    bytelm("data", "prepare", "text.jsonl", "--out", "d", "--validation-share", "0.1")
+    bytelm("train", "entropy.yaml", "data.path=d", "--out", "entropy")
+    bytelm("data", "prepare", "d", "--scorer", "entropy", "--out", "scored",
+           "--validation-share", "0.1", "--workers", "1")  # fmt: skip
+    bytelm("train", "blt.yaml", "data.path=scored", "--out", "blt")
+    return folder
+
+
+def test_help_and_version(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for verb in ("quickstart", "data", "train", "eval", "patch", "generate", "recipes"):
+        assert verb in out
+    from bytelm.version import __version__
+
+    assert run("--version")[1].strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["quickstart", "train", "eval", "patch", "generate", "recipes", "data prepare",
+     "data calibrate", "data info"],
+)  # fmt: skip
+def test_every_verb_has_help(run, verb):
+    status, out, _ = run(*verb.split(), "--help")
+    assert status == 0
+    assert "Usage" in out
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, bytelm.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_data_info_and_calibrate(run, world):
+    status, out, _ = run("data", "info", world / "scored", "--verify")
+    assert status == 0
+    assert "text" in out
+    assert "every file is as it was written" in out
+    status, out, _ = run("data", "calibrate", world / "scored", "--patch-size", "2.5")
+    assert status == 0
+    assert "patches of 2.5" in out
+    status, out, _ = run("data", "calibrate", world / "scored", "--rule", "monotonic",
+                         "--patch-size", "3", "--max-length", "8")  # fmt: skip
+    assert "'kind': 'monotonic'" in out
+
+
+def test_eval(run, world):
+    status, out, _ = run("eval", world / "blt", "--bpb", f"mine={world / 'text.jsonl'}")
+    assert status == 0
+    assert "mine" in out
+    status, out, _ = run("eval", world / "entropy", "--bpb", world / "text.jsonl", "--json")
+    row = json.loads(out)["text"]
+    assert 1 < row["bits_per_byte"] < 12
+    assert row["bytes"] == sum(
+        len(json.loads(line)["text"].encode()) for line in (world / "text.jsonl").open()
+    )
+
+
+def test_patch_shows_every_byte_and_the_rule(run, world):
+    status, out, _ = run("patch", world / "blt", "the patch é")
+    assert status == 0
+    shown, summary = out.splitlines()
+    assert "12 bytes" in summary
+    assert "kind entropy, threshold" in summary
+    assert shown.replace("|", "").encode().decode("unicode_escape").encode("latin-1") in (
+        "the patch é".encode(),
+        "the patch é".encode().decode().encode("latin-1"),
+    )
+    status, out, _ = run("patch", world / "blt", "a bc", "--rule", "space")
+    assert out.splitlines()[0] == "a |bc"
+    status, out, _ = run("patch", world / "blt", "abcdef", "--rule", "static", "--length", "3")
+    assert out.splitlines()[0] == "ab|cde|f"
+
+
+def test_patch_reads_standard_input_and_speaks_json(run, world):
+    status, out, _ = run("patch", world / "blt", "--json", stdin=b"\xff\xfe any bytes")
+    assert status == 0
+    record = json.loads(out)
+    assert "".join(record["patches"]).startswith("\\xff\\xfe any bytes")
+    assert len(record["entropies"]) == 13
+    assert record["boundaries"][0] == 0
+
+
+def test_patch_with_a_scorer_needs_a_rule(run, world):
+    status, _, err = run("patch", world / "entropy", "text")
+    assert status == 1
+    assert "has no patching rule of its own: name one" in err
+    status, out, _ = run(
+        "patch", world / "entropy", "text", "--rule", "entropy", "--threshold", "0"
+    )
+    assert out.splitlines()[0] == "t|e|x|t"
+    status, _, err = run("patch", world / "entropy", "text", "--rule", "entropy")
+    assert "the entropy rule has no threshold yet" in err
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
+def test_patch_draws_figures(run, world, tmp_path, suffix):
+    one, many = tmp_path / f"one.{suffix}", tmp_path / f"many.{suffix}"
+    text = "the patch of bytes é is cut 日本\n"
+    assert run("patch", world / "blt", text, "--figure", one)[0] == 0
+    status, out, _ = run("patch", world / "blt", text, "--compare", "--figure", many)
+    assert status == 0
+    assert "kind space" in out
+    assert min(one.stat().st_size, many.stat().st_size) > 2000
+    if suffix == "svg":
+        assert "entropy (nats)" in one.read_text() or "<svg" in one.read_text()
+
+
+def test_generate_is_reproducible_and_writes_raw_bytes(run, world):
+    arguments = ("generate", world / "blt", "the ", "--max-bytes", "30", "--seed", "3")
+    first, again = run(*arguments), run(*arguments)
+    assert first == again
+    assert first[0] == 0
+    assert first[1].endswith("\n")
+
+
+def test_recipes_are_listed_and_printed(run):
+    _, out, _ = run("recipes")
+    assert "blt-8b" in out
+    _, out, _ = run("recipes", "entropy-ngram")
+    assert out.startswith("# A scorer that is a table")
+
+
+def test_a_finished_run_says_so_again(run, world):
+    status, out, _ = run("train", world / "blt.yaml", f"data.path={world / 'scored'}",
+                         "--out", world / "blt")  # fmt: skip
+    assert status == 0
+    assert "FLOPs in" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "blt-9b"], "did you mean 'blt-8b'?"),
+        (["train", "blt-1b", "--out", "{tmp}/r"], "add data.path=FOLDER"),
+        (["train", "blt-1b", "data.path=nowhere", "--out", "{tmp}/r"], "is not prepared data"),
+        (["train", "entropy-ngram", "--out", "{tmp}/r"], "add data.path=FOLDER"),
+        (["train", "blt-1b", "train.stepz=1"], "did you mean 'steps'?"),
+        (["train", "{world}/blt.yaml", "--time-limit", "soon"], "must look like 90s, 9m or 2h"),
+        (["data", "prepare", "nothing*", "--out", "{tmp}/d"], "matches no file"),
+        (["data", "info", "{tmp}"], "is not prepared data"),
+        (["data", "calibrate", "{world}/d"], "has no entropies"),
+        (["data", "calibrate", "{world}/scored", "--rule", "combined"], "needs --increase"),
+        (["data", "calibrate", "{world}/scored", "--patch-size", "500"], "cannot be reached"),
+        (["eval", "{tmp}/none", "--bpb", "x"], "there is no such folder"),
+        (["eval", "{world}/blt", "--bpb", "no-file"], "matches no file"),
+        (["generate", "{tmp}"], "is not a checkpoint"),
+        (["generate", "{world}/blt", "--top-p", "3"], "top_p must be above 0 and at most 1, not 3"),
+        (["generate", "{world}/blt", "--temperature", "-1"], "temperature must be 0"),
+        (["patch", "{world}/blt", "x", "--figure", "{tmp}/x.nonsense"], "cannot draw"),
+        (["recipes", "nothing"], "no recipe 'nothing'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_1(run, world, tmp_path, arguments, message):
+    status, _, err = run(*(a.format(tmp=tmp_path, world=world) for a in arguments))
+    assert status == 1
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,45 @@
+import pytest
+
+from bytelm.config import EntropyPatching, SpacePatching
+from bytelm.errors import ConfigError
+from bytelm.figures import byte_labels, draw_curves, draw_entropies, draw_rules
+from bytelm.language_model import PatchedText
+
+np = pytest.importorskip("numpy")
+
+
+def text(data, rule=None):
+    entropies = np.linspace(0, 3, len(data) + 1, dtype=np.float32)
+    boundaries = tuple(range(0, len(data), 3))
+    return PatchedText(data, boundaries, entropies, rule or EntropyPatching(threshold=1.5))
+
+
+def test_labels_stand_on_the_first_byte_of_a_character_and_show_every_byte():
+    assert byte_labels("aé日".encode()) == ["a", "é", "", "日", "", ""]
+    assert byte_labels(b"\xff \n\t\x00$") == ["ff", "_", "\\n", "\\t", "00", "\\$"]
+    assert byte_labels("é".encode()[:1] + b"x") == ["c3", "x"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"some text" * 30, bytes(range(256)), "日本 $x$".encode()]
+)
+def test_figures_of_any_bytes(tmp_path, data):
+    draw_entropies(text(data), tmp_path / "a.svg")
+    draw_rules([text(data), text(data, SpacePatching())], tmp_path / "b.svg")
+    for name in ("a.svg", "b.svg"):
+        assert "</svg>" in (tmp_path / name).read_text()
+
+
+def test_curves(tmp_path):
+    draw_curves({"a": ([1, 10], [2.0, 1.0])}, tmp_path / "c.png", x_label="FLOPs")
+    assert (tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    without = PatchedText(b"ab", (0,), None, SpacePatching())
+    with pytest.raises(ConfigError, match="there are none to draw"):
+        draw_entropies(without, tmp_path / "a.svg")
+    with pytest.raises(ConfigError, match="cannot draw"):
+        draw_entropies(text(b"ab"), tmp_path / "a.nonsense")
+    with pytest.raises(ConfigError, match="cannot write"):
+        draw_entropies(text(b"ab"), tmp_path / "missing" / "a.svg")

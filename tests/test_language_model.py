@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+import bytelm
+from builders import random_ids, random_patched
+from bytelm.checkpoint import save_model
+from bytelm.config import (
+    EntropyPatching,
+    ModelDescription,
+    NgramConfig,
+    SpacePatching,
+    StaticPatching,
+    TableConfig,
+)
+from bytelm.errors import ConfigError
+from bytelm.model.ngram import fit_ngram_scorer
+from test_checkpoint import patched_description
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm") / "m"
+    model = random_patched(reset=True)
+    save_model(folder, model, patched_description(model))
+    return bytelm.load(folder, device="cpu")
+
+
+def test_exported_names_are_all_there():
+    assert sorted(bytelm.__all__, key=str.lower) == sorted(set(bytelm.__all__), key=str.lower)
+    for name in bytelm.__all__:
+        assert getattr(bytelm, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = bytelm.nothing
+
+
+@pytest.mark.parametrize("text", ["some text, é", b"\xff\x00 any bytes", ""])
+def test_patches_cover_the_text(lm, text):
+    patched = lm.patch(text)
+    assert b"".join(patched.patches) == patched.data == bytelm.codec.to_bytes(text)
+    assert len(patched.entropies) == len(patched.data) + 1
+    threshold = lm.config.patching.threshold
+    cut = [i for i in range(len(patched.data)) if i == 0 or patched.entropies[i] > threshold]
+    assert patched.boundaries == tuple(cut)
+
+
+def test_other_rules_can_be_applied(lm):
+    assert lm.patch("a bc", SpacePatching()).patches == [b"a ", b"bc"]
+    # BOS is the first of the positions that static patches count.
+    assert lm.patch("abcdef", StaticPatching(length=3)).patches == [b"ab", b"cde", b"f"]
+    assert lm.patch("abc", EntropyPatching(threshold=-1.0)).patches == [b"a", b"b", b"c"]
+
+
+def test_bits_per_byte_of_one_text_or_several(lm):
+    one, two = lm.bits_per_byte("first text"), lm.bits_per_byte(b"2nd")
+    both = lm.bits_per_byte(["first text", b"2nd"])
+    assert both == pytest.approx((one * 10 + two * 3) / 13, rel=1e-5)
+
+
+def test_generation_is_bytes_and_streams_text(lm):
+    sampling = bytelm.Sampling(seed=5)
+    data = lm.generate("x", max_bytes=40, sampling=sampling)
+    assert b"".join(p.data for p in lm.stream("x", max_bytes=40, sampling=sampling)) == data
+    text = "".join(lm.stream_text("x", max_bytes=40, sampling=sampling))
+    assert text == data.decode("utf-8", "replace")
+    assert (
+        lm.generate("x", max_bytes=40, sampling=sampling, stop=[data[5:7]])
+        == data[: data.find(data[5:7])]
+    )
+
+
+def test_a_table_patches_and_does_not_predict(tmp_path):
+    table = fit_ngram_scorer([random_ids(300, num_values=9).numpy()], NgramConfig(max_order=2))
+    description = ModelDescription(model=TableConfig(max_order=2, num_contexts=len(table.keys)))
+    save_model(tmp_path / "t", table, description)
+    lm = bytelm.load(tmp_path / "t")
+    assert lm.patch("abc", EntropyPatching(threshold=99.0)).patches == [b"abc"]
+    with pytest.raises(ConfigError, match="it can patch text, not predict it"):
+        lm.bits_per_byte("abc")
+
+
+def test_a_model_without_scorer_says_so(tmp_path):
+    model = random_patched(rule=bytelm.language_model.build_patcher(SpacePatching()).rule)
+    model.scorer = None
+    description = patched_description(model).model_copy(update={"scorer": None})
+    save_model(tmp_path / "m", model, description)
+    lm = bytelm.load(tmp_path / "m")
+    patched = lm.patch("a b")
+    assert patched.entropies is None
+    with pytest.raises(ConfigError, match="this model has no scorer"):
+        lm.entropies("a b")
+    assert torch.isfinite(torch.tensor(lm.bits_per_byte("a b")))
