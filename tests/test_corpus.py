@@ -3,10 +3,14 @@ import json
 import lzma
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bytelm.data import PrepareOptions, Reader, ReadOptions, find_inputs, prepare
 from bytelm.errors import DataError
@@ -185,3 +189,20 @@ def test_progress_follows_the_compressed_file(tmp_path):
         positions.append(reader.position)
     assert positions == sorted(positions)
     assert 0 < positions[0] <= positions[-1] == source.num_bytes
+
+
+@given(data=st.binary(max_size=300), cut_bytes=st.integers(1, 40))
+def test_cut_documents_join_to_the_whole_and_end_at_newlines_where_they_can(data, cut_bytes):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.txt"
+        path.write_bytes(data)
+        pieces = [piece for _, piece in read(path, cut_bytes=cut_bytes)]
+    assert b"".join(pieces) == data
+    assert all(0 < len(piece) <= cut_bytes for piece in pieces)
+    for piece in pieces[:-1]:
+        assert piece.endswith(b"\n") or b"\n" not in piece[cut_bytes // 2 :]
+
+
+def test_a_short_document_is_not_cut(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n")
+    assert read(tmp_path / "a.txt", cut_bytes=8) == [("a", b"one\ntwo\n")]

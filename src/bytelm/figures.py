@@ -5,6 +5,7 @@ follows from the file's name.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,22 @@ THRESHOLD_COLOUR = "#c2410c"
 BYTES_PER_LINE = 96
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def check_matplotlib() -> None:
+    """Say that matplotlib is missing before work is done in vain.
+
+    Raises:
+        ConfigError: it is.
+    """
     try:
-        from matplotlib.figure import Figure
+        import_module("matplotlib")
     except ImportError:
         raise ConfigError("figures need matplotlib: install bytelm[figures]") from None
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

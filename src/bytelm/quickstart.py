@@ -24,7 +24,7 @@ from bytelm.data import Dataset, Manifest, PrepareOptions, ReadOptions, prepare
 from bytelm.data.calibration import calibrate_folder
 from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation import total
-from bytelm.figures import draw_curves, draw_entropies, draw_rules
+from bytelm.figures import check_matplotlib, draw_curves, draw_entropies, draw_rules
 from bytelm.generation import Sampling
 from bytelm.language_model import LanguageModel, load
 from bytelm.model.patched import PatchedModel
@@ -72,10 +72,11 @@ def run_quickstart(
         console: where to show what happens.
 
     Raises:
-        ConfigError: ``out`` holds a quickstart of other settings.
+        ConfigError: ``out`` holds a quickstart of other settings, or matplotlib is missing.
         DataError: the text cannot be read, or there is too little of it.
     """
     began = time.monotonic()
+    check_matplotlib()
     stage = _Stages(console)
     stage("reading text")
     text = _prepare_text(data, out, console)

@@ -1,0 +1,88 @@
+"""The tour as a new user takes it, on little text and in little time."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bytelm.quickstart import equal_flops
+from bytelm.training import StepCost
+
+positive = st.floats(1e-3, 1e3)
+
+
+@given(positive, positive, st.floats(1e9, 1e13), st.floats(1e9, 1e13), st.floats(1, 1e4))
+def test_both_models_get_the_same_flops_in_the_time_there_is(s1, s2, f1, f2, seconds):
+    costs = {"a": StepCost(s1, f1), "b": StepCost(s2, f2)}
+    wanted = 1e15
+    steps = equal_flops(costs, wanted, seconds)
+    spent = [steps[name] * costs[name].flops for name in costs]
+    # Whole steps: they agree to half a step of each.
+    assert abs(spent[0] - spent[1]) <= (f1 + f2) / 2 or min(steps.values()) == 1
+    assert max(spent) <= wanted + max(f1, f2)
+    taken = sum(steps[name] * costs[name].seconds for name in costs)
+    assert taken <= seconds + s1 + s2
+
+
+def test_no_time_left_is_one_step():
+    costs = {"a": StepCost(1.0, 1e9), "b": StepCost(1.0, 2e9)}
+    assert equal_flops(costs, 1e12, -5.0) == {"a": 1, "b": 1}
+
+
+def quickstart(*arguments, cwd):
+    command = [sys.executable, "-m", "bytelm", "quickstart", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def source(folder, documents=60):
+    rng = np.random.default_rng(0)
+    words = ["def", "return", "self", "patch", "bytes", "entropy", "(", ")", ":", "\n"]
+    folder.mkdir()
+    for number in range(documents):
+        text = " ".join(rng.choice(words, 600))
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_tour_on_a_folder_and_again(tmp_path):
+    data = source(tmp_path / "text")
+    done = quickstart("--data", data, "--minutes", "0.5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("BLT with entropy patches", "plain byte transformer", "xz -9, each file alone"):
+        assert line in done.stdout
+    out = tmp_path / "bytelm-quickstart"
+    results = json.loads((out / "results.json").read_text())
+    blt, byte, xz = results["rows"]
+    assert blt["flops"] == pytest.approx(byte["flops"], rel=0.02)
+    assert blt["patch_size"] > 2
+    assert 0 < blt["bits_per_byte"] < 8
+    assert xz["parameters"] is None
+    for name in ("report.md", "training.svg", "entropies.svg", "rules.svg"):
+        assert (out / name).stat().st_size > 500
+    again = quickstart("--data", data, cwd=tmp_path)
+    assert again.returncode == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert rows == results["rows"]
+    other = quickstart("--data", data, "--seed", "5", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "holds a quickstart of other settings" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the inputs hold no text"),
+        (b"a few words\n" * 20, "needs at least 100,000 bytes"),
+    ],
+)
+def test_too_little_text_is_said_at_once(tmp_path, content, message):
+    (tmp_path / "small.txt").write_bytes(content)
+    done = quickstart("--data", "small.txt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
