@@ -15,7 +15,8 @@ def text(data, rule=None):
 
 
 def test_labels_stand_on_the_first_byte_of_a_character_and_show_every_byte():
-    assert byte_labels("aé日".encode()) == ["a", "é", "", "日", "", ""]
+    assert byte_labels("aéя".encode()) == ["a", "é", "", "я", ""]
+    assert byte_labels("\U0010ffff".encode()) == ["f4", "8f", "bf", "bf"]
     assert byte_labels(b"\xff \n\t\x00$") == ["ff", "_", "\\n", "\\t", "00", "\\$"]
     assert byte_labels("é".encode()[:1] + b"x") == ["c3", "x"]
 
@@ -31,7 +32,7 @@ def test_figures_of_any_bytes(tmp_path, data):
 
 
 def test_curves(tmp_path):
-    draw_curves({"a": ([1, 10], [2.0, 1.0])}, tmp_path / "c.png", x_label="FLOPs")
+    draw_curves({"a": ([1.0, 10.0], [2.0, 1.0])}, tmp_path / "c.png", x_label="FLOPs")
     assert (tmp_path / "c.png").stat().st_size > 5000
 
 

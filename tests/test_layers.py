@@ -16,6 +16,7 @@ LAYERS = [
     {"training"},
     {"study"},
     {"language_model"},
+    {"figures"},
     {"quickstart"},
     {"cli"},
 ]

@@ -65,6 +65,25 @@ def test_copies_of_a_document_never_stand_on_both_sides(tmp_path):
     assert not train & held_out
 
 
+def test_held_out_inputs_are_held_out_with_all_copies_of_their_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"text {i}" for i in range(100)))
+    (tmp_path / "b.txt").write_text("\n".join(f"text {i}" for i in range(90, 120)))
+    options = PrepareOptions(
+        read=ReadOptions(format="lines"), validation=(str(tmp_path / "b.txt"),)
+    )
+    prepare([str(tmp_path / "a.txt")], tmp_path / "d", options)
+    assert documents(tmp_path / "d", "train") == [f"text {i}".encode() for i in range(90)]
+    held_out = documents(tmp_path / "d", "validation")
+    assert sorted(set(held_out)) == sorted(f"text {i}".encode() for i in range(90, 120))
+
+
+def test_prepared_data_keeps_its_split(corpus, scorer, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions(validation_share=0.3))
+    prepare([str(tmp_path / "d")], tmp_path / "e", PrepareOptions(scorer=scorer, workers=1))
+    for split in ("train", "validation"):
+        assert documents(tmp_path / "e", split) == documents(tmp_path / "d", split)
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_entropies_are_those_of_the_scorer_on_each_document_alone(corpus, scorer, tmp_path, reset):
     options = PrepareOptions(scorer=scorer, reset_at_newline=reset, workers=1, shard_bytes=4000)

@@ -114,7 +114,16 @@ def data_prepare(
     patch_size: Annotated[
         float, typer.Option(min=1.0, help="Mean bytes per patch to find a threshold for.")
     ] = 4.5,
-    validation_share: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.01,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(help="Input to hold out whole; may be repeated. Prepared data keeps its own."),
+    ] = None,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the other documents held out. [0.01, or 0 with --validation]",
+        ),
+    ] = None,
     format: Annotated[
         Literal["auto", "text", "lines", "jsonl", "parquet"],
         typer.Option(help="auto: by name; text: a file is a document; lines: a line is."),
@@ -160,6 +169,7 @@ def data_prepare(
         read=read,
         scorer=scorer,
         reset_at_newline=reset_at_newline,
+        validation=tuple(validation or ()),
         validation_share=validation_share,
         shard_bytes=round(shard_mb * 1e6),
         workers=workers,

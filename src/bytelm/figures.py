@@ -5,6 +5,7 @@ follows from the file's name.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,10 @@ LINE_COLOUR = "#1f5a99"
 BOUNDARY_COLOUR = "#9a9a9a"
 THRESHOLD_COLOUR = "#c2410c"
 BYTES_PER_LINE = 96
+MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "$": "\\$"}
+"""What stands for characters that cannot be drawn as they are; a bare dollar begins a formula."""
+FONTS = ("DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "DejaVu Sans")
+"""Monospace first; the others for the letters of many scripts, where they are installed."""
 
 
 def check_matplotlib() -> None:
@@ -83,7 +88,7 @@ def draw_entropies(patched: PatchedText, path: Path) -> None:
             assert patched.rule.threshold is not None
             axis.axhline(patched.rule.threshold, color=THRESHOLD_COLOUR, lw=1, ls="--")
         axis.set_xlim(begin - 0.7, begin + min(length, BYTES_PER_LINE) - 0.3)
-        axis.set_xticks(x, labels[begin:end], fontfamily=_font(), fontsize=7)
+        axis.set_xticks(x, labels[begin:end], fontfamily=list(_fonts()), fontsize=7)
         axis.tick_params(axis="x", length=0)
         axis.set_ylim(bottom=0)
         axis.set_ylabel("entropy (nats)")
@@ -110,7 +115,9 @@ def draw_rules(patched: Sequence[PatchedText], path: Path) -> None:
     for line, text in enumerate(patched):
         _draw_boxes(axis, text, line, len(data))
         for x, label in enumerate(labels):
-            axis.text(x, line, label, ha="center", va="center", fontsize=7, fontfamily=_font())
+            axis.text(
+                x, line, label, ha="center", va="center", fontsize=7, fontfamily=list(_fonts())
+            )
     names = [f"{_rule_name(text)}  ({text.patch_size:.1f})" for text in patched]
     axis.set_yticks(range(len(patched)), names, fontsize=8)
     axis.set_xticks([])
@@ -150,8 +157,7 @@ def draw_curves(
 def _draw_boxes(axis: "Axes", text: PatchedText, line: int, length: int) -> None:
     from matplotlib.patches import Rectangle
 
-    ends = [*text.boundaries[1:], len(text.data)]
-    for number, (begin, end) in enumerate(zip(text.boundaries, ends, strict=True)):
+    for number, (begin, end) in enumerate(text.spans):
         if begin < length:
             box = Rectangle(
                 (begin - 0.47, line - 0.38),
@@ -164,16 +170,20 @@ def _draw_boxes(axis: "Axes", text: PatchedText, line: int, length: int) -> None
 
 
 def byte_labels(data: bytes) -> list[str]:
-    """A label for each byte: its character, on the first of its bytes; marks for the invisible."""
+    """A label for each byte.
+
+    A character stands on the first of its bytes. What cannot be seen, or drawn with the fonts
+    installed, is shown as a mark or in hexadecimal.
+    """
     labels = [f"{byte:02x}" for byte in data]
     at = 0
     for character in data.decode("utf-8", "surrogateescape"):
         size = len(character.encode("utf-8", "surrogateescape"))
         if not "\udc80" <= character <= "\udcff":
-            shown = {" ": "_", "\n": "\\n", "\t": "\\t", "$": "\\$"}.get(character, character)
-            labels[at : at + size] = [shown if shown.isprintable() else labels[at]] + [""] * (
-                size - 1
-            )
+            if character in MARKS:
+                labels[at] = MARKS[character]
+            elif character.isprintable() and _is_drawable(character):
+                labels[at : at + size] = [character] + [""] * (size - 1)
         at += size
     return labels
 
@@ -188,10 +198,17 @@ def _rule_name(patched: PatchedText) -> str:
     return f"{rule.kind} {', '.join(details)}".strip()
 
 
-def _font() -> list[str]:
-    """Monospace first; the others so that letters of many scripts are found where installed."""
+@cache
+def _fonts() -> dict[str, str]:
+    """Installed fonts of :data:`FONTS` and where they are."""
     from matplotlib import font_manager
 
-    wanted = ["DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "DejaVu Sans"]
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return [name for name in wanted if name in installed]
+    files = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    return {name: files[name] for name in FONTS if name in files}
+
+
+@cache
+def _is_drawable(character: str) -> bool:
+    from matplotlib.font_manager import get_font
+
+    return any(get_font(file).get_char_index(ord(character)) for file in _fonts().values())

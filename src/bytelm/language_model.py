@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
@@ -38,10 +39,14 @@ class PatchedText:
     rule: PatchingConfig
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each patch begins and ends; none where there is no text."""
+        return list(pairwise([*self.boundaries, len(self.data)]))
+
+    @property
     def patches(self) -> list[bytes]:
         """The bytes of each patch."""
-        ends = [*self.boundaries[1:], len(self.data)]
-        return [self.data[a:b] for a, b in zip(self.boundaries, ends, strict=True)]
+        return [self.data[begin:end] for begin, end in self.spans]
 
     @property
     def patch_size(self) -> float:

@@ -151,7 +151,7 @@ def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
 
 
 def _score(out: Path, console: Console) -> float:
-    options = PrepareOptions(scorer=out / "entropy", validation_share=0.03)
+    options = PrepareOptions(scorer=out / "entropy")
     with preparation_bar(console) as report:
         prepare([str(out / "text")], out / "scored", options, report)
     rule = calibrate_folder(out / "scored", EntropyPatching(), PATCH_SIZE).rule

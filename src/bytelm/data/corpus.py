@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytelm.codec import to_bytes
-from bytelm.data.dataset import MANIFEST, Dataset
+from bytelm.data.dataset import MANIFEST, Dataset, Split
 from bytelm.errors import DataError
 
 Format = Literal["auto", "text", "lines", "jsonl", "parquet"]
@@ -45,6 +45,8 @@ class Document(NamedTuple):
 
     data: bytes
     source: str
+    split: Split | None = None
+    """``None`` where it is not settled yet."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Input:
     """``None`` for standard input."""
     source: str
     kind: Literal["text", "lines", "jsonl", "parquet", "prepared", "datasets"]
+    split: Split | None = None
+    """Of all its documents; ``None`` where preparation settles it."""
 
     @property
     def name(self) -> str:
@@ -91,7 +95,7 @@ class Input:
     def identity(self) -> list[str | int]:
         """What tells whether the input is still the same, without reading it."""
         changed = self.path.stat().st_mtime_ns if self.path else 0
-        return [self.name, self.source, self.kind, self.num_bytes, changed]
+        return [self.name, self.source, self.kind, self.split or "", self.num_bytes, changed]
 
 
 def find_inputs(arguments: Iterable[str], options: ReadOptions) -> list[Input]:
@@ -205,6 +209,8 @@ class Reader:
         """
         try:
             for document in self._read(source):
+                if source.split:
+                    document = document._replace(split=source.split)
                 if document.data:
                     yield from _cut(document, self.options.cut_bytes)
                 else:
@@ -275,11 +281,12 @@ class Reader:
 
     def _prepared(self, source: Input) -> Iterator[Document]:
         assert source.path is not None
-        for split in ("train", "validation"):
+        splits: tuple[Split, ...] = ("train", "validation")
+        for split in splits:
             dataset = Dataset(source.path, split)
             for index in range(len(dataset)):
                 name = source.source or dataset.source_names[dataset.source_ids[index]]
-                yield Document(dataset.document(index), name)
+                yield Document(dataset.document(index), name, split)
 
     def _datasets(self, source: Input) -> Iterator[Document]:
         try:
@@ -337,5 +344,5 @@ def _cut(document: Document, cut_bytes: int | None) -> Iterator[Document]:
         if end < len(data):
             newline = data.rfind(b"\n", begin + cut_bytes // 2, end)
             end = newline + 1 if newline >= 0 else end
-        yield Document(data[begin:end], document.source)
+        yield document._replace(data=data[begin:end])
         begin = end

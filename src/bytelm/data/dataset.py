@@ -92,6 +92,12 @@ class Manifest(Node):
     scorer: ScorerRecord | None = None
     calibration: Calibration | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells data apart: of the documents and entropies, whatever their calibration."""
+        digests = "\n".join(shard.sha256 for shard in self.shards)
+        return hashlib.sha256(digests.encode()).hexdigest()
+
     def sources(self, split: Split | None = None) -> dict[str, SourceTotal]:
         """How much there is of each source, by name, in one split or both."""
         documents, text_bytes = Counter[str](), Counter[str]()

@@ -1,8 +1,9 @@
 """Preparation: text in, Arrow shards out; parallel, and restartable after a kill.
 
 Documents are dealt, in reading order, to shards of about equal size, one series for training and
-one for validation; a document's split follows from a hash of its bytes, so copies of a document
-never stand on both sides. Shards are scored and written by worker processes, each file under a
+one for validation. Held-out inputs are read first, and copies of their documents are held out too;
+prepared data keeps its split; for other documents a hash of the bytes decides, so that copies of
+one stand on the same side. Shards are scored and written by worker processes, each file under a
 temporary name first. A journal lists the finished ones; the same command after a kill reads the
 inputs again and skips them.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,21 @@ class PrepareOptions:
     """Checkpoint that makes the entropies."""
     reset_at_newline: bool = False
     """Whether a newline begins a new context for the scorer."""
-    validation_share: float = 0.01
-    """Share of documents held out."""
+    validation: tuple[str, ...] = ()
+    """Inputs that are held out whole."""
+    validation_share: float | None = None
+    """Share of the other documents held out; ``None`` for 0.01, or 0 with ``validation``."""
     shard_bytes: int = 32 * 2**20
     """Text per shard."""
     workers: int | None = None
     """Processes; ``None`` for one per core where there is a scorer, else one."""
+
+    @property
+    def hashed_share(self) -> float:
+        """Share of documents that their hash holds out."""
+        if self.validation_share is not None:
+            return self.validation_share
+        return 0.0 if self.validation else 0.01
 
 
 @dataclass
@@ -103,9 +113,11 @@ def prepare(
             else, or it was prepared with other settings.
         CheckpointError: the scorer cannot be loaded.
     """
-    if not 0 <= options.validation_share < 1:
+    if not 0 <= options.hashed_share < 1:
         raise DataError(f"the validation share must be in [0, 1), not {options.validation_share}")
-    inputs = find_inputs(arguments, options.read)
+    held_out = find_inputs(options.validation, options.read) if options.validation else []
+    inputs = [replace(one, split="validation") for one in held_out]
+    inputs += find_inputs(arguments, options.read)
     settings = _settings(inputs, options)
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
@@ -138,7 +150,7 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
         "read": asdict(options.read),
         "scorer": scorer,
         "reset_at_newline": options.reset_at_newline,
-        "validation_share": options.validation_share,
+        "validation_share": options.hashed_share,
         "shard_bytes": options.shard_bytes,
     }
 
@@ -270,8 +282,9 @@ def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[_S
         open_shards[split] = []
         return shard
 
+    held_out = set[bytes]()
     for document in documents:
-        split: Split = "validation" if _is_held_out(document, options) else "train"
+        split = _split(document, options.hashed_share, held_out)
         open_shards[split].append(document)
         sizes[split] += len(document.data)
         if sizes[split] >= options.shard_bytes:
@@ -281,9 +294,15 @@ def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[_S
             yield close(split)
 
 
-def _is_held_out(document: Document, options: PrepareOptions) -> bool:
+def _split(document: Document, hashed_share: float, held_out: set[bytes]) -> Split:
+    """The side a document stands on; ``held_out`` gathers what other inputs may hold copies of."""
     digest = hashlib.sha256(document.data).digest()[:8]
-    return int.from_bytes(digest, "big") < options.validation_share * 2**64
+    if document.split == "validation":
+        held_out.add(digest)
+    if document.split is not None and digest not in held_out:
+        return document.split
+    is_held_out = digest in held_out or int.from_bytes(digest, "big") < hashed_share * 2**64
+    return "validation" if is_held_out else "train"
 
 
 def _num_workers(options: PrepareOptions) -> int:

@@ -12,7 +12,6 @@ from bytelm import codec
 from bytelm.accounting import training_flops
 from bytelm.config import BLTConfig, Recipe, TransformerConfig
 from bytelm.data import IGNORED, Batch, Dataset, Loader
-from bytelm.data.dataset import MANIFEST, file_hash
 from bytelm.errors import TrainingError
 from bytelm.evaluation import (
     Likelihood,
@@ -78,7 +77,7 @@ class Trainer:
         self.held_out = Dataset(self.setup.dataset.folder, "validation", verify=data.verify)
         self.optimizer = build_optimizer(self.setup.trained, self.recipe.optimizer)
         self.step_flops = _step_flops(self.setup)
-        self.data_fingerprint = file_hash(self.setup.dataset.folder / MANIFEST)
+        self.data_fingerprint = self.setup.dataset.manifest.fingerprint
         self.num_steps = 0
         """Steps taken."""
         self.bytes_seen = 0
