@@ -130,6 +130,18 @@ def random_ids(length, seed=0, num_values=codec.VOCAB_SIZE) -> torch.Tensor:
     return torch.from_numpy(rng.integers(0, num_values, length))
 
 
+class LargestTensor(torch.overrides.TorchFunctionMode):
+    """Watches, as a context, how large the tensors are that torch functions return."""
+
+    num_bytes = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_bytes = max(self.num_bytes, result.untyped_storage().nbytes())
+        return result
+
+
 piece_sizes = st.lists(st.integers(0, 20), max_size=8)
 
 

@@ -5,6 +5,7 @@ Exact where that implementation is: uncached, one document a row, no patch limit
 
 import pytest
 import torch
+import transformers
 
 from builders import BASE_BLT, ids_of, merged, random_ids, threshold_between
 from bytelm.config import BLTConfig, TransformerConfig, parse
@@ -13,8 +14,6 @@ from bytelm.model.patched import PatchedModel
 from bytelm.model.scorers import TransformerScorer
 from bytelm.model.transformer import Transformer
 from bytelm.patching import EntropyRule, Patcher
-
-transformers = pytest.importorskip("transformers")
 
 RELEASED = {"cross_attention": {"residual": "doubled"}}
 VARIANTS = {

@@ -3,9 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import cut, piece_sizes
+from builders import LargestTensor, cut, piece_sizes
 from bytelm.model import attention as module
 from bytelm.model.attention import (
+    FULL_QUERY_BLOCK,
+    AttentionCache,
     StackSpec,
     attention,
     attention_mask,
@@ -102,17 +104,16 @@ def test_rotation_turns_interleaved_pairs_and_depends_on_distance_only():
 
 
 def test_windowed_attention_makes_no_tensor_of_length_squared():
-    length, window, largest = 4096, 64, 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.untyped_storage().nbytes())
-            return result
-
+    length, window = 4096, 64
     x = torch.randn(1, length, 1, 4)
-    with Watch():
+    with LargestTensor() as largest:
         attention(x, x, x, attention_mask(torch.zeros(1, length, dtype=torch.long), window))
-    assert 0 < largest <= length * 4 * window * 8 < length * length
+    assert 0 < largest.num_bytes <= length * 4 * window * 8 < length * length
+
+
+def test_a_cache_without_a_window_takes_a_prompt_in_blocks():
+    length = 4096
+    x = torch.randn(1, length, 1, 4)
+    with LargestTensor() as largest:
+        AttentionCache(None).attend(x, x, x)
+    assert 0 < largest.num_bytes <= FULL_QUERY_BLOCK * length < length * length

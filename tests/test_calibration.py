@@ -13,6 +13,7 @@ from bytelm.config import (
 )
 from bytelm.errors import PatchingError
 from bytelm.patching import PatchSample, calibrate, patch_statistics
+from bytelm.patching.calibration import TOLERANCE
 
 
 def sample_of(sizes, seed=0):
@@ -78,6 +79,25 @@ def test_the_threshold_lies_in_a_gap_that_rounding_cannot_cross():
 def test_what_cannot_be_reached_is_named_with_what_can(rule, size, message):
     with pytest.raises(PatchingError, match=message):
         calibrate(rule, SAMPLE, size)
+
+
+@pytest.mark.parametrize("size", [2.4, 3.59, 5.46, 5.88])
+def test_frequent_values_do_not_carry_the_threshold_away(size):
+    """Tables give the same entropy to every occurrence of a context: single values weigh a lot."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.rand(12, generator=generator).repeat_interleave(1500)
+    entropies = torch.cat((torch.rand(20_000, generator=generator), common))
+    entropies = entropies[torch.randperm(len(entropies), generator=generator)]
+    sample = PatchSample.join([(random_ids(len(entropies)), entropies)])
+    calibrated = calibrate(EntropyPatching(), sample, size)
+    assert patch_statistics(calibrated, sample).mean_size == pytest.approx(size, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [1.0003, 2000.0, 8000.0])
+def test_extreme_sizes_are_reached_too(size):
+    sample = sample_of([40_000])
+    calibrated = calibrate(EntropyPatching(), sample, size)
+    assert patch_statistics(calibrated, sample).mean_size == pytest.approx(size, rel=TOLERANCE)
 
 
 def test_equal_entropies_leave_no_threshold_between():

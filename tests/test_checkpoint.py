@@ -13,6 +13,7 @@ from bytelm.checkpoint import (
     load_scorer,
     save_model,
     save_tensors,
+    saved_steps,
     write_json,
     writing_folder,
 )
@@ -137,7 +138,7 @@ def test_an_unknown_configuration_key_is_named(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["model"]["local"]["windw"] = 3
     write_json(folder / "config.json", config)
-    with pytest.raises(CheckpointError, match=r"unknown key 'model\.blt\.local\.windw'.*'window'"):
+    with pytest.raises(CheckpointError, match=r"unknown key 'model\.local\.windw'.*'window'"):
         load_model(reseal(folder))
 
 
@@ -169,6 +170,23 @@ def test_folders_that_are_no_checkpoint_are_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="has not saved a checkpoint yet"):
         find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["files.json", "config.json"])
+@pytest.mark.parametrize("content", ["[]", "3", '{"model.safetensors": 3}', "null"])
+def test_records_of_another_shape_are_named(tmp_path, name, content):
+    _, folder = saved(tmp_path)
+    (folder / name).write_text(content)
+    if name == "config.json":
+        folder = reseal(folder)
+    with pytest.raises(CheckpointError, match=rf"{name} (is damaged|has format)"):
+        load_model(folder)
+
+
+def test_other_folders_among_the_checkpoints_are_left_out(tmp_path):
+    for name in ("step-00000020", "step-00000100", "step-old", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [p.name for p in saved_steps(tmp_path)] == ["step-00000020", "step-00000100"]
 
 
 def test_a_blt_is_no_scorer(tmp_path):

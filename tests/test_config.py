@@ -7,7 +7,10 @@ from builders import BASE_BLT
 from bytelm.config import (
     BLTConfig,
     CombinedPatching,
+    NgramConfig,
     Recipe,
+    TableDataConfig,
+    TableRecipe,
     differences,
     dump_yaml,
     load_recipe,
@@ -65,13 +68,13 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml(path):
     ("override", "message"),
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?; valid here: steps,"),
-        ("model.local.windw=3", "'model.blt.local.windw'; did you mean 'window'?"),
-        ("patching.treshold=3", "'patching.entropy.treshold'; did you mean 'threshold'?"),
+        ("model.local.windw=3", "'model.local.windw'; did you mean 'window'?"),
+        ("patching.treshold=3", "'patching.treshold'; did you mean 'threshold'?"),
         ("optimiser.learning_rate=3", "'optimiser'; did you mean 'optimizer'?"),
         ("train.steps=many", "train.steps: Input should be a valid integer, not 'many'"),
         ("train.steps=1.5", "train.steps: Input should be a valid integer, not 1.5"),
         ("train.steps=0", "train.steps: Input should be greater than or equal to 1, not 0"),
-        ("patching.patch_size=1", "patching.entropy.patch_size: Input should be greater than 1"),
+        ("patching.patch_size=1", "patching.patch_size: Input should be greater than 1"),
         ("model.local.num_heads=3", "dim 32 must be num_heads 3 times an even head dimension"),
         ("model.kind=mamba", "Input tag 'mamba' found using 'kind' does not match any of"),
         ("patching=null", "a blt model needs a patching section"),
@@ -80,6 +83,8 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml(path):
         ("train.steps.more=3", "'steps' holds a value, not a section"),
         ("train.steps=[", "'[' is not a YAML value"),
         ("train=null", "train: Input should be a valid dictionary"),
+        ("optimizer.beta2=1.0", "optimizer.beta2: Input should be less than 1"),
+        ("patching.threshold=.nan", "patching.threshold: Input should be a finite number"),
     ],
 )
 def test_mistakes_are_named_with_the_path_and_the_nearest_name(path, override, message):
@@ -87,8 +92,17 @@ def test_mistakes_are_named_with_the_path_and_the_nearest_name(path, override, m
 
 
 def test_missing_keys_are_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: {kind: transformer}\n")
+    assert "'model.dim' is missing" in error(str(tmp_path / "r.yaml"))
+
+
+def test_a_table_takes_no_training_options(tmp_path):
     (tmp_path / "r.yaml").write_text("model: {kind: ngram}\n")
-    assert "'train' is missing" in error(str(tmp_path / "r.yaml"))
+    recipe = load_recipe(str(tmp_path / "r.yaml"), ["seed=3", "data.path=d"])
+    assert recipe == TableRecipe(model=NgramConfig(), data=TableDataConfig(path="d"), seed=3)
+    message = error(str(tmp_path / "r.yaml"), "optimizer.learning_rate=9.0")
+    assert "unknown key 'optimizer'" in message
+    assert "valid here: model, data, seed" in message
 
 
 @pytest.mark.parametrize(
@@ -97,6 +111,7 @@ def test_missing_keys_are_named(tmp_path):
         ("model: [", "is not valid YAML"),
         ("- a\n", "must hold a mapping, not list"),
         ("", "NoneType"),
+        ("train: {steps: 1}\ntrain: {steps: 2}\n", "key 'train' is given twice"),
     ],
 )
 def test_files_that_are_no_recipe_are_named(tmp_path, content, message):

@@ -62,7 +62,8 @@ def test_parquet_columns_of_text_or_bytes(tmp_path, kind):
 
 
 def test_a_hugging_face_dataset_on_disk(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     dataset = datasets.Dataset.from_list([{"text": t, "n": i} for i, t in enumerate("abc")])
     dataset.filter(lambda r: r["n"] != 1).save_to_disk(tmp_path / "one")

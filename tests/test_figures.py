@@ -1,11 +1,10 @@
+import numpy as np
 import pytest
 
 from bytelm.config import EntropyPatching, SpacePatching
 from bytelm.errors import ConfigError
 from bytelm.figures import byte_labels, draw_curves, draw_entropies, draw_rules
 from bytelm.language_model import PatchedText
-
-np = pytest.importorskip("numpy")
 
 
 def text(data, rule=None):

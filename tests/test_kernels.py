@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import LargestTensor
 from bytelm import kernels
 
 segment_rows = st.lists(
@@ -84,20 +85,22 @@ def test_memory_of_cross_attention_is_linear(fast):
     """No intermediate holds bytes x patches numbers."""
     num_bytes, patches = 4096, 1024
     ids = torch.arange(num_bytes)[None] // 4
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.untyped_storage().nbytes())
-            return result
-
     per_byte, per_slot = torch.randn(1, num_bytes, 1, 4), torch.randn(1, patches, 2, 1, 4)
-    with Watch():
+    with LargestTensor() as largest:
         if fast == "encoder":
             kernels.encoder_cross_attention(per_slot, per_byte, per_byte, ids)
         else:
             kernels.decoder_cross_attention(per_byte, per_slot, per_slot, ids)
-    assert 0 < largest <= num_bytes * 2 * 4 * 8 < num_bytes * patches
+    assert 0 < largest.num_bytes <= num_bytes * 2 * 4 * 8 < num_bytes * patches
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_long_patch_in_bf16_loses_nothing(device):
+    """A running sum of ones in bf16 would stop at 256."""
+    length = 4096
+    ones = torch.ones(1, length, 1, 4, dtype=torch.bfloat16, device=device)
+    query = torch.zeros(1, 1, 1, 1, 4, dtype=torch.bfloat16, device=device)
+    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    out = kernels.encoder_cross_attention(query, ones, ones, ids)
+    assert out.dtype == torch.bfloat16
+    assert (out == 1).all()

@@ -14,7 +14,6 @@ LAYERS = [
     {"generation", "data"},
     {"evaluation"},
     {"training"},
-    {"study"},
     {"language_model"},
     {"figures"},
     {"quickstart"},

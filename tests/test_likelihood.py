@@ -5,11 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import byte_strings, ids_of, random_patched, random_transformer
+from builders import (
+    byte_strings,
+    ids_of,
+    random_blt,
+    random_patched,
+    random_transformer,
+    threshold_between,
+)
 from bytelm import codec
 from bytelm.errors import ConfigError
-from bytelm.evaluation import evaluate, total
-from bytelm.patching import SpaceRule
+from bytelm.evaluation import evaluate, likelihood, total
+from bytelm.model.patched import PatchedModel
+from bytelm.model.scorers import TransformerScorer
+from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patches
 
 MODELS = {
     "patched": random_patched,
@@ -36,7 +45,7 @@ def test_bits_per_byte_is_the_definition_however_documents_are_packed(model):
     @given(st.lists(byte_strings, min_size=1, max_size=6))
     def check(documents):
         labelled = [("ab"[i % 2], d) for i, d in enumerate(documents)]
-        found = evaluate(model, labelled, context_bytes=80)
+        found = evaluate(model, labelled, context_bytes=200)
         for label in found:
             own = [d for name, d in labelled if name == label]
             expected = sum(nats_by_definition(model, d) for d in own)
@@ -72,13 +81,48 @@ def test_overlap_gives_bytes_more_context_and_pieces_keep_whole_document_entropi
 
 
 def test_patches_are_those_of_the_whole_document():
-    model, data = random_patched(), b"one document, patched as a whole, whatever the pieces " * 3
-    patches = model.segment(ids_of(data)[None]).patches
-    whole = evaluate(model, [("x", data)], context_bytes=1000)["x"]
-    assert whole.num_patches == patches.num_patches
-    pieces = evaluate(model, [("x", data)], context_bytes=40, stride=1)["x"]
-    # A piece that begins in mid-document begins a patch, and its second byte another.
-    assert pieces.num_patches >= whole.num_patches - 2
+    # The scorer of this model sees farther than a piece is long.
+    model = wide_scorer_model()
+    data = b"one document, patched as a whole, whatever the pieces " * 3
+    whole = model.segment(ids_of(data)[None])
+    assert evaluate(model, [("x", data)], context_bytes=1000)["x"].num_patches == (
+        whole.patches.num_patches
+    )
+    pieces = evaluate(model, [("x", data)], context_bytes=20, stride=1)["x"]
+    assert pieces.num_patches == whole.patches.num_patches
+
+    # Without overlap each piece begins with a patch of one byte; all other patches are the same.
+    ids, cut = codec.encode(data, eos=True), 0
+    assert whole.entropies is not None
+    for begin in range(0, len(ids) - 1, 20):
+        piece = torch.from_numpy(ids[begin : begin + 20])[None, : len(ids) - 1 - begin]
+        entropies = whole.entropies[:, begin : begin + 20]
+        boundary = model.patcher.next_boundary(piece, entropies)
+        cut += build_patches(boundary).num_patches
+    found = evaluate(model, [("x", data)], context_bytes=20)["x"]
+    assert found.num_patches == cut
+
+
+def wide_scorer_model():
+    scorer = TransformerScorer(random_transformer(1, num_layers=2, window=64))
+    data = ids_of(b"one document, patched as a whole, whatever the pieces " * 3)
+    with torch.no_grad():
+        threshold = threshold_between(scorer.entropies(data[None]), 0.6)
+    return PatchedModel(random_blt(), Patcher(EntropyRule(threshold=threshold)), scorer).eval()
+
+
+def test_rows_are_no_longer_than_what_they_hold(monkeypatch):
+    lengths = []
+    inner = likelihood.make_batch
+
+    def watched(rows):
+        batch = inner(rows)
+        lengths.append(batch.ids.shape[1])
+        return batch
+
+    monkeypatch.setattr(likelihood, "make_batch", watched)
+    evaluate(random_transformer(), [("x", b"short"), ("x", b"also")], context_bytes=1000)
+    assert lengths == [11]
 
 
 def test_totals():
@@ -95,6 +139,6 @@ def test_text_without_bytes_and_bad_strides():
     model = random_transformer()
     assert evaluate(model, [("a", b"")], context_bytes=9)["a"].num_bytes == 0
     assert evaluate(model, [], context_bytes=9) == {}
-    for stride in (-1, 10):
+    for stride in (-1, 0, 10):
         with pytest.raises(ConfigError, match=f"between 1 and 9, not {stride}"):
             evaluate(model, [("a", b"x")], context_bytes=9, stride=stride)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from builders import (
     BLT_VARIANTS,
+    LargestTensor,
     byte_strings,
     ids_of,
     pack,
@@ -17,6 +18,7 @@ from builders import (
     threshold_between,
 )
 from bytelm import codec
+from bytelm.generation import start_session
 from bytelm.model.embedding import PRIMES, ngram_hashes
 from bytelm.patching import EntropyRule, Patcher, SpaceRule, StaticRule, build_patches
 
@@ -25,6 +27,7 @@ MODELS = {
     "space": lambda: random_patched(rule=SpaceRule()),
     "static": lambda: random_patched(rule=StaticRule(3)),
     "monotonic": lambda: random_patched(rule=EntropyRule(increase=0.05)),
+    "combined": lambda: random_patched(rule=EntropyRule(threshold=4.0, increase=0.01)),
     "capped": lambda: random_patched(max_length=3),
     "reset": lambda: random_patched(reset=True),
     "transformer": random_transformer,
@@ -158,3 +161,28 @@ def test_an_entropy_rule_cuts_where_the_scorers_entropy_exceeds_the_threshold():
     starts[:2] = True
     starts[2:] = segmentation.entropies[0, 1:-1] > threshold
     assert torch.equal(patches.encoder_ids[0], starts.cumsum(0) - 1)
+
+
+@pytest.mark.parametrize("run", ["rows", "session"])
+def test_no_tensor_of_a_whole_model_is_bytes_by_patches(run):
+    model, num_bytes = random_patched(rule=StaticRule(2)), 4096
+    ids = random_ids(num_bytes)
+    with LargestTensor() as largest, torch.no_grad():
+        if run == "rows":
+            model(ids[None])
+        else:
+            start_session(model).feed(ids)
+    assert 0 < largest.num_bytes < num_bytes * num_bytes // 2
+
+
+def test_documents_cut_in_the_middle_are_isolated_too():
+    """What follows the cut of a long document begins with an ordinary byte, not with BOS."""
+    model = random_patched()
+    pieces = [random_ids(n, seed=n) for n in (37, 1, 80)]
+    ids, numbers = pack(pieces, 130)
+    packed = logits_of(model, ids[None], numbers[None])[0]
+    begin = 0
+    for piece in pieces:
+        alone = logits_of(model, piece[None])[0]
+        torch.testing.assert_close(packed[begin : begin + len(piece)], alone, rtol=1e-4, atol=1e-5)
+        begin += len(piece)

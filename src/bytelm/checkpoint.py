@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class CheckpointConfig(ModelDescription):
 
     format: Literal[1] = FORMAT
     bytelm: str = __version__
+    torch: str = torch.__version__
     training: dict[str, Any] | None = None
     """How the model was trained; for people, read by nothing."""
 
@@ -59,7 +60,7 @@ class CheckpointConfig(ModelDescription):
 def writing_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` if the block succeeds, and vanishes if not.
 
-    ``files.json`` is added at the end. Folders that an earlier, killed writer left behind are
+    ``files.json`` is added at the end. What a killed writer of the same target left behind is
     removed first.
 
     Raises:
@@ -78,7 +79,6 @@ def writing_folder(target: Path) -> Iterator[Path]:
         for path in [*files, temporary / FILES, temporary]:
             _flush(path)
         temporary.rename(target)
-        _flush(target.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -88,6 +88,15 @@ def writing_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # The folder is there; should this fail, only a power cut could still undo it.
+    with suppress(OSError):
+        _flush(target.parent)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what killed writers of any target in ``parent`` left behind."""
+    for folder in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -97,6 +106,8 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,16 +129,18 @@ def check_folder(folder: Path) -> dict[str, Any]:
             "`bytelm quickstart` is expected)"
         )
     record = read_json(folder / FILES)
+    if not (isinstance(record, dict) and all(isinstance(one, dict) for one in record.values())):
+        raise CheckpointError(f"{folder / FILES} is damaged: use another checkpoint")
     for name, expected in record.items():
         path = folder / name
         remedy = "restore it from a copy, or use another checkpoint"
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {remedy}")
         size = path.stat().st_size
-        if size != expected["bytes"]:
+        if size != expected.get("bytes"):
             raise CheckpointError(
-                f"{path} is damaged: it has {size} bytes where {expected['bytes']} were written; "
-                f"{remedy}"
+                f"{path} is damaged: it has {size} bytes where {expected.get('bytes')} were "
+                f"written; {remedy}"
             )
         if _describe(path) != expected:
             raise CheckpointError(f"{path} is damaged: its contents have changed; {remedy}")
@@ -214,7 +227,8 @@ def find_checkpoint(path: Path) -> Path:
 def saved_steps(run: Path) -> list[Path]:
     """Checkpoints of a training run, oldest first."""
     folders = (run / "checkpoints").glob("step-*") if run.is_dir() else []
-    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
+    steps = [p for p in folders if p.name.removeprefix("step-").isdecimal()]
+    return sorted(steps, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -224,6 +238,8 @@ def read_config(folder: Path) -> CheckpointConfig:
         CheckpointError: it is missing, or of another version.
     """
     data = read_json(folder / CONFIG)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{folder / CONFIG} is damaged: use another checkpoint")
     if data.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / CONFIG} has format {data.get('format')!r}, this version of bytelm reads "

@@ -20,6 +20,7 @@ from bytelm.config import (
     PatchingConfig,
     SpacePatching,
     StaticPatching,
+    TableRecipe,
     load_recipe,
     recipe_names,
     recipe_text,
@@ -273,7 +274,7 @@ def train(
 
     settled = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / Path(recipe).stem
-    if settled.model.kind == "ngram":
+    if isinstance(settled, TableRecipe):
         with console.status("counting"):
             scorer = fit_table(settled, folder)
         console.print(f"{len(scorer.keys):,} contexts in {folder}", highlight=False)

@@ -35,7 +35,8 @@ def to_bytes(text: str | bytes) -> bytes:
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
+        kinds = ("surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass" for c in text)
+        return b"".join(c.encode("utf-8", kind) for c, kind in zip(text, kinds, strict=True))
 
 
 def encode(document: str | bytes, *, bos: bool = True, eos: bool = False) -> NDArray[np.int64]:

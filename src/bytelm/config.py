@@ -8,7 +8,7 @@ its file name) or a path; ``key.path=value`` overrides change single values, rea
 import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Node(BaseModel):
     """Base of every configuration node: immutable, strict about names and types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StackConfig(Node):
@@ -276,8 +276,8 @@ class OptimizerConfig(Node):
     """AdamW with linear warm-up and cosine decay (paper section 4.8)."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
@@ -308,9 +308,9 @@ class TrainConfig(Node):
 
 
 class Recipe(Node):
-    """Everything a run is made of."""
+    """Everything a training run is made of."""
 
-    model: Annotated[TransformerConfig | BLTConfig | NgramConfig, Field(discriminator="kind")]
+    model: Annotated[TransformerConfig | BLTConfig, Field(discriminator="kind")]
     patching: PatchingConfig | None = None
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -325,11 +325,38 @@ class Recipe(Node):
         return self
 
 
+class TableDataConfig(Node):
+    """What a table is counted from."""
+
+    path: str | None = None
+    """Folder made by ``bytelm data prepare``; required to count."""
+    verify: bool = True
+    """Check the hash of every shard before counting."""
+
+
+class TableRecipe(Node):
+    """Everything an n-gram table is made of: it is counted, not trained."""
+
+    model: NgramConfig
+    data: TableDataConfig = TableDataConfig()
+    seed: int = 0
+    """Of the sample that is counted where there is more text than ``model.max_bytes``."""
+
+
 NodeT = TypeVar("NodeT", bound=BaseModel)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-3`` as a number, as people mean it."""
+    """Safe YAML that reads ``1e-3`` as a number, as people mean it, and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -377,8 +404,8 @@ def recipe_text(name: str) -> str:
         raise ConfigError(f"cannot read recipe {name!r}: {error}") from None
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe with overrides applied.
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | TableRecipe:
+    """A recipe with overrides applied: of a table if its model is of kind ``ngram``.
 
     Args:
         name: a shipped recipe or a path to a YAML file.
@@ -395,7 +422,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {name!r} must hold a mapping, not {type(data).__name__}")
     for override in overrides:
         _override(data, override)
-    return parse(Recipe, data, f"recipe {name!r}")
+    model = data.get("model")
+    is_table = isinstance(model, dict) and model.get("kind") == "ngram"
+    return parse(TableRecipe if is_table else Recipe, data, f"recipe {name!r}")
 
 
 def dump_yaml(node: BaseModel) -> str:
@@ -436,9 +465,10 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _explain(node: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     location = first["loc"]
-    path = ".".join(str(part) for part in location) or "the whole"
+    path = ".".join(_path(node, location)) or "the whole"
     if first["type"] == "extra_forbidden":
-        valid = _names_at(node, location[:-1])
+        *_, candidates = _walk(node, location[:-1])
+        valid = [name for candidate in candidates for name in candidate.model_fields]
         hint = _nearest(str(location[-1]), valid)
         return f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
     message = first["msg"].removeprefix("Value error, ")
@@ -454,17 +484,23 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def _names_at(node: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Valid keys of the node at ``location``, following tags of unions."""
+def _walk(
+    node: type[BaseModel], location: tuple[int | str, ...]
+) -> Iterator[list[type[BaseModel]]]:
+    """The nodes that may be meant at the beginning of a location and after each of its parts."""
     candidates: list[type[BaseModel]] = [node]
+    yield candidates
     for part in location:
         tagged = [c for c in candidates if _tag(c) == part]
-        if tagged:
-            candidates = tagged
-            continue
         fields = [c.model_fields[str(part)] for c in candidates if str(part) in c.model_fields]
-        candidates = [m for field in fields for m in _nodes_in(field.annotation)]
-    return [name for candidate in candidates for name in candidate.model_fields]
+        candidates = tagged or [m for field in fields for m in _nodes_in(field.annotation)]
+        yield candidates
+
+
+def _path(node: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The location as a user writes it: without the tags that choose between kinds."""
+    steps = zip(location, _walk(node, location), strict=False)
+    return [str(part) for part, before in steps if part not in [_tag(c) for c in before]]
 
 
 def _tag(node: type[BaseModel]) -> Any:

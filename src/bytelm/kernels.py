@@ -36,14 +36,15 @@ def encoder_cross_attention(
 
         out[j, s] = sum_i softmax_i(queries[j, s] . keys[i] / sqrt(head_dim)) values[i]
 
-    Scores and softmax are in fp32. A patch without bytes yields 0. (Paper equations 5-8.)
+    Scores, softmax and sums are in fp32: a patch may hold thousands of bytes, which a running sum
+    in bf16 would lose. A patch without bytes yields 0. (Paper equations 5-8.)
     """
     batch, patches = queries.shape[:2]
     flat_ids, count = _flatten(encoder_ids, patches)
     padded = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
     queries_of_bytes = padded.index_select(0, flat_ids)
     scale = queries.shape[-1] ** -0.5
-    scores = (queries_of_bytes * keys.flatten(0, 1)[:, None]).sum(-1).float() * scale
+    scores = (queries_of_bytes.float() * keys.flatten(0, 1)[:, None].float()).sum(-1) * scale
 
     # The shift makes exp safe and cancels, so it takes no gradient.
     index = flat_ids[:, None, None].expand_as(scores)
@@ -51,10 +52,10 @@ def encoder_cross_attention(
     highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
     weights = (scores - highest.index_select(0, flat_ids)).exp()
     totals = weights.new_zeros(count, *weights.shape[1:]).index_add(0, flat_ids, weights)
-    weighted = weights[..., None].to(values.dtype) * values.flatten(0, 1)[:, None]
+    weighted = weights[..., None] * values.flatten(0, 1)[:, None].float()
     sums = weighted.new_zeros(count, *weighted.shape[1:]).index_add(0, flat_ids, weighted)
-    out = sums / totals.clamp(min=torch.finfo(totals.dtype).tiny)[..., None].to(sums.dtype)
-    return out.unflatten(0, (batch, patches + 1))[:, :patches]
+    out = sums / totals.clamp(min=torch.finfo(totals.dtype).tiny)[..., None]
+    return out.to(values.dtype).unflatten(0, (batch, patches + 1))[:, :patches]
 
 
 def decoder_cross_attention(
@@ -77,7 +78,7 @@ def decoder_cross_attention(
     keys_of_bytes = keys.flatten(0, 1).index_select(0, flat_ids)
     values_of_bytes = values.flatten(0, 1).index_select(0, flat_ids)
     scale = queries.shape[-1] ** -0.5
-    scores = (queries.flatten(0, 1)[:, None] * keys_of_bytes).sum(-1).float() * scale
+    scores = (queries.flatten(0, 1)[:, None].float() * keys_of_bytes.float()).sum(-1) * scale
     weights = scores.softmax(1)[..., None].to(values.dtype)
     return (weights * values_of_bytes).sum(1).unflatten(0, (batch, -1))
 

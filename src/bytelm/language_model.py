@@ -50,7 +50,7 @@ class PatchedText:
 
     @property
     def patch_size(self) -> float:
-        """Mean bytes per patch."""
+        """Mean bytes per patch of the text; the patch that BOS is alone is left out."""
         return len(self.data) / max(len(self.boundaries), 1)
 
 
@@ -144,7 +144,7 @@ class LanguageModel:
         *,
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
-        stop: Sequence[str | bytes] = (),
+        stop: str | bytes | Sequence[str | bytes] = (),
     ) -> bytes:
         """Continue a prompt; the bytes after it.
 
@@ -160,19 +160,26 @@ class LanguageModel:
         *,
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
-        stop: Sequence[str | bytes] = (),
+        stop: str | bytes | Sequence[str | bytes] = (),
     ) -> Iterator[Piece]:
         """Continue a prompt, yielding bytes as soon as they are certain.
+
+        Args:
+            prompt: any bytes, or none.
+            max_bytes: most bytes to generate.
+            sampling: how each byte is chosen.
+            stop: one or several texts that end generation and are left out.
 
         Raises:
             ConfigError: an option is out of range.
         """
+        stops = [stop] if isinstance(stop, str | bytes) else stop
         return stream(
             self._language_module(),
             codec.to_bytes(prompt),
             max_bytes=max_bytes,
             sampling=sampling,
-            stop=[codec.to_bytes(s) for s in stop],
+            stop=[codec.to_bytes(s) for s in stops],
         )
 
     def stream_text(
@@ -181,7 +188,7 @@ class LanguageModel:
         *,
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
-        stop: Sequence[str | bytes] = (),
+        stop: str | bytes | Sequence[str | bytes] = (),
     ) -> Iterator[str]:
         """Like :meth:`stream`, as text: no character is split, invalid bytes become U+FFFD."""
         decoder = codec.Utf8Stream()

@@ -19,7 +19,14 @@ from rich.table import Table
 
 from bytelm.accounting import parameter_counts
 from bytelm.checkpoint import read_json, write_json
-from bytelm.config import EntropyPatching, Recipe, SpacePatching, StaticPatching, load_recipe
+from bytelm.config import (
+    EntropyPatching,
+    Recipe,
+    SpacePatching,
+    StaticPatching,
+    TableRecipe,
+    load_recipe,
+)
 from bytelm.data import Dataset, Manifest, PrepareOptions, ReadOptions, prepare
 from bytelm.data.calibration import calibrate_folder
 from bytelm.errors import ConfigError, DataError
@@ -82,7 +89,9 @@ def run_quickstart(
     text = _prepare_text(data, out, console)
     stage("fitting an entropy model: a table of n-gram entropies")
     if not (out / "entropy").exists():
-        fit_table(_recipe("quickstart-entropy", out / "text", seed), out / "entropy")
+        counted = load_recipe("quickstart-entropy", [f"data.path={out / 'text'}", f"seed={seed}"])
+        assert isinstance(counted, TableRecipe)
+        fit_table(counted, out / "entropy")
     stage(f"scoring the text, and finding the threshold for {PATCH_SIZE} bytes per patch")
     threshold = _score(out, console)
     console.print(f"      threshold {threshold:.3f} nats", highlight=False)
@@ -158,19 +167,17 @@ def _score(out: Path, console: Console) -> float:
     return EntropyPatching.model_validate(rule).threshold or 0.0
 
 
-def _recipe(name: str, data: Path, seed: int, *overrides: str) -> Recipe:
-    return load_recipe(name, [f"data.path={data}", f"train.seed={seed}", *overrides])
-
-
 def _training_recipe(name: str, out: Path, seed: int, steps: int) -> Recipe:
-    return _recipe(
-        f"quickstart-{name}",
-        out / ("scored" if name == "blt" else "text"),
-        seed,
+    overrides = [
+        f"data.path={out / ('scored' if name == 'blt' else 'text')}",
+        f"train.seed={seed}",
         f"train.steps={steps}",
         f"train.validate_every={max(steps // 8, 1)}",
         f"train.checkpoint_every={max(steps // 4, 1)}",
-    )
+    ]
+    recipe = load_recipe(f"quickstart-{name}", overrides)
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
 def _plan(

@@ -110,7 +110,7 @@ def evaluate(
     Raises:
         ConfigError: the stride is not between 1 and ``context_bytes``.
     """
-    stride = stride or context_bytes
+    stride = context_bytes if stride is None else stride
     if not 1 <= stride <= context_bytes:
         raise ConfigError(f"the stride must be between 1 and {context_bytes}, not {stride}")
     pieces = _cut_documents(model, documents, context_bytes, stride)
@@ -153,9 +153,10 @@ def evaluate_pieces(
     device = next(model.parameters()).device
     totals: dict[str, Likelihood] = {}
     for rows in _pack(pieces, model, context_bytes):
-        batch = make_batch([row for row, _ in rows]).to(device)
-        nats = position_nats(batch_logits(model, batch), batch)
-        for (row, contents), row_nats, targets in zip(rows, nats, batch.targets, strict=True):
+        on_host = make_batch([row for row, _ in rows])
+        batch = on_host.to(device)
+        nats = position_nats(batch_logits(model, batch), batch).double().cpu()
+        for (row, contents), row_nats, targets in zip(rows, nats, on_host.targets, strict=True):
             begin = 0
             for number, piece in enumerate(contents):
                 end = begin + piece.stretch.num_positions
@@ -167,7 +168,7 @@ def evaluate_pieces(
                     starts = row.boundaries[number][max(piece.num_seen - 1, 0) : -1]
                     patches = int(starts.sum()) + (piece.num_seen == 0)
                 total = totals.setdefault(piece.label, Likelihood())
-                total.nats += float(row_nats[counted][is_byte].double().sum())
+                total.nats += float(row_nats[counted][is_byte].sum())
                 total.num_bytes += int(is_byte.sum())
                 total.num_patches += patches
                 total.num_positions += piece.stretch.num_positions - piece.num_seen
@@ -209,11 +210,13 @@ def _cut_documents(
 def _groups(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
     """Documents in groups worth scoring together."""
     group: list[tuple[str, bytes]] = []
+    num_positions = 0
     for document in documents:
         group.append(document)
-        if sum(len(data) for _, data in group) >= SCORED_TOGETHER:
+        num_positions += len(document[1]) + 1
+        if num_positions >= SCORED_TOGETHER:
             yield group
-            group = []
+            group, num_positions = [], 0
     if group:
         yield group
 
@@ -232,16 +235,23 @@ def _score(
 def _pack(
     pieces: Iterable[Piece], model: LanguageModule, context_bytes: int
 ) -> Iterator[list[tuple[Row, list[Piece]]]]:
-    """Whole pieces in rows, rows in groups; a piece is never cut further."""
+    """Whole pieces in rows, rows in groups no longer than they need; a piece is never cut."""
     patcher = model.patcher if isinstance(model, PatchedModel) else None
     rows: list[tuple[Row, list[Piece]]] = []
     for piece in pieces:
         if not rows or rows[-1][0].num_bytes + piece.stretch.num_positions > context_bytes:
             if len(rows) == ROWS:
-                yield rows
+                yield _trimmed(rows)
                 rows = []
             rows.append((Row(context_bytes, None, patcher), []))
         rows[-1][0].add(piece.stretch)
         rows[-1][1].append(piece)
     if rows:
-        yield rows
+        yield _trimmed(rows)
+
+
+def _trimmed(rows: list[tuple[Row, list[Piece]]]) -> list[tuple[Row, list[Piece]]]:
+    longest = max(row.num_bytes for row, _ in rows)
+    for row, _ in rows:
+        row.max_bytes = longest
+    return rows

@@ -53,7 +53,8 @@ def continue_from(
     """Feed ``ids`` to a session and continue, yielding bytes as soon as they are certain.
 
     A byte is held back only while it may be the beginning of a stop string. The pieces end with
-    one whose ``finish`` is set, possibly without data.
+    one whose ``finish`` is set, possibly without data. The id chosen last is not fed: to go on with
+    the same session, begin the next ``ids`` with it.
 
     Args:
         session: fed with what came before.
@@ -75,10 +76,9 @@ def continue_from(
 def _continue(
     session: Session, ids: Tensor, max_bytes: int, sampler: Sampler, stop: Sequence[bytes]
 ) -> Iterator[Piece]:
-    logits = session.feed(ids)[-1]
     held = b""
     for _ in range(max_bytes):
-        chosen = sampler.choose(logits)
+        chosen = sampler.choose(session.feed(ids)[-1])
         if chosen == codec.EOS:
             yield Piece(held, "end")
             return
@@ -91,7 +91,7 @@ def _continue(
         if certain:
             yield Piece(held[:certain], None)
             held = held[certain:]
-        logits = session.feed(ids.new_tensor([chosen]))[-1]
+        ids = ids.new_tensor([chosen])
     yield Piece(held, "length")
 
 

@@ -22,7 +22,7 @@ class Sampling:
     temperature: float = 1.0
     """0 for greedy."""
     top_k: int | None = None
-    """Keep this many of the most probable ids."""
+    """Keep this many of the most probable ids, and any as probable as the last of them."""
     top_p: float | None = None
     """Keep the fewest most probable ids whose probabilities reach this sum."""
     min_p: float | None = None
@@ -43,7 +43,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Sampler:
-    """Chooses ids one after another; the same seed makes the same choices on every device."""
+    """Chooses ids one after another, on the CPU: the same logits and seed, the same choices."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -51,11 +51,11 @@ class Sampler:
 
     def choose(self, logits: Float[Tensor, " vocab"]) -> int:
         """The next id."""
-        allowed = logits.float().clone()
+        allowed = logits.double().cpu().clone()
         allowed[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
         if self._sampling.temperature == 0:
             return int(allowed.argmax())
-        probabilities = filtered_probabilities(allowed, self._sampling).cpu()
+        probabilities = filtered_probabilities(allowed, self._sampling)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
@@ -63,11 +63,12 @@ def filtered_probabilities(
     logits: Float[Tensor, " vocab"], sampling: Sampling
 ) -> Float[Tensor, " vocab"]:
     """Probabilities after temperature and filters; they sum to 1."""
-    probabilities = (logits / sampling.temperature).softmax(-1)
+    # Shifted first, or a tiny temperature would make infinities of which nothing is left.
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
     if sampling.top_k is not None:
         kth = probabilities.topk(min(sampling.top_k, len(probabilities))).values[-1]
         probabilities = _keep(probabilities, probabilities >= kth)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         # An id stays if the ones before it fall short of top_p.
         kept = ordered.cumsum(0) - ordered < sampling.top_p

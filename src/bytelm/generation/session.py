@@ -3,7 +3,9 @@
 A session owns every cache a model needs to go on: ring buffers for the windowed layers, the
 growing cache of the global transformer, the n-gram context, the bytes of the patch still open and
 the latent of the last complete one. The global transformer runs once per patch, when it closes.
-Feeding a prompt in any pieces gives the same logits, to rounding, as :meth:`forward` of the whole.
+Feeding a prompt in any pieces gives the logits of :meth:`forward` of the whole, to rounding. (Were
+an entropy within rounding of the threshold, a patch could begin elsewhere; calibration puts the
+threshold into a gap, and a table's entropies are the same bits in any pieces.)
 """
 
 from typing import Protocol, runtime_checkable
@@ -12,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bytelm import codec
 from bytelm.model.patched import PatchedModel
 from bytelm.model.transformer import Transformer
 
@@ -30,6 +33,10 @@ def start_session(model: PatchedModel | Transformer) -> Session:
     return PatchedSession(model) if isinstance(model, PatchedModel) else TransformerSession(model)
 
 
+def _no_logits(ids: Int[Tensor, " bytes"]) -> Float[Tensor, "0 vocab"]:
+    return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
+
+
 class TransformerSession:
     """A plain transformer at work on one document."""
 
@@ -40,6 +47,8 @@ class TransformerSession:
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
         """Logits of the id after each of the document's next ``ids``."""
+        if not len(ids):
+            return _no_logits(ids)
         return self._model.run(ids[None], self._cache.extend(len(ids), ids.device))[0]
 
 
@@ -58,23 +67,18 @@ class PatchedSession:
         # For each state that patches read, the pieces of it that belong to the open patch.
         self._open_states: list[list[Tensor]] = []
         self._last_slots: Float[Tensor, "1 1 slots dim"] | None = None
-        self.last_boundaries: Bool[Tensor, " bytes"] | None = None
-        """Whether the byte after each of the ids last fed starts a patch."""
-
-    @property
-    def num_patches(self) -> int:
-        """Patches closed so far: how often the global transformer ran."""
-        return self._global_cache.position
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
         """Logits of the id after each of the document's next ``ids``."""
+        if not len(ids):
+            return _no_logits(ids)
         entropies = self._scorer.feed(ids) if self._scorer else None
         next_boundary = self._patcher.feed(ids, entropies)
-        self.last_boundaries = next_boundary
 
+        embeddings = self._embed(ids, self._encoder_cache.position)
         context = self._encoder_cache.extend(len(ids), ids.device)
-        states = self._blt.encoder.byte_states(self._embed(ids), context)
+        states = self._blt.encoder.byte_states(embeddings, context)
         vectors = self._close_patches(states, next_boundary)
         slots = self._run_global(vectors)
 
@@ -90,12 +94,12 @@ class PatchedSession:
         self._last_slots = slots[:, -1:]
         return logits
 
-    def _embed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "1 bytes dim"]:
-        """Embeddings of new ids, their n-grams reaching back into the ids before them."""
+    def _embed(self, ids: Int[Tensor, " bytes"], position: int) -> Float[Tensor, "1 bytes dim"]:
+        """Embeddings of new ids from ``position`` on; their n-grams reach back into older ids."""
         embedding = self._blt.encoder.embedding
         recent = ids[:0] if self._recent_ids is None else self._recent_ids
         joined = torch.cat((recent, ids))
-        first = self._encoder_cache.position - len(joined)
+        first = position - len(recent)
         positions = torch.arange(first, first + len(joined), device=ids.device)
         self._recent_ids = joined[len(joined) - min(embedding.context, len(joined)) :]
         return embedding(joined[None], positions[None])[:, len(recent) :]

@@ -11,7 +11,7 @@ an :data:`Attend`. :class:`StackSpec` makes contexts over packed rows and caches
 neither know what their mask is nor whether they are cached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -136,22 +136,18 @@ def rotate(
 class AttentionMask(NamedTuple):
     """Description of a causal mask, with what :func:`attention` needs of it precomputed."""
 
-    documents: Int[Tensor, "batch length"]
-    """Document of each position."""
     window: int | None
     """Keys visible to a query, itself included; ``None`` for all before it."""
-    blocks: Bool[Tensor, "batch num_blocks block span"] | None
-    """Windowed layers only: the mask of each block of queries over its span of keys."""
+    blocks: Bool[Tensor, "batch num_blocks block span"] | tuple[Bool[Tensor, "batch _ _"], ...]
+    """The mask of each block of queries over its span of keys: with a window all of one shape in
+    one tensor, without one a tensor for each."""
 
 
 def attention_mask(documents: Int[Tensor, "batch length"], window: int | None) -> AttentionMask:
-    """Describe causal attention over packed rows; computed once, shared by all layers.
-
-    ``documents`` of batch size 1 serve a batch of any size.
-    """
+    """Describe causal attention over packed rows; computed once, shared by all layers."""
     if window is None or window >= documents.shape[1]:
-        return AttentionMask(documents, None, None)
-    return AttentionMask(documents, window, _window_blocks(documents, window))
+        return AttentionMask(None, tuple(_causal_blocks(documents, documents.shape[1])))
+    return AttentionMask(window, _window_blocks(documents, window))
 
 
 def attention(
@@ -161,18 +157,10 @@ def attention(
     mask: AttentionMask,
 ) -> Float[Tensor, "batch length heads head_dim"]:
     """Scaled dot-product attention under ``mask``, scale ``1 / sqrt(head_dim)``."""
-    if mask.window is not None and mask.blocks is not None:
+    if isinstance(mask.blocks, Tensor):
+        assert mask.window is not None
         return _windowed(queries, keys, values, mask.blocks, mask.window)
-    outputs = []
-    length = queries.shape[1]
-    index = torch.arange(length, device=queries.device)
-    for begin in range(0, max(length, 1), FULL_QUERY_BLOCK):
-        end = min(begin + FULL_QUERY_BLOCK, length)
-        allowed = mask.documents[:, begin:end, None] == mask.documents[:, None, :end]
-        allowed = allowed & (index[begin:end, None] >= index[:end])
-        block = queries[:, begin:end]
-        outputs.append(_sdpa(block, keys[:, :end], values[:, :end], allowed[:, None]))
-    return torch.cat(outputs, 1)
+    return _full(queries, keys, values, mask.blocks)
 
 
 def reference_attention(
@@ -195,6 +183,26 @@ def reference_attention(
 def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
     heads_first = (x.transpose(1, 2) for x in (queries, keys, values))
     return functional.scaled_dot_product_attention(*heads_first, attn_mask=allowed).transpose(1, 2)
+
+
+def _causal_blocks(
+    documents: Int[Tensor, "batch length"], num_queries: int
+) -> Iterator[Bool[Tensor, "batch block span"]]:
+    """Which keys up to its own end each block of the last ``num_queries`` positions sees."""
+    length = documents.shape[1]
+    index = torch.arange(length, device=documents.device)
+    for begin in range(length - num_queries, length, FULL_QUERY_BLOCK):
+        end = min(begin + FULL_QUERY_BLOCK, length)
+        is_same = documents[:, begin:end, None] == documents[:, None, :end]
+        yield is_same & (index[begin:end, None] >= index[:end])
+
+
+def _full(queries: Tensor, keys: Tensor, values: Tensor, blocks: Iterable[Tensor]) -> Tensor:
+    outputs = []
+    for block, allowed in zip(queries.split(FULL_QUERY_BLOCK, 1), blocks, strict=False):
+        end = allowed.shape[-1]
+        outputs.append(_sdpa(block, keys[:, :end], values[:, :end], allowed[:, None]))
+    return torch.cat(outputs, 1) if outputs else queries
 
 
 def _window_blocks(
@@ -263,11 +271,13 @@ class AttentionCache:
         all_values = torch.cat((self._values[:, self._slots(past)], values), 1)
         self._store(keys, values)
         index = torch.arange(all_keys.shape[1], device=keys.device)
+        document = torch.zeros_like(index)[None]
         if self.window is None:
-            return _sdpa(queries, all_keys, all_values, index[num_past:, None] >= index)
+            blocks = _causal_blocks(document, queries.shape[1])
+            return _full(queries, all_keys, all_values, blocks)
         # Queries for the past positions are computed and dropped: at most a window's worth.
         padded = functional.pad(queries, (0, 0, 0, 0, num_past, 0))
-        mask = attention_mask(torch.zeros_like(index)[None], self.window)
+        mask = attention_mask(document, self.window)
         return attention(padded, all_keys, all_values, mask)[:, num_past:]
 
     def _slots(self, positions: Int[Tensor, " length"]) -> Int[Tensor, " length"]:

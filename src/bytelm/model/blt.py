@@ -116,7 +116,7 @@ class GlobalTransformer(nn.Module):
     def forward(
         self, vectors: Float[Tensor, "batch patches dim"], context: Context
     ) -> Float[Tensor, "batch patches dim"]:
-        """Latents. There is no final norm: each cross-attention normalises what it reads."""
+        """Latents. There is no final norm: what reads them by cross-attention normalises them."""
         for layer, block in enumerate(self.blocks):
             vectors = block(vectors, context.factors, context.attend(layer))
         return vectors

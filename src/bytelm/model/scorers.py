@@ -67,6 +67,7 @@ def score_documents(
     """Entropies of many documents: short ones share packed rows, long ones are streamed."""
     results: dict[int, Tensor] = {}
     row: list[int] = []
+    row_length = 0
 
     def score_row() -> None:
         lengths = torch.tensor([len(documents[i]) for i in row])
@@ -80,9 +81,11 @@ def score_documents(
         if len(ids) > row_bytes:
             results[index] = torch.cat(list(score_document(scorer, ids)))
             continue
-        if row and sum(len(documents[i]) for i in row) + len(ids) > row_bytes:
+        if row and row_length + len(ids) > row_bytes:
             score_row()
+            row_length = 0
         row.append(index)
+        row_length += len(ids)
     if row:
         score_row()
     return [results[i] for i in range(len(documents))]

@@ -19,7 +19,9 @@ from bytelm.patching.rules import build_patcher
 TOLERANCE = 0.02
 """How far, relatively, the mean patch size found may be from the one wanted."""
 _GAP_SEARCH = 2000
-"""The threshold goes into the widest gap among this fraction (one over it) of the values."""
+"""The threshold goes into the widest gap among this fraction (one over it) of the values,"""
+_GAP_MARGIN = 0.005
+"""as long as the mean patch size stays this close, relatively, to the one wanted."""
 
 
 class PatchSample(NamedTuple):
@@ -127,7 +129,23 @@ def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) ->
             f"a mean patch size of {patch_size:g} cannot be reached on this text: it jumps from "
             f"{mean_size(low):.2f} to {mean_size(high):.2f}; ask for one of those, or use more text"
         )
+    if found in (0, len(edges) - 2):
+        return at(found)
+    margin = max(abs(reached / patch_size - 1), _GAP_MARGIN)
     reach = len(values) // _GAP_SEARCH
-    first = max(found - reach, 0)
-    gaps = edges.diff()[first : found + reach + 1]
-    return at(first + int(gaps.argmax()))
+
+    def farthest(limit: int) -> int:
+        """The index nearest to ``limit`` at which the size is still close enough."""
+        close, far = found, limit
+        while close != far:
+            # Rounds towards the far end, so that the interval always shrinks.
+            middle = (close + far + (far > close)) // 2
+            if abs(mean_size(middle) / patch_size - 1) <= margin:
+                close = middle
+            else:
+                far = middle + (1 if far < close else -1)
+        return close
+
+    first = farthest(max(found - reach, 1))
+    last = farthest(min(found + reach, len(edges) - 3))
+    return at(first + int(edges.diff()[first : last + 1].argmax()))

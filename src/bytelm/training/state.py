@@ -24,6 +24,7 @@ from bytelm.checkpoint import (
     check_folder,
     load_tensors,
     read_json,
+    remove_unfinished,
     save_tensors,
     saved_steps,
     write_json,
@@ -77,6 +78,7 @@ def save_step(
         CheckpointError: the disk refused; earlier checkpoints are untouched.
     """
     folder = step_folder(run, state.step)
+    remove_unfinished(folder.parent)
     with writing_folder(folder) as temporary:
         write_model(temporary, setup.module, setup.description, training)
         save_tensors(temporary / OPTIMIZER, _moments(setup.trained, optimizer))
