@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,35 @@ def test_globs_and_names(tmp_path):
         (tmp_path / name).write_text(name)
     found = read(f"{tmp_path}/x-*.txt", f"mine={tmp_path}/y.txt")
     assert found == [("x", b"x-00.txt"), ("x", b"x-01.txt"), ("mine", b"y.txt")]
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "sub" / "deep" / "z.txt").write_text("z")
+    assert len(read(f"{tmp_path}/**/*.txt")) == 4
+
+
+def test_include_matches_names_and_paths(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.py", "b.md", "sub/c.py"):
+        (tmp_path / name).write_text(name)
+    assert [d for _, d in read(tmp_path, include="*.py")] == [b"a.py", b"sub/c.py"]
+    assert [d for _, d in read(tmp_path, include="sub/*")] == [b"sub/c.py"]
+
+
+def test_binary_files_in_folders_are_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "utf16.txt").write_text("text", "utf-16")
+    reader, inputs = Reader(ReadOptions()), find_inputs([str(tmp_path)], ReadOptions())
+    assert [d.data for one in inputs for d in reader.read(one)] == [b"text"]
+    assert reader.num_binary == 1
+
+
+def test_names_that_are_not_text_become_text(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"na\xffme")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"x.txt"), "wb") as file:
+        file.write(b"text")
+    assert read(os.fsdecode(folder)) == [("na?me", b"text")]
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "s": "\\ud800"}\n{"text": "y", "s": null}\n')
+    assert read(tmp_path / "a.jsonl", source_field="s") == [("?", b"x"), ("a", b"y")]
 
 
 def test_standard_input():

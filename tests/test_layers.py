@@ -16,7 +16,7 @@ LAYERS = [
     {"training"},
     {"language_model"},
     {"figures"},
-    {"quickstart"},
+    {"quickstart", "display"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

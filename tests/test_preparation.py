@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,12 +12,13 @@ import torch
 
 from builders import random_transformer
 from bytelm import codec
-from bytelm.checkpoint import load_scorer, save_model
+from bytelm.checkpoint import fingerprint, load_scorer, locked, save_model
 from bytelm.config import EntropyPatching, ModelDescription, TransformerConfig
 from bytelm.data import Dataset, PrepareOptions, ReadOptions, preparation, prepare
 from bytelm.data.calibration import calibrate_folder
 from bytelm.data.dataset import MANIFEST, read_manifest
-from bytelm.errors import CheckpointError, DataError
+from bytelm.errors import CheckpointError, ConfigError, DataError
+from bytelm.model.scorers import score_document
 
 TEXTS = [f"document {i}: {'word ' * (i % 50)}\n" for i in range(200)]
 SMALL = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
@@ -193,7 +193,8 @@ def test_kill_9_at_any_moment_loses_nothing(scorer, tmp_path):
     found = documents(tmp_path / "d", "train") + documents(tmp_path / "d", "validation")
     assert sorted(found) == sorted(t.encode() * 40 for t in TEXTS)
     time.sleep(1.5)
-    assert not multiprocessing.active_children()
+    running = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout
+    assert running == b"", "workers outlived the process that started them"
 
 
 def test_other_settings_are_refused(corpus, tmp_path):
@@ -202,6 +203,88 @@ def test_other_settings_are_refused(corpus, tmp_path):
         prepare([corpus], tmp_path / "d", PrepareOptions(validation_share=0.5))
     with pytest.raises(DataError, match="inputs differ"):
         prepare([corpus, corpus], tmp_path / "d", PrepareOptions())
+
+
+def test_a_remedy_can_be_followed_in_the_same_folder(tmp_path):
+    """What a failed preparation left does not keep the folder from one with other settings."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n{"text": 3}\n{"text": ""}\n')
+    with pytest.raises(DataError, match="--skip-invalid passes over"):
+        prepare([str(path)], tmp_path / "d", PrepareOptions())
+    skipping = PrepareOptions(read=ReadOptions(skip_invalid=True))
+    manifest = prepare([str(path)], tmp_path / "d", skipping)
+    assert manifest.left_out.invalid_records == 1
+    assert manifest.left_out.empty_documents == 1
+
+
+def test_a_stopped_preparation_with_another_scorer_leaves_nothing_behind(
+    corpus, scorer, tmp_path, monkeypatch
+):
+    def stop(self, shard):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation._Writer, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], tmp_path / "d", PrepareOptions(scorer=scorer, workers=1))
+    other = tmp_path / "other"
+    save_model(other, random_transformer(seed=9, **SMALL), ModelDescription(
+        model=TransformerConfig(**SMALL)))  # fmt: skip
+    manifest = prepare([corpus], tmp_path / "d", PrepareOptions(scorer=other, workers=1))
+    assert manifest.scorer is not None
+    assert manifest.scorer.fingerprint == fingerprint(other)
+    assert fingerprint(tmp_path / "d" / "scorer") == fingerprint(other)
+
+
+def test_damaged_prepared_data_is_not_passed_on(corpus, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions())
+    path = tmp_path / "d" / "train-00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="its contents have changed"):
+        prepare([str(tmp_path / "d")], tmp_path / "e", PrepareOptions())
+
+
+def test_calibrated_data_and_other_spellings_are_the_same_input(corpus, scorer, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions(scorer=scorer, workers=1))
+    first = prepare([str(tmp_path / "d")], tmp_path / "e", PrepareOptions())
+    calibrate_folder(tmp_path / "d", EntropyPatching(), 2.08)
+    other = f"{tmp_path}/x/../d"
+    (tmp_path / "x").mkdir()
+    assert prepare([other], tmp_path / "e", PrepareOptions()) == first
+
+
+def test_the_folder_to_make_and_what_bytelm_made_are_not_read(corpus, tmp_path):
+    options = PrepareOptions(leave_out=(tmp_path / "run",))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.md").write_text("made by a run")
+    first = prepare([str(tmp_path)], tmp_path / "d", options)
+    assert prepare([str(tmp_path)], tmp_path / "d", options) == first
+    assert prepare([str(tmp_path)], tmp_path / "e", options).sources() == first.sources()
+
+
+def test_one_process_at_a_time(corpus, tmp_path):
+    with locked(tmp_path / "d"), pytest.raises(ConfigError, match="another process is at work"):
+        prepare([corpus], tmp_path / "d", PrepareOptions())
+    assert prepare([corpus], tmp_path / "d", PrepareOptions()).shards
+
+
+@pytest.mark.parametrize("length", [65_535, 65_536, 100_000])
+def test_long_documents_are_scored_in_pieces_as_if_whole(scorer, tmp_path, length):
+    data = np.random.default_rng(0).bytes(length)
+    (tmp_path / "long.txt").write_bytes(data)
+    (tmp_path / "short.txt").write_bytes(b"short")
+    texts = [str(tmp_path / f"{name}.txt") for name in ("short", "long", "short")]
+    options = PrepareOptions(scorer=scorer, workers=1, validation_share=0.0)
+    prepare(texts, tmp_path / "d", options)
+    dataset = Dataset(tmp_path / "d", "train")
+    model, _ = load_scorer(scorer, reset_at_newline=False)
+    for index in range(3):
+        ids = torch.from_numpy(codec.encode(dataset.document(index)))
+        whole = torch.cat(list(score_document(model, ids))).numpy()
+        found = dataset.entropies(index, 0, len(ids))
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):

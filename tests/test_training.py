@@ -13,8 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from builders import BASE_BLT, random_blt, random_ids, random_transformer
-from bytelm.checkpoint import load_model, save_model, saved_steps
-from bytelm.config import ModelDescription, OptimizerConfig, Recipe, TransformerConfig, parse
+from bytelm.checkpoint import load_model, locked, save_model, saved_steps
+from bytelm.config import (
+    ModelDescription,
+    OptimizerConfig,
+    Recipe,
+    TableRecipe,
+    TransformerConfig,
+    parse,
+)
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
 from bytelm.training import Trainer, build_optimizer, fit_table, learning_rate, train, trainer
@@ -83,7 +90,16 @@ def assert_same_bits(run, other):
             a, b = load_file(mine / name), load_file(theirs / name)
             assert a.keys() == b.keys()
             assert all(torch.equal(a[k], b[k]) for k in a), (mine, name)
-        assert (mine / "trainer.json").read_text() != ""
+        mine_state, other_state = (state_of(folder) for folder in (mine, theirs))
+        assert mine_state == other_state
+
+
+def state_of(checkpoint):
+    """Everything in a checkpoint's state but how long things took."""
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    state["interval"].pop("seconds")
+    state.pop("metrics_bytes")
+    return state
 
 
 class StopAt(Exception):
@@ -261,6 +277,32 @@ def test_bad_recipes_are_named(data, tmp_path):
             train(recipe(data, device="cuda"), tmp_path / "d")
 
 
+def test_a_recipe_that_cannot_be_used_does_not_keep_the_folder(data, tmp_path):
+    with pytest.raises(PatchingError):
+        train(changed(recipe(data, steps=3), "patching", patch_size=900.0), tmp_path / "r")
+    assert train(recipe(data, steps=3), tmp_path / "r").finished
+    # Nor does one that was killed before its first checkpoint, or while it was being written.
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "recipe.yaml").touch()
+    assert train(recipe(data, steps=3), tmp_path / "s").finished
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 100])
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, checkpoint_every):
+    """The update can overflow although the loss and its gradient were fine."""
+    settings = recipe(data, steps=3, checkpoint_every=checkpoint_every, validate_every=100)
+    settings = changed(settings, "optimizer", learning_rate=3e38, warmup_steps=0)
+    with pytest.raises(TrainingError, match=r"no longer finite at step.*none was saved yet"):
+        train(settings, tmp_path / "r")
+    assert saved_steps(tmp_path / "r") == []
+
+
+def test_two_processes_cannot_train_in_one_folder(data, tmp_path):
+    with locked(tmp_path / "r"), pytest.raises(ConfigError, match="another process is at work"):
+        train(recipe(data, steps=3), tmp_path / "r")
+    assert train(recipe(data, steps=3), tmp_path / "r").finished
+
+
 def test_runs_without_held_out_text_train_all_the_same(tmp_path):
     (tmp_path / "y.txt").write_text("some text " * 100)
     prepare([str(tmp_path / "y.txt")], tmp_path / "d", PrepareOptions(validation_share=0.0))
@@ -290,13 +332,15 @@ def test_tables_and_norms_are_not_decayed():
 
 
 def test_a_table_is_fitted_and_saved(data, tmp_path):
-    settings = parse(
-        Recipe, {"model": {"kind": "ngram"}, "data": {"path": data}, "train": {"steps": 1}}, "test"
-    )
+    settings = parse(TableRecipe, {"model": {"kind": "ngram"}, "data": {"path": data}}, "test")
     table = fit_table(settings, tmp_path / "t")
     ids = random_ids(30)[None]
     assert torch.equal(load_model(tmp_path / "t")[0].entropies(ids), table.entropies(ids))
     assert len(table.keys) > 50
+    again = fit_table(settings, tmp_path / "t")
+    assert torch.equal(again.values, table.values)
+    with pytest.raises(CheckpointError, match="exists"):
+        fit_table(settings.model_copy(update={"seed": 3}), tmp_path / "t")
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ any moment leaves either the old folder or the new one. Nothing is ever unpickle
 adds its own files to a step's folder (see :mod:`bytelm.training.state`).
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bytelm.config import ModelDescription, ScorerConfig, TableConfig, TransformerConfig, parse
-from bytelm.errors import BytelmError, CheckpointError
+from bytelm.errors import BytelmError, CheckpointError, ConfigError
 from bytelm.model.build import LanguageModule, ScorerModule, build_model, build_scorer
 from bytelm.model.ngram import NgramScorer
 from bytelm.model.patched import PatchedModel
@@ -41,6 +43,8 @@ CONFIG, MODEL, SCORER, FILES = (
     "scorer.safetensors",
     "files.json",
 )
+LOCK = ".lock"
+"""Name of the file that :func:`locked` holds."""
 _TEMPORARY = ".writing-"
 
 
@@ -54,6 +58,37 @@ class CheckpointConfig(ModelDescription):
     torch: str = torch.__version__
     training: dict[str, Any] | None = None
     """How the model was trained; for people, read by nothing."""
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder does not exist or holds nothing but what a killed process began with."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be.
+
+    Raises:
+        ConfigError: another process is at work in it.
+        OSError: the disk refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with path.open("w") as file:
+        try:
+            # Held until the file is closed, whatever becomes of the process.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"another process is at work in {folder}: wait for it, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -81,9 +116,11 @@ def writing_folder(target: Path) -> Iterator[Path]:
         temporary.rename(target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, None)
+        remedy = "free some space" if is_full else "check the path and its permissions"
         raise CheckpointError(
-            f"could not write {target}: {error.strerror or error}; nothing was changed: free some "
-            "space or choose another place, and run the command again"
+            f"could not write {target}: {error.strerror or error}; nothing was changed: {remedy} "
+            "or choose another place, and run the command again"
         ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,8 +143,6 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

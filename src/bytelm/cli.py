@@ -1,14 +1,14 @@
 """The command line: verbs only. Each command's work is a function elsewhere."""
 
+import io
 import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,15 +22,13 @@ from bytelm.config import (
     StaticPatching,
     TableRecipe,
     load_recipe,
+    parse,
     recipe_names,
     recipe_text,
 )
-from bytelm.errors import BytelmError, ConfigError, PatchingError
+from bytelm.errors import BytelmError, ConfigError, DataError, PatchingError
 from bytelm.tracking import preparation_bar
 from bytelm.version import __version__
-
-if TYPE_CHECKING:
-    from bytelm.language_model import PatchedText
 
 # Heavy modules are imported by the commands that need them: `--help` should not wait for torch.
 
@@ -45,9 +43,17 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-console = Console()
-PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
+# No markup: what is printed holds names of files and sources, with whatever brackets.
+console = Console(markup=False, highlight=False)
 
+RULES: dict[str, type[PatchingConfig]] = {
+    "byte": BytePatching,
+    "static": StaticPatching,
+    "space": SpacePatching,
+    "entropy": EntropyPatching,
+    "monotonic": MonotonicPatching,
+    "combined": CombinedPatching,
+}
 Rule = Literal["byte", "static", "space", "entropy", "monotonic", "combined"]
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
@@ -57,15 +63,36 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA where the
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one line and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character should not end the program.
+            stream.reconfigure(errors="replace")
     try:
         app()
     except BytelmError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
     except BrokenPipeError:
         # Whoever read our output has gone; there is no one to tell.
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        _fail(
+            f"{error.filename or 'the disk'}: {error.strerror or error}; check the path, its "
+            "permissions and that the disk has room"
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("allocate|out of memory|^$", str(error)):
+            raise
+        _fail(
+            "there is not enough memory: choose a smaller model, fewer rows at a time "
+            "(train.micro_rows=1) or shorter ones (data.row_bytes)"
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    shown = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True, highlight=False).print(shown, soft_wrap=True)
+    sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -117,12 +144,15 @@ def data_prepare(
     ] = 4.5,
     validation: Annotated[
         list[str] | None,
-        typer.Option(help="Input to hold out whole; may be repeated. Prepared data keeps its own."),
+        typer.Option(
+            help="Input to hold out whole: a file, a folder, or a glob in quotes; may be repeated. "
+            "Prepared data keeps its split."
+        ),
     ] = None,
     validation_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the other documents held out. [0.01, or 0 with --validation]",
+            help="Share of the other documents held out. (default: 0.01, or 0 with --validation)",
         ),
     ] = None,
     format: Annotated[
@@ -145,8 +175,12 @@ def data_prepare(
     cut_bytes: Annotated[
         int | None, typer.Option(min=1, help="Cut longer documents, at line ends if possible.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.")] = None,
-    shard_mb: Annotated[float, typer.Option(min=0.001, help="Text per shard, in MB.")] = 32.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. (default: with a scorer, one per core)")
+    ] = None,
+    shard_mb: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Text per shard, in MB.")
+    ] = 32.0,
 ) -> None:
     """Turn text into Arrow shards, with entropies if a scorer is given.
 
@@ -155,7 +189,8 @@ def data_prepare(
     [dim]bytelm data prepare books/*.jsonl.xz --out data
     bytelm data prepare data --scorer entropy-run --out data-scored[/]
     """
-    from bytelm.data import PrepareOptions, ReadOptions, prepare
+    from bytelm.data import PrepareOptions, ReadOptions, prepare, read_manifest
+    from bytelm.display import show_data
 
     read = ReadOptions(
         format=format,
@@ -175,8 +210,12 @@ def data_prepare(
         shard_bytes=round(shard_mb * 1e6),
         workers=workers,
     )
-    with preparation_bar(console) as report:
-        prepare(inputs, out, options, report)
+    try:
+        with preparation_bar(console) as report:
+            prepare(inputs, out, options, report)
+    except KeyboardInterrupt:
+        console.print("stopped: the same command goes on")
+        raise typer.Exit(130) from None
     if scorer is not None:
         from bytelm.data.calibration import calibrate_folder
 
@@ -184,8 +223,8 @@ def data_prepare(
             calibrate_folder(out, EntropyPatching(), patch_size)
         except PatchingError as error:
             # The data is whole; only the suggestion of a threshold is missing.
-            console.print(f"[yellow]not calibrated:[/] {escape(str(error))}", soft_wrap=True)
-    _show_data(out)
+            console.print(f"not calibrated: {error}", style="yellow", soft_wrap=True)
+    show_data(console, out, read_manifest(out))
 
 
 @data_app.command("calibrate")
@@ -198,14 +237,16 @@ def data_calibrate(
     increase: Annotated[
         float | None, typer.Option(help="For combined: the least rise of the entropy, in nats.")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch, in bytes.")] = None,
 ) -> None:
     """Find the threshold for a mean patch size, and show what it does to each source."""
+    from bytelm.data import read_manifest
     from bytelm.data.calibration import calibrate_folder
+    from bytelm.display import show_data
 
     wanted = _rule(rule, None, increase, None, max_length)
     calibrate_folder(folder, wanted, patch_size)
-    _show_data(folder)
+    show_data(console, folder, read_manifest(folder))
 
 
 @data_app.command("info")
@@ -215,40 +256,14 @@ def data_info(
 ) -> None:
     """Show what prepared data holds."""
     from bytelm.data.dataset import check_shard, read_manifest
-
-    for shard in read_manifest(folder).shards:
-        check_shard(folder, shard, contents=verify)
-    _show_data(folder)
-    if verify:
-        console.print("every file is as it was written")
-
-
-def _show_data(folder: Path) -> None:
-    from bytelm.data.dataset import read_manifest
+    from bytelm.display import show_data
 
     manifest = read_manifest(folder)
-    table = Table(title=f"{folder}", title_justify="left", box=None, pad_edge=False)
-    for name in ("source", "documents", "bytes", "held out"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    calibration = manifest.calibration
-    if calibration:
-        table.add_column("bytes/patch", justify="right")
-        table.add_column("longest", justify="right")
-    held_out = manifest.sources("validation")
-    for name, total in manifest.sources().items():
-        row = [name, f"{total.documents:,}", f"{total.text_bytes:,}"]
-        row.append(f"{held_out[name].text_bytes:,}" if name in held_out else "0")
-        if calibration and name in calibration.sources:
-            report = calibration.sources[name]
-            row += [f"{report.patch_size:.2f}", f"{report.longest:,}"]
-        table.add_row(*row)
-    console.print(table)
-    if manifest.scorer:
-        reset = ", context reset at newlines" if manifest.scorer.reset_at_newline else ""
-        console.print(f"entropies by scorer {manifest.scorer.fingerprint}{reset}")
-    if calibration:
-        rule = {k: v for k, v in calibration.rule.items() if v is not None and k != "patch_size"}
-        console.print(f"patches of {calibration.patch_size:.3f} bytes by {rule}", highlight=False)
+    for shard in manifest.shards:
+        check_shard(folder, shard, contents=verify)
+    show_data(console, folder, manifest)
+    if verify:
+        console.print("every file is as it was written")
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -267,9 +282,13 @@ def train(
 ) -> None:
     """Train an entropy model, a BLT or a byte transformer; or resume the run in the folder.
 
+    Every value of a recipe can be set as key.path=value: data.path, data.row_bytes, train.steps,
+    train.seed, train.device, optimizer.learning_rate, ... `bytelm recipes NAME` prints a recipe.
+
     [dim]bytelm train entropy-tiny data.path=data --out entropy
     bytelm train blt-1m data.path=data-scored train.steps=2000[/]
     """
+    from bytelm.display import show_likelihood
     from bytelm.training import fit_table, train
 
     settled = load_recipe(recipe, overrides or ())
@@ -287,20 +306,26 @@ def train(
             highlight=False,
         )
         return
-    _show_likelihood(result.validation)
+    if result.validation:
+        show_likelihood(console, result.validation)
     console.print(f"{result.bytes_seen:,} bytes and {result.flops:.3g} FLOPs in {folder}")
 
 
 @app.command("eval")
 def evaluate(
     checkpoint: Checkpoint,
-    bpb: Annotated[
-        list[str], typer.Option(help="Text: files, folders or globs, read as by data prepare.")
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text to measure: files, folders or globs, read as by data prepare; of prepared "
+            "data, what is held out."
+        ),
     ],
+    bpb: Annotated[bool, typer.Option("--bpb", help="Measure bits per byte: the default.")] = True,
     stride: Annotated[
         int | None,
         typer.Option(
-            help="Bytes between pieces of long text; less gives more context. [no overlap]"
+            help="Bytes between pieces of long text; less gives more context. (default: no overlap)"
         ),
     ] = None,
     field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
@@ -309,18 +334,21 @@ def evaluate(
 ) -> None:
     """Bits per byte of text, by source.
 
-    [dim]bytelm eval runs/blt-1m --bpb held-out/*.txt --bpb more.jsonl[/]
+    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
     """
     from bytelm.data import Reader, ReadOptions, find_inputs
+    from bytelm.display import show_likelihood
     from bytelm.language_model import load
 
     lm = load(checkpoint, device)
     options = ReadOptions(field=field)
     reader = Reader(options)
-    inputs = find_inputs(bpb, options)
-    texts = ((d.source, d.data) for one in inputs for d in reader.read(one))
+    inputs = find_inputs(texts, options)
+    documents = (d for one in inputs for d in reader.read(one) if d.split != "train")
     with console.status("evaluating"):
-        by_source = lm.likelihood(texts, stride=stride)
+        by_source = lm.likelihood(((d.source, d.data) for d in documents), stride=stride)
+    if not by_source:
+        raise DataError("there is no text to evaluate (of prepared data, what is held out is)")
     if as_json:
         rows = {
             name: {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, "patches": x.num_patches}
@@ -328,27 +356,7 @@ def evaluate(
         }
         print(json.dumps(rows, indent=2))
         return
-    _show_likelihood(by_source)
-
-
-def _show_likelihood(by_source: dict) -> None:
-    from bytelm.evaluation import total
-
-    rows = sorted(by_source.items())
-    if not rows:
-        console.print("no text to evaluate")
-        return
-    everything = total(by_source.values())
-    table = Table(box=None, pad_edge=False)
-    table.add_column("source")
-    for name in ("bytes", "bits per byte", "bytes/patch"):
-        table.add_column(name, justify="right")
-    if len(rows) > 1:
-        rows.append(("all", everything))
-    for name, one in rows:
-        size = f"{one.patch_size:.2f}" if one.num_patches else "-"
-        table.add_row(name, f"{one.num_bytes:,}", f"{one.bits_per_byte:.4f}", size)
-    console.print(table)
+    show_likelihood(console, by_source)
 
 
 @app.command()
@@ -356,10 +364,16 @@ def patch(
     checkpoint: Checkpoint,
     text: Annotated[str | None, typer.Argument(help="Text; - or none for standard input.")] = None,
     rule: Annotated[Rule | None, typer.Option(help="In place of the model's own.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Of an entropy rule, nats.")] = None,
-    increase: Annotated[float | None, typer.Option(help="Of a monotonic rule, nats.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Of static patches.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Entropy above which a patch starts, in nats.")
+    ] = None,
+    increase: Annotated[
+        float | None, typer.Option(help="Rise of the entropy that starts a patch, in nats.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Bytes in a static patch. (default: 4)")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch, in bytes.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also show other rules on the same text.")
     ] = False,
@@ -376,6 +390,7 @@ def patch(
     bytelm patch runs/blt-1m "some text" --figure entropies.svg[/]
     """
     from bytelm.codec import to_bytes
+    from bytelm.display import patches_json, show_patches
     from bytelm.language_model import load
 
     lm = load(checkpoint, "cpu")
@@ -398,34 +413,10 @@ def patch(
         else:
             draw_entropies(patched[0], figure)
     for one in patched:
-        _show_patches(one, as_json)
-
-
-def _show_patches(patched: "PatchedText", as_json: bool) -> None:
-    if as_json:
-        record = {
-            "rule": patched.rule.model_dump(mode="json", exclude_none=True),
-            "boundaries": patched.boundaries,
-            "patches": [p.decode("utf-8", "backslashreplace") for p in patched.patches],
-            "entropies": None if patched.entropies is None else patched.entropies.tolist(),
-        }
-        print(json.dumps(record))
-        return
-    shown = Text()
-    for number, piece in enumerate(patched.patches):
-        content = piece.decode("utf-8", "backslashreplace")
-        if not console.is_terminal or console.no_color:
-            content = f"|{content}" if number else content
-        shown.append(content, PATCH_STYLES[number % 2])
-    console.print(shown, soft_wrap=True)
-    rule = patched.rule.model_dump(exclude_none=True)
-    rule.pop("patch_size", None)
-    console.print(
-        f"{len(patched.data):,} bytes, {len(patched.boundaries):,} patches, "
-        f"{patched.patch_size:.2f} bytes each ({', '.join(f'{k} {v}' for k, v in rule.items())})",
-        style="dim",
-        highlight=False,
-    )
+        if as_json:
+            print(patches_json(one))
+        else:
+            show_patches(console, one)
 
 
 def _rule(
@@ -437,22 +428,21 @@ def _rule(
     own: PatchingConfig | None = None,
 ) -> PatchingConfig:
     """A rule from options; what they leave out is taken from ``own`` where that has it."""
-    threshold = threshold if threshold is not None else getattr(own, "threshold", None)
-    increase = increase if increase is not None else getattr(own, "increase", None)
-    match kind:
-        case "byte":
-            return BytePatching(max_length=max_length)
-        case "static":
-            return StaticPatching(length=length or 4, max_length=max_length)
-        case "space":
-            return SpacePatching(max_length=max_length)
-        case "entropy":
-            return EntropyPatching(threshold=threshold, max_length=max_length)
-        case "monotonic":
-            return MonotonicPatching(increase=increase, max_length=max_length)
-    if increase is None:
+    node = RULES[kind]
+    options = {
+        "threshold": threshold,
+        "increase": increase,
+        "length": length,
+        "max_length": max_length,
+    }
+    values = {"length": 4} if kind == "static" else {}
+    if own is not None:
+        values |= {k: v for k, v in own.model_dump(exclude_none=True).items() if k in options}
+    values |= {k: v for k, v in options.items() if v is not None}
+    values = {k: v for k, v in values.items() if k in node.model_fields}
+    if kind == "combined" and "increase" not in values:
         raise ConfigError("the combined rule needs --increase")
-    return CombinedPatching(threshold=threshold, increase=increase, max_length=max_length)
+    return parse(node, values, f"the {kind} rule")
 
 
 @app.command()
@@ -501,6 +491,10 @@ def recipes(
 ) -> None:
     """List the shipped recipes, or print one: a start for your own."""
     if name is not None:
+        if name not in recipe_names():
+            raise ConfigError(
+                f"{name!r} is not a shipped recipe; there are {', '.join(recipe_names())}"
+            )
         print(recipe_text(name), end="")
         return
     table = Table(box=None, pad_edge=False)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bytelm.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -36,7 +37,7 @@ class StackConfig(Node):
     num_heads: Positive
     ffn_dim: Positive
     """Width of the feed-forward's hidden layer."""
-    rope_theta: float = 500_000.0
+    rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "StackConfig":
@@ -78,7 +79,7 @@ class LocalConfig(Node):
     encoder_layers: Positive = 1
     decoder_layers: Positive
     window: Positive | None = 512
-    rope_theta: float = 500_000.0
+    rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
 
     def stack(self, num_layers: int) -> StackConfig:
         """The configuration of one of the two stacks."""
@@ -266,7 +267,7 @@ class DataConfig(Node):
     """Patches in a row; null for what the patch size makes of ``row_bytes``."""
     rows_per_step: Positive = 8
     """Rows in an optimiser step."""
-    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Share of bytes by source; null for what the data holds."""
     verify: bool = True
     """Check the hash of every shard before training."""
@@ -292,7 +293,7 @@ class TrainConfig(Node):
     steps: Positive
     micro_rows: Positive | None = None
     """Rows in a forward pass; null for all of a step's at once."""
-    seed: int = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 on CPU."""
@@ -339,7 +340,7 @@ class TableRecipe(Node):
 
     model: NgramConfig
     data: TableDataConfig = TableDataConfig()
-    seed: int = 0
+    seed: Seed = 0
     """Of the sample that is counted where there is more text than ``model.max_bytes``."""
 
 
@@ -359,6 +360,11 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Nothing in a recipe is a date, but a folder may be named like one.
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -417,7 +423,8 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | TableRecip
     try:
         data = yaml.load(recipe_text(name), _YamlLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name!r} is not valid YAML: {error}") from None
+        what = " ".join(str(error).split())
+        raise ConfigError(f"recipe {name!r} is not valid YAML: {what}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {name!r} must hold a mapping, not {type(data).__name__}")
     for override in overrides:
@@ -474,6 +481,11 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{path!r} is missing"
+    if first["type"] == "union_tag_not_found":
+        *_, candidates = _walk(node, location)
+        return f"'{path}.kind' is missing: one of {', '.join(str(_tag(c)) for c in candidates)}"
+    if first["type"] == "string_type" and not isinstance(first["input"], dict | list):
+        return f"{path}: {message}, not {first['input']!r}: write it in quotes, '\"...\"'"
     if isinstance(first["input"], dict | list):
         return f"{path}: {message}"
     return f"{path}: {message}, not {first['input']!r}"

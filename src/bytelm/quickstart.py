@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bytelm.accounting import parameter_counts
 from bytelm.checkpoint import read_json, write_json
@@ -34,6 +35,7 @@ from bytelm.evaluation import total
 from bytelm.figures import check_matplotlib, draw_curves, draw_entropies, draw_rules
 from bytelm.generation import Sampling
 from bytelm.language_model import LanguageModel, load
+from bytelm.model.blt import BLT
 from bytelm.model.patched import PatchedModel
 from bytelm.model.transformer import Transformer
 from bytelm.tracking import preparation_bar, read_jsonl
@@ -88,10 +90,9 @@ def run_quickstart(
     stage("reading text")
     text = _prepare_text(data, out, console)
     stage("fitting an entropy model: a table of n-gram entropies")
-    if not (out / "entropy").exists():
-        counted = load_recipe("quickstart-entropy", [f"data.path={out / 'text'}", f"seed={seed}"])
-        assert isinstance(counted, TableRecipe)
-        fit_table(counted, out / "entropy")
+    counted = load_recipe("quickstart-entropy", [f"data.path={out / 'text'}", f"seed={seed}"])
+    assert isinstance(counted, TableRecipe)
+    fit_table(counted, out / "entropy")
     stage(f"scoring the text, and finding the threshold for {PATCH_SIZE} bytes per patch")
     threshold = _score(out, console)
     console.print(f"      threshold {threshold:.3f} nats", highlight=False)
@@ -129,7 +130,8 @@ class _Stages:
 
     def __call__(self, title: str) -> None:
         self._number += 1
-        self._console.print(f"[bold]{self._number}/{STAGES}[/bold]  {title}", highlight=False)
+        number = Text(f"{self._number}/{STAGES}", style="bold")
+        self._console.print(Text.assemble(number, "  ", title))
 
 
 def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
@@ -144,7 +146,7 @@ def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
         arguments = [str(data)]
         # Long documents are cut, so that a part of a single file can be held out.
         read = ReadOptions(cut_bytes=32_768)
-    options = PrepareOptions(read=read, validation_share=0.03)
+    options = PrepareOptions(read=read, validation_share=0.03, leave_out=(out,))
     with preparation_bar(console) as report:
         manifest = prepare(arguments, out / "text", options, report)
     held_out = sum(s.text_bytes for s in manifest.sources("validation").values())
@@ -246,11 +248,8 @@ def _measure(name: str, lm: LanguageModel, documents: list[bytes], result: Train
     labelled = [("", document) for document in documents]
     likelihood = total(lm.likelihood(labelled, stride=lm.context_bytes // 2).values())
     module = lm.module.blt if isinstance(lm.module, PatchedModel) else lm.module
-    assert not isinstance(module, PatchedModel)
-    counts = parameter_counts(module) if isinstance(module, Transformer) else None
-    if counts is None:
-        assert isinstance(lm.module, PatchedModel)
-        counts = parameter_counts(lm.module.blt)
+    assert isinstance(module, BLT | Transformer)
+    counts = parameter_counts(module)
     tables = counts.get("n-gram embeddings", 0)
     return Row(
         name,

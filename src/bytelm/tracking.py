@@ -1,15 +1,17 @@
 """Where metrics go: a JSON Lines file always, TensorBoard if asked for, a line on the screen."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -25,7 +27,7 @@ PLAIN_SECONDS = 10.0
 """Between lines where the output is not a terminal."""
 
 
-def read_jsonl(path: Path) -> list[dict[str, float]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Metrics that a :class:`JsonlSink` wrote."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
@@ -44,21 +46,28 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line; what an earlier run wrote after ``resume_at`` bytes is dropped."""
+    """One JSON object a line; what an earlier run wrote after ``resume_at`` bytes is dropped.
+
+    A number that is not finite becomes null: JSON has no other word for it.
+    """
 
     def __init__(self, path: Path, resume_at: int = 0) -> None:
         if path.exists():
-            os.truncate(path, resume_at)
+            # A power cut may have lost the end of the file: keep what is left of whole lines.
+            kept = path.read_bytes()[:resume_at]
+            os.truncate(path, kept.rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def position(self) -> int:
-        """Bytes in the file."""
+        """Bytes in the file, all of them on disk."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
@@ -73,14 +82,14 @@ class TensorBoardSink:
         ConfigError: TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, resume_at_step: int = 0) -> None:
+    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             raise ConfigError(
                 "train.tensorboard needs TensorBoard: install bytelm[track]"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=resume_at_step)
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add scalars."""
@@ -108,7 +117,7 @@ class LiveLine:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+        self._task = self._progress.add_task(escape(title), total=total, completed=done, figures="")
         self._first, self._began = done, time.monotonic()
 
     def __enter__(self) -> "LiveLine":
@@ -137,19 +146,20 @@ class LiveLine:
         self._console.print(
             f"{self._title} {done}/{self._total} {figures}, {minutes}:{seconds:02d} left",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text, highlight=False, soft_wrap=True)
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @runtime_checkable
 class Preparation(Protocol):
     """How far a preparation of data is."""
 
-    read_bytes: int
+    done_bytes: int
     total_bytes: int
     documents: int
     shards: int
@@ -166,13 +176,21 @@ def preparation_bar(console: Console) -> Iterator[Callable[[Preparation], None]]
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("preparing", total=None)
+        last_plain = time.monotonic()
 
         def report(state: Preparation) -> None:
-            progress.update(
-                task,
-                completed=state.read_bytes,
-                total=state.total_bytes or None,
-                description=f"{state.documents:,} documents, {state.shards} shards",
-            )
+            nonlocal last_plain
+            description = f"{state.documents:,} documents, {state.shards} shards"
+            if console.is_terminal:
+                progress.update(
+                    task,
+                    completed=state.done_bytes,
+                    total=state.total_bytes or None,
+                    description=description,
+                )
+            elif time.monotonic() - last_plain > PLAIN_SECONDS:
+                last_plain = time.monotonic()
+                share = f", {state.done_bytes / state.total_bytes:.0%}" if state.total_bytes else ""
+                console.print(f"{description}{share}", highlight=False)
 
         yield report

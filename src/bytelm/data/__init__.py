@@ -1,6 +1,6 @@
 """Data: text to prepared shards, shards to packed rows."""
 
-from bytelm.data.calibration import calibrate_sample, report_patches, sample_dataset
+from bytelm.data.calibration import calibrate_sample, mean_patch_size, sample_dataset
 from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import Dataset, Manifest, read_manifest
 from bytelm.data.loader import Loader, LoaderState
@@ -25,8 +25,8 @@ __all__ = [
     "calibrate_sample",
     "find_inputs",
     "make_batch",
+    "mean_patch_size",
     "prepare",
     "read_manifest",
-    "report_patches",
     "sample_dataset",
 ]

@@ -13,6 +13,8 @@ from bytelm.errors import DataError
 from bytelm.patching import PatchSample, calibrate, patch_statistics
 
 SAMPLE_BYTES = 4_000_000
+REPORT_BYTES = 500_000
+"""Of each source, for its report."""
 _PIECE_BYTES = 16_384
 
 
@@ -20,15 +22,26 @@ Sample = dict[str, list[tuple[Tensor, Tensor | None]]]
 """(ids, entropies) pairs by source."""
 
 
-def sample_dataset(dataset: Dataset, max_bytes: int = SAMPLE_BYTES, seed: int = 0) -> Sample:
+def sample_dataset(
+    dataset: Dataset, max_bytes: int = SAMPLE_BYTES, seed: int = 0, source: str | None = None
+) -> Sample:
     """Random pieces of documents, with entropies where there are any; the same ones every time.
+
+    Args:
+        dataset: what to sample.
+        max_bytes: about how much.
+        seed: of the choice.
+        source: the only source to sample, or all in proportion.
 
     Raises:
         DataError: the data has no documents.
     """
     if not len(dataset):
         raise DataError(f"{dataset.folder} holds no training documents")
-    pieces = Pieces(dataset.lengths, np.arange(len(dataset)), _PIECE_BYTES)
+    documents = np.arange(len(dataset))
+    if source is not None:
+        documents = np.flatnonzero(dataset.source_ids == dataset.source_names.index(source))
+    pieces = Pieces(dataset.lengths, documents, _PIECE_BYTES)
     sample: Sample = {}
     taken = 0
     for index in range(len(pieces)):
@@ -56,22 +69,26 @@ def calibrate_sample(config: PatchingConfig, sample: Sample, patch_size: float) 
     return calibrate(config, _join(sample), patch_size)
 
 
-def report_patches(config: PatchingConfig, sample: Sample) -> Calibration:
-    """Patches of each source of a sample under a rule."""
-    sources = {}
-    for name, documents in sorted(sample.items()):
-        statistics = patch_statistics(config, PatchSample.join(documents))
-        sources[name] = SourceReport(
+def mean_patch_size(config: PatchingConfig, sample: Sample) -> float:
+    """Mean bytes per patch of a sample of all sources together."""
+    return patch_statistics(config, _join(sample)).mean_size
+
+
+def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, SourceReport]:
+    """Patches of each source, however little there is of it."""
+    reports = {}
+    for number in np.unique(dataset.source_ids):
+        name = dataset.source_names[number]
+        statistics = patch_statistics(
+            config, _join(sample_dataset(dataset, REPORT_BYTES, source=name))
+        )
+        reports[name] = SourceReport(
             sampled_bytes=statistics.num_positions,
             patches=statistics.num_patches,
             patch_size=statistics.mean_size,
             longest=statistics.longest,
         )
-    total = sum(r.sampled_bytes for r in sources.values())
-    patches = sum(r.patches for r in sources.values())
-    return Calibration(
-        rule=config.model_dump(mode="json"), patch_size=total / patches, sources=sources
-    )
+    return reports
 
 
 def _join(sample: Sample) -> PatchSample:
@@ -89,6 +106,11 @@ def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) ->
     if not dataset.has_entropies:
         raise DataError(f"{folder} has no entropies to calibrate on: prepare it with --scorer")
     sample = sample_dataset(dataset)
-    calibration = report_patches(calibrate_sample(config, sample, patch_size), sample)
+    rule = calibrate_sample(config, sample, patch_size)
+    calibration = Calibration(
+        rule=rule.model_dump(mode="json"),
+        patch_size=mean_patch_size(rule, sample),
+        sources=_source_reports(rule, dataset),
+    )
     write_manifest(folder, dataset.manifest.model_copy(update={"calibration": calibration}))
     return calibration

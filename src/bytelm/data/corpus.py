@@ -4,13 +4,16 @@ A document is a byte string and the name of its source. Bytes are kept exactly: 
 decoded, so invalid UTF-8 is as good as any other.
 """
 
+import fnmatch
 import glob
 import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bytelm.codec import to_bytes
-from bytelm.data.dataset import MANIFEST, Dataset, Split
+from bytelm.data.dataset import MANIFEST, Dataset, Split, read_manifest
 from bytelm.errors import DataError
 
 Format = Literal["auto", "text", "lines", "jsonl", "parquet"]
@@ -29,6 +32,8 @@ STDIN = "-"
 _RECORDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".xz", ".zst"}
 _BINARY_PROBE = 8192
+_MADE_HERE = (MANIFEST, "preparing.jsonl", "files.json", "metrics.jsonl")
+"""Files that tell a folder of prepared data, of a checkpoint or of a run."""
 
 
 @runtime_checkable
@@ -77,7 +82,8 @@ class Input:
     path: Path | None
     """``None`` for standard input."""
     source: str
-    kind: Literal["text", "lines", "jsonl", "parquet", "prepared", "datasets"]
+    kind: Literal["text", "lines", "jsonl", "parquet", "prepared", "datasets", "binary"]
+    """``binary`` is left out."""
     split: Split | None = None
     """Of all its documents; ``None`` where preparation settles it."""
 
@@ -88,30 +94,42 @@ class Input:
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk, for progress; 0 where it is not known."""
+        """How much there is to read, for progress; 0 where it is not known."""
+        if self.kind == "prepared" and self.path is not None:
+            return sum(shard.text_bytes for shard in read_manifest(self.path).shards)
         return self.path.stat().st_size if self.path and self.path.is_file() else 0
 
     @property
     def identity(self) -> list[str | int]:
         """What tells whether the input is still the same, without reading it."""
-        changed = self.path.stat().st_mtime_ns if self.path else 0
-        return [self.name, self.source, self.kind, self.split or "", self.num_bytes, changed]
+        if self.path is None:
+            return [self.name, self.source, self.kind, self.split or ""]
+        named = [str(self.path.resolve()), self.source, self.kind, self.split or ""]
+        if self.kind == "prepared":
+            return [*named, read_manifest(self.path).fingerprint]
+        return [*named, self.num_bytes, self.path.stat().st_mtime_ns]
 
 
-def find_inputs(arguments: Iterable[str], options: ReadOptions) -> list[Input]:
+def find_inputs(
+    arguments: Iterable[str], options: ReadOptions, leave_out: Iterable[Path] = ()
+) -> list[Input]:
     """Expand arguments into inputs, in a fixed order.
 
     Args:
-        arguments: files, directories (searched recursively, hidden files left out), globs, ``-``
-            for standard input, folders that ``bytelm data prepare`` or the `datasets` library
-            saved; each may be written ``NAME=ARGUMENT`` to name its source.
+        arguments: files, directories (searched through, but for what is hidden and what bytelm
+            made), globs, ``-`` for standard input, folders that ``bytelm data prepare`` or the
+            `datasets` library saved; each may be written ``NAME=ARGUMENT`` to name its source.
         options: how to read.
+        leave_out: folders not to search.
 
     Raises:
         DataError: an argument matches nothing, or can be read in no way.
     """
     inputs: list[Input] = []
+    skip = {path.resolve() for path in leave_out}
     for argument in arguments:
+        if not argument:
+            raise DataError("an input is empty: name a file or a folder (. for this one)")
         source, separator, rest = argument.partition("=")
         if not separator or Path(argument).exists():
             source, rest = "", argument
@@ -121,17 +139,21 @@ def find_inputs(arguments: Iterable[str], options: ReadOptions) -> list[Input]:
                 raise DataError("Parquet cannot be read from standard input: name a file")
             inputs.append(Input(None, source or "stdin", kind))
             continue
-        paths = [Path(rest)] if Path(rest).exists() else sorted(map(Path, glob.glob(rest)))
+        found = [rest] if Path(rest).exists() else sorted(glob.glob(rest, recursive=True))
+        paths = [Path(name) for name in found]
         if not paths:
             raise DataError(f"{rest!r} matches no file: check the path")
         for path in paths:
-            inputs += _inputs_at(path, source, options)
-    if not inputs:
-        raise DataError("the inputs hold no file to read (hidden and binary ones are left out)")
+            inputs += _inputs_at(path, source, options, skip)
+    if all(one.kind == "binary" for one in inputs):
+        raise DataError(
+            f"the inputs hold no file to read (hidden ones are left out, and {len(inputs)} binary "
+            "ones, which --binary reads)"
+        )
     return inputs
 
 
-def _inputs_at(path: Path, source: str, options: ReadOptions) -> list[Input]:
+def _inputs_at(path: Path, source: str, options: ReadOptions, skip: set[Path]) -> list[Input]:
     if path.is_file():
         return [_file_input(path, source or _source_name(path), options)]
     if (path / MANIFEST).exists():
@@ -142,18 +164,33 @@ def _inputs_at(path: Path, source: str, options: ReadOptions) -> list[Input]:
             f"{path} holds several splits: name one of {', '.join(splits)}, as PATH/SPLIT"
         )
     if (path / "state.json").exists() and (path / "dataset_info.json").exists():
-        return [Input(path, source or path.resolve().name, "datasets")]
+        return [Input(path, source or _label(path.resolve().name), "datasets")]
     found = []
-    for file in sorted(path.rglob(options.include or "*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or not file.is_file():
-            continue
+    for file in _files_below(path, options.include, skip):
         is_record = _suffixes(file)[0] in _RECORDS
-        if is_record:
-            found.append(_file_input(file, source or _source_name(file), options))
-        elif options.binary or not _looks_binary(file):
-            found.append(_file_input(file, source or path.resolve().name, options))
+        name = source or (_source_name(file) if is_record else _label(path.resolve().name))
+        if is_record or options.binary or not _looks_binary(file):
+            found.append(_file_input(file, name, options))
+        else:
+            found.append(Input(file, name, "binary"))
     return found
+
+
+def _files_below(top: Path, include: str | None, skip: set[Path]) -> Iterator[Path]:
+    """Files in a folder and its folders, but for hidden ones and what bytelm made, sorted."""
+    for folder, folders, files in os.walk(top):
+        here = Path(folder)
+        if here.resolve() in skip or any((here / mark).exists() for mark in _MADE_HERE):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = here / name
+            wanted = include is None or any(
+                fnmatch.fnmatch(one, include) for one in (name, str(path.relative_to(top)))
+            )
+            if wanted and not name.startswith(".") and path.is_file():
+                yield path
 
 
 def _file_input(path: Path, source: str, options: ReadOptions) -> Input:
@@ -175,7 +212,12 @@ def _source_name(path: Path) -> str:
     name = path.name
     for suffix in reversed(_suffixes(path)):
         name = name[: len(name) - len(suffix)] if suffix else name
-    return re.sub(r"[-_.]\d+(-of-\d+)?$", "", name) or name
+    return _label(re.sub(r"[-_.]\d+(-of-\d+)?$", "", name) or name)
+
+
+def _label(name: str) -> str:
+    """A source's name as valid text, whatever a file system or a record made of it."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _looks_binary(path: Path) -> bool:
@@ -194,12 +236,17 @@ class Reader:
         """Documents without a byte."""
         self.num_invalid = 0
         """Records skipped because they could not be read."""
+        self.num_binary = 0
+        """Files left out because they look binary."""
+        self._taken = 0
         self._file: BinaryIO | None = None
 
     @property
     def position(self) -> int:
-        """Bytes of the current file read so far, for progress."""
-        return self._file.tell() if self._file and not self._file.closed else 0
+        """How much of the current input has been read, in the unit of :attr:`Input.num_bytes`."""
+        if self._file is None or self._file.closed:
+            return self._taken
+        return self._file.tell() if self._file.seekable() else 0
 
     def read(self, source: Input) -> Iterator[Document]:
         """The documents of one input, empty ones left out.
@@ -207,6 +254,10 @@ class Reader:
         Raises:
             DataError: the file or a record cannot be read; the message says where.
         """
+        if source.kind == "binary":
+            self.num_binary += 1
+            return
+        self._taken = 0
         try:
             for document in self._read(source):
                 if source.split:
@@ -215,7 +266,7 @@ class Reader:
                     yield from _cut(document, self.options.cut_bytes)
                 else:
                     self.num_empty += 1
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
             raise DataError(f"cannot read {source.name}: {error or 'it ends too early'}") from error
         finally:
             if self._file is not None and self._file is not sys.stdin.buffer:
@@ -283,9 +334,11 @@ class Reader:
         assert source.path is not None
         splits: tuple[Split, ...] = ("train", "validation")
         for split in splits:
-            dataset = Dataset(source.path, split)
+            # What is damaged must not be passed on under a new, valid hash.
+            dataset = Dataset(source.path, split, verify=True)
             for index in range(len(dataset)):
                 name = source.source or dataset.source_names[dataset.source_ids[index]]
+                self._taken += int(dataset.lengths[index])
                 yield Document(dataset.document(index), name, split)
 
     def _datasets(self, source: Input) -> Iterator[Document]:
@@ -295,7 +348,10 @@ class Reader:
             raise DataError(
                 f"{source.name} was saved by the `datasets` library: install bytelm[hub] to read it"
             ) from None
-        dataset = datasets.load_from_disk(str(source.path))
+        try:
+            dataset = datasets.load_from_disk(str(source.path))
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(f"cannot read {source.name}: {error!r}; save it again") from None
         self._check_columns(dataset.column_names, source)
         for row, record in enumerate(dataset.select_columns(self._columns())):
             yield from self._document(dict(record), f"{source.name}, row {row}", source)
@@ -324,8 +380,9 @@ class Reader:
         if not isinstance(text, str | bytes):
             self._invalid(f"{where}: field {self.options.field!r} holds {text!r:.60}, not text")
             return
-        label = record[self.options.source_field] if self.options.source_field else source.source
-        yield Document(to_bytes(text), str(label))
+        named = record[self.options.source_field] if self.options.source_field else None
+        label = source.source if named is None else _label(str(named))
+        yield Document(to_bytes(text), label)
 
     def _invalid(self, message: str) -> None:
         if not self.options.skip_invalid:

@@ -12,6 +12,7 @@ one made at BOS, last the one made at the last byte, so there is one more than t
 Boundaries are not stored: they follow from the entropies and a threshold that may change.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -82,6 +83,14 @@ class Calibration(Node):
     sources: dict[str, SourceReport]
 
 
+class LeftOut(Node):
+    """What preparation passed over."""
+
+    empty_documents: int = 0
+    invalid_records: int = 0
+    binary_files: int = 0
+
+
 class Manifest(Node):
     """What a prepared folder holds."""
 
@@ -89,6 +98,7 @@ class Manifest(Node):
     bytelm: str
     settings: dict[str, object]
     shards: list[ShardRecord]
+    left_out: LeftOut = LeftOut()
     scorer: ScorerRecord | None = None
     calibration: Calibration | None = None
 
@@ -155,8 +165,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if is_full else "check the path and its permissions"
         raise DataError(
-            f"could not write {path}: {error.strerror or error}; free some space and run the same "
+            f"could not write {path}: {error.strerror or error}; {remedy} and run the same "
             "command again: it goes on where it stopped"
         ) from error
 

@@ -87,7 +87,8 @@ class Loader:
         world_size: number of processes.
 
     Raises:
-        DataError: the data is empty, lacks entropies, or the mixture names an unknown source.
+        DataError: the data is empty, lacks entropies, has too few rows for the ranks, or the
+            mixture names an unknown source.
     """
 
     def __init__(
@@ -107,6 +108,11 @@ class Loader:
             raise DataError(
                 f"{dataset.folder} has no entropies, which the patching rule needs: prepare it "
                 "with --scorer, or choose another rule"
+            )
+        if world_size > rows_per_step:
+            raise DataError(
+                f"{rows_per_step} rows a step cannot be shared by {world_size} ranks: raise "
+                "data.rows_per_step"
             )
         self._dataset = dataset
         self._row_bytes, self._row_patches, self._patcher = row_bytes, row_patches, patcher
@@ -131,8 +137,8 @@ class Loader:
         """Go on from a state of a loader with the same settings."""
         if len(state.streams) != len(self._rows):
             raise DataError(
-                f"the saved position is of {len(state.streams)} rows a step, not "
-                f"{len(self._rows)}: resume with the same data.rows_per_step"
+                f"the saved position is of {len(state.streams)} rows a step on each rank, not "
+                f"{len(self._rows)}: resume with the same data.rows_per_step and number of ranks"
             )
         self.step = state.step
         streams = [_StreamState(**s) for s in state.streams]

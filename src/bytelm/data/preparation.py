@@ -11,11 +11,12 @@ inputs again and skips them.
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,15 +27,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from bytelm import codec
-from bytelm.checkpoint import find_checkpoint, fingerprint, load_scorer, writing_folder
+from bytelm.checkpoint import (
+    check_folder,
+    find_checkpoint,
+    fingerprint,
+    is_vacant,
+    load_scorer,
+    locked,
+    writing_folder,
+)
 from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import (
     MANIFEST,
     SCHEMA,
     SCORED_SCHEMA,
     SCORER,
+    LeftOut,
     Manifest,
     ScorerRecord,
     ShardRecord,
@@ -48,10 +59,12 @@ from bytelm.data.dataset import (
 )
 from bytelm.errors import DataError
 from bytelm.model.build import ScorerModule
-from bytelm.model.scorers import score_documents
+from bytelm.model.scorers import STREAM_CHUNK, score_documents
 from bytelm.version import __version__
 
 JOURNAL = "preparing.jsonl"
+SCORED_TOGETHER = 65_536
+"""Positions of short documents that go through the scorer at once."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,8 @@ class PrepareOptions:
     """Text per shard."""
     workers: int | None = None
     """Processes; ``None`` for one per core where there is a scorer, else one."""
+    leave_out: tuple[Path, ...] = ()
+    """Folders inside the inputs that are not read; the one to make never is."""
 
     @property
     def hashed_share(self) -> float:
@@ -84,8 +99,8 @@ class PrepareOptions:
 class Progress:
     """How far a preparation is, for whoever shows it."""
 
-    read_bytes: int
-    """Of the input files, as they lie on disk."""
+    done_bytes: int
+    """Of the inputs, as they lie on disk, as far as what they hold is written."""
     total_bytes: int
     documents: int
     shards: int
@@ -115,28 +130,48 @@ def prepare(
     """
     if not 0 <= options.hashed_share < 1:
         raise DataError(f"the validation share must be in [0, 1), not {options.validation_share}")
-    held_out = find_inputs(options.validation, options.read) if options.validation else []
+    skip = [out, *options.leave_out]
+    held_out = find_inputs(options.validation, options.read, skip) if options.validation else []
     inputs = [replace(one, split="validation") for one in held_out]
-    inputs += find_inputs(arguments, options.read)
+    inputs += find_inputs(arguments, options.read, skip)
     settings = _settings(inputs, options)
+    has_stdin = any(one.path is None for one in inputs)
     if (out / MANIFEST).exists():
+        if has_stdin:
+            raise DataError(
+                f"{out} exists, and whether it was made of the same standard input cannot be told: "
+                "remove it, or choose another folder"
+            )
         manifest = read_manifest(out)
         _check_settings(manifest.settings, settings, out)
         for shard in manifest.shards:
             check_shard(out, shard, contents=False)
         return manifest
-    finished = _begin(out, settings)
-    scorer = _copy_scorer(out, options)
-    reader = Reader(options.read)
-    shards = _run(inputs, out, options, reader, finished, report)
-    if not shards:
-        raise DataError(
-            f"the inputs hold no text ({reader.num_empty} empty documents, {reader.num_invalid} "
-            "invalid records)"
+    _check_is_ours(out)
+    with disk_errors(out), locked(out):
+        # Standard input may be another text this time: nothing of it is taken as finished.
+        finished = {} if has_stdin else _finished(out, settings)
+        if not finished:
+            _clear(out)
+        _write_journal(out, settings, finished)
+        scorer = _copy_scorer(out, options)
+        reader = Reader(options.read)
+        shards = _run(inputs, out, options, reader, finished, report)
+        if not shards:
+            raise DataError(
+                f"the inputs hold no text ({reader.num_empty} empty documents, "
+                f"{reader.num_invalid} invalid records)"
+            )
+        left_out = LeftOut(
+            empty_documents=reader.num_empty,
+            invalid_records=reader.num_invalid,
+            binary_files=reader.num_binary,
         )
-    manifest = Manifest(bytelm=__version__, settings=settings, shards=shards, scorer=scorer)
-    write_manifest(out, manifest)
-    (out / JOURNAL).unlink()
+        manifest = Manifest(
+            bytelm=__version__, settings=settings, shards=shards, left_out=left_out, scorer=scorer
+        )
+        write_manifest(out, manifest)
+        (out / JOURNAL).unlink()
     return manifest
 
 
@@ -144,7 +179,9 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
     """Everything the result depends on, JSON-ready."""
     scorer = None
     if options.scorer is not None:
-        scorer = fingerprint(find_checkpoint(options.scorer))
+        folder = find_checkpoint(options.scorer)
+        check_folder(folder)
+        scorer = fingerprint(folder)
     return {
         "inputs": [i.identity for i in inputs],
         "read": asdict(options.read),
@@ -164,32 +201,40 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], out: Path) -> None
         )
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
-    """Open the journal; the shards an earlier run finished, by file name."""
-    journal = out / JOURNAL
-    if journal.exists():
-        lines = journal.read_text("utf-8").splitlines()
-        entries = []
-        for line in lines:
+def _check_is_ours(out: Path) -> None:
+    """A folder with anything in it must be of a preparation that was stopped."""
+    if not (out / JOURNAL).exists() and not is_vacant(out):
+        raise DataError(f"{out} is not empty and was not made by `bytelm data prepare`")
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
+    """Shards, by file name, that a stopped preparation with the same settings has finished."""
+    entries = []
+    if (out / JOURNAL).exists():
+        for line in (out / JOURNAL).read_text("utf-8").splitlines():
             try:
                 entries.append(json.loads(line))
             except ValueError:  # a line that a kill cut short
                 break
-        if entries:
-            _check_settings(entries[0], settings, out)
-            records = [ShardRecord.model_validate(entry) for entry in entries[1:]]
-            _write_journal(journal, [settings, *(r.model_dump(mode="json") for r in records)])
-            return {r.file: r for r in records if _is_intact(out, r)}
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty and was not made by `bytelm data prepare`")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        _write_journal(journal, [settings])
-    return {}
+    if not entries or entries[0] != settings:
+        return {}
+    records = [ShardRecord.model_validate(entry) for entry in entries[1:]]
+    return {record.file: record for record in records if _is_intact(out, record)}
 
 
-def _write_journal(journal: Path, entries: list[dict[str, Any]]) -> None:
-    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
+def _clear(out: Path) -> None:
+    """Remove what a stopped preparation left."""
+    for path in out.glob("*.arrow"):
+        path.unlink()
+    shutil.rmtree(out / SCORER, ignore_errors=True)
+
+
+def _write_journal(out: Path, settings: dict[str, Any], finished: dict[str, ShardRecord]) -> None:
+    """Begin the journal with what is finished, whole or not at all."""
+    entries = [settings, *(record.model_dump(mode="json") for record in finished.values())]
+    temporary = out / f".{JOURNAL}"
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
+    temporary.replace(out / JOURNAL)
 
 
 def _is_intact(out: Path, record: ShardRecord) -> bool:
@@ -225,10 +270,14 @@ def _run(
     records = dict[str, ShardRecord]()
     progress = Progress(0, sum(i.num_bytes for i in inputs), 0, 0)
     journal = out / JOURNAL
+    reading = _Reading(inputs, reader, progress, report)
+    # Input read for each shard since the one before it was dealt.
+    spans = dict[str, int]()
 
     def done(record: ShardRecord) -> None:
         records[record.file] = record
         progress.shards += 1
+        progress.done_bytes += spans.pop(record.file)
         if record.file not in finished:
             with disk_errors(journal), journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record.model_dump(mode="json")) + "\n")
@@ -238,8 +287,8 @@ def _run(
 
     with _workers(out, options) as submit:
         pending: set[Future[ShardRecord]] = set()
-        documents = _with_progress(inputs, reader, progress, report)
-        for shard in _deal(documents, options):
+        for shard in _deal(iter(reading), options):
+            spans[shard.name] = reading.take_span()
             if shard.name in finished:
                 done(finished[shard.name])
                 continue
@@ -249,25 +298,44 @@ def _run(
             ready, pending = wait(pending, timeout, return_when=FIRST_COMPLETED)
             for future in ready:
                 done(future.result())
-        for future in pending:
+        for future in as_completed(pending):
             done(future.result())
     return [records[name] for name in sorted(records)]
 
 
-def _with_progress(
-    inputs: list[Input], reader: Reader, progress: Progress, report: Callable[[Progress], None]
-) -> Iterator[Document]:
-    before, last = 0, 0.0
-    for source in inputs:
-        for document in reader.read(source):
-            yield document
-            progress.documents += 1
-            progress.read_bytes = before + min(reader.position, source.num_bytes)
-            if time.monotonic() - last > 0.1:
-                last = time.monotonic()
-                report(progress)
-        before += source.num_bytes
-        progress.read_bytes = before
+class _Reading:
+    """The documents of all inputs, and how far the reading is."""
+
+    def __init__(
+        self,
+        inputs: list[Input],
+        reader: Reader,
+        progress: Progress,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._inputs, self._reader = inputs, reader
+        self._progress, self._report = progress, report
+        self._position = self._taken = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        before, reported = 0, 0.0
+        for source in self._inputs:
+            num_bytes = source.num_bytes
+            for document in self._reader.read(source):
+                self._progress.documents += 1
+                self._position = before + min(self._reader.position, num_bytes)
+                if time.monotonic() - reported > 0.1:
+                    reported = time.monotonic()
+                    self._report(self._progress)
+                yield document
+            before += num_bytes
+            self._position = before
+
+    def take_span(self) -> int:
+        """Bytes of input read since this was last asked."""
+        span = self._position - self._taken
+        self._taken = self._position
+        return span
 
 
 def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[_Shard]:
@@ -339,7 +407,7 @@ def _workers(
     except BrokenProcessPool:
         raise DataError(
             "a worker process died, perhaps for lack of memory: run the same command again, which "
-            "goes on where it stopped, with fewer --workers"
+            "goes on where it stopped, with fewer --workers (or, from the start, with --cut-bytes)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -392,11 +460,40 @@ class _Writer:
 
 
 def _entropy_column(scorer: ScorerModule, documents: list[Document]) -> pa.Array:
-    ids = [torch.from_numpy(codec.encode(d.data)) for d in documents]
-    entropies = score_documents(scorer, ids)
-    offsets = np.concatenate([[0], np.cumsum([len(x) for x in entropies])])
-    values = torch.cat(entropies).float().numpy()
+    """Entropies of all documents, with little memory beside the result's own."""
+    lengths = [len(document.data) + 1 for document in documents]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    values = np.empty(offsets[-1], np.float32)
+    for first, last in _groups(lengths):
+        at = int(offsets[first])
+        for piece in _entropies(scorer, [document.data for document in documents[first:last]]):
+            values[at : at + len(piece)] = piece
+            at += len(piece)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+
+
+def _groups(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of documents worth scoring together; a long one is alone."""
+    first, size = 0, 0
+    for index, length in enumerate(lengths):
+        if size and size + length > SCORED_TOGETHER:
+            yield first, index
+            first, size = index, 0
+        size += length
+    if size:
+        yield first, len(lengths)
+
+
+def _entropies(scorer: ScorerModule, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
+    """Entropies of documents in turn, a long one in pieces."""
+    if len(documents) > 1:
+        ids = [torch.from_numpy(codec.encode(data)) for data in documents]
+        yield from (one.float().numpy() for one in score_documents(scorer, ids))
+        return
+    stream, data = scorer.stream(), documents[0]
+    for begin in range(0, max(len(data), 1), STREAM_CHUNK):
+        ids = codec.encode(data[begin : begin + STREAM_CHUNK], bos=begin == 0)
+        yield stream.feed(torch.from_numpy(ids)).float().numpy()
 
 
 _writer: _Writer | None = None

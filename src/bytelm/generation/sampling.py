@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bytelm import codec
-from bytelm.errors import ConfigError
+from bytelm.errors import BytelmError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,17 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: Float[Tensor, " vocab"]) -> int:
-        """The next id."""
+        """The next id.
+
+        Raises:
+            BytelmError: the logits are not numbers.
+        """
         allowed = logits.double().cpu().clone()
+        if allowed.isnan().any():
+            raise BytelmError(
+                "the model's predictions are not numbers: its weights are damaged, or its training "
+                "diverged; use an earlier checkpoint"
+            )
         allowed[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
         if self._sampling.temperature == 0:
             return int(allowed.argmax())

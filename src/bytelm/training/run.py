@@ -1,5 +1,6 @@
 """A training run: a folder with a recipe, metrics and checkpoints, that can be left and resumed."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bytelm.checkpoint import saved_steps
+from bytelm.checkpoint import is_vacant, locked, saved_steps
 from bytelm.config import Recipe, differences, dump_yaml, load_recipe
-from bytelm.errors import ConfigError, TrainingError
+from bytelm.errors import CheckpointError, ConfigError, TrainingError
 from bytelm.evaluation import Likelihood, total
 from bytelm.tracking import JsonlSink, LiveLine, Sink, TensorBoardSink
 from bytelm.training.state import load_step, save_step, step_folder
@@ -19,7 +20,8 @@ from bytelm.training.trainer import Trainer
 
 RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
 
-# Settings that may change when a run is resumed: they do not change the numbers.
+# Settings that may change when a run is resumed: they do not change what is computed (though
+# another device rounds differently).
 RESUME_FREELY = {
     "data.path",
     "data.verify",
@@ -72,17 +74,19 @@ def train(
         CheckpointError: a checkpoint is damaged or cannot be written.
         TrainingError: the loss is no longer finite.
     """
-    _claim_folder(recipe, folder)
+    _check_folder(recipe, folder)
     trainer = Trainer(recipe)
-    metrics_bytes = _resume(folder, trainer)
-    run = _Run(folder, trainer, metrics_bytes)
-    with LiveLine(
-        console or Console(quiet=True), title, recipe.train.steps, trainer.num_steps
-    ) as line:
-        try:
-            return run.train(line, time_limit)
-        finally:
-            run.close()
+    with _disk_errors(folder), locked(folder):
+        # Only now: a recipe that cannot be used must not keep the folder from one that can.
+        _write_recipe(recipe, folder)
+        metrics_bytes = _resume(folder, trainer)
+        run = _Run(folder, trainer, metrics_bytes)
+        shown = console or Console(quiet=True)
+        with LiveLine(shown, title, recipe.train.steps, trainer.num_steps) as line:
+            try:
+                return run.train(line, time_limit)
+            finally:
+                run.close()
 
 
 class _Run:
@@ -130,12 +134,15 @@ class _Run:
         try:
             self.trainer.step()
         except TrainingError as error:
-            saved = saved_steps(self.folder)
-            kept = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved yet"
-            raise TrainingError(
-                f"{error}; {kept}. Lower optimizer.learning_rate, lengthen "
-                "optimizer.warmup_steps, or look at the data around this step"
-            ) from None
+            raise self._diverged(str(error)) from None
+
+    def _diverged(self, what: str) -> TrainingError:
+        saved = saved_steps(self.folder)
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved yet"
+        return TrainingError(
+            f"{what}; {kept}. Start again in another folder with a lower optimizer.learning_rate "
+            "or more optimizer.warmup_steps, or look at the data around this step"
+        )
 
     def _report(self, line: LiveLine) -> None:
         metrics = self.trainer.report()
@@ -156,6 +163,10 @@ class _Run:
         if not by_source:
             return by_source
         everything = total(by_source.values())
+        if not math.isfinite(everything.nats):
+            raise self._diverged(
+                f"the held-out loss is no longer finite at step {self.trainer.num_steps}"
+            )
         metrics = {
             "validation_bpb": everything.bits_per_byte,
             "validation_flops": self.trainer.flops,
@@ -173,6 +184,8 @@ class _Run:
         trainer = self.trainer
         if step_folder(self.folder, trainer.num_steps).exists():
             return
+        if not all(bool(p.isfinite().all()) for p in trainer.setup.trained.parameters()):
+            raise self._diverged(f"weights are no longer finite at step {trainer.num_steps}")
         training = {
             "step": trainer.num_steps,
             "bytes_seen": trainer.bytes_seen,
@@ -188,10 +201,10 @@ class _Run:
         )
 
 
-def _claim_folder(recipe: Recipe, folder: Path) -> None:
-    """Make the folder, or check that the run in it is of the same recipe."""
+def _check_folder(recipe: Recipe, folder: Path) -> None:
+    """The folder is new, or holds a run of the same recipe, or one that saved nothing."""
     path = folder / RECIPE
-    if path.exists():
+    if saved_steps(folder):
         old = load_recipe(str(path)).model_dump(mode="json")
         changed = differences(old, recipe.model_dump(mode="json"))
         serious = [line for line in changed if line.split(":")[0] not in RESUME_FREELY]
@@ -200,11 +213,29 @@ def _claim_folder(recipe: Recipe, folder: Path) -> None:
                 f"{folder} holds a run of another recipe ({'; '.join(serious)}): use another "
                 "folder, or the same settings to resume it"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif not path.exists() and not is_vacant(folder):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_yaml(recipe), "utf-8")
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe, whole or not at all; one that has saved a checkpoint stays as it is."""
+    if not saved_steps(folder):
+        temporary = folder / f".{RECIPE}"
+        temporary.write_text(dump_yaml(recipe), "utf-8")
+        temporary.replace(folder / RECIPE)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the disk into an error that names the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {error.filename or folder}: {error.strerror or error}; free some "
+            "space or check the path, and run the same command again: it goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 def _resume(folder: Path, trainer: Trainer) -> int:

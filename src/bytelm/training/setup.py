@@ -16,7 +16,7 @@ from bytelm.config import (
     TrainConfig,
     TransformerConfig,
 )
-from bytelm.data import Dataset, calibrate_sample, report_patches, sample_dataset
+from bytelm.data import Dataset, calibrate_sample, mean_patch_size, sample_dataset
 from bytelm.data.dataset import SCORER
 from bytelm.errors import ConfigError, DataError, PatchingError
 from bytelm.model.blt import BLT
@@ -102,7 +102,7 @@ def _settle_patches(recipe: Recipe, dataset: Dataset) -> Recipe:
                 )
             patching = calibrate_sample(patching, sample, patching.patch_size)
     if data.row_patches is None:
-        mean = report_patches(patching, sample).patch_size
+        mean = mean_patch_size(patching, sample)
         # No row holds more patches than bytes.
         wanted = min(math.ceil(PATCH_MARGIN * data.row_bytes / mean), data.row_bytes)
         data = data.model_copy(update={"row_patches": wanted})

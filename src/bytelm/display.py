@@ -1,0 +1,100 @@
+"""What the command line shows: tables of data and of likelihood, coloured patches."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bytelm.data import Manifest
+from bytelm.evaluation import Likelihood, total
+from bytelm.language_model import PatchedText
+
+PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
+
+
+def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
+    """What prepared data holds, by source."""
+    table = Table(title=f"{folder}", title_justify="left", box=None, pad_edge=False)
+    for name in ("source", "documents", "bytes", "held out"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    calibration = manifest.calibration
+    if calibration:
+        table.add_column("bytes/patch", justify="right")
+        table.add_column("longest", justify="right")
+    held_out = manifest.sources("validation")
+    for name, one in manifest.sources().items():
+        row = [name, f"{one.documents:,}", f"{one.text_bytes:,}"]
+        row.append(f"{held_out[name].text_bytes:,}" if name in held_out else "0")
+        if calibration and name in calibration.sources:
+            report = calibration.sources[name]
+            row += [f"{report.patch_size:.2f}", f"{report.longest:,}"]
+        table.add_row(*row)
+    console.print(table)
+    left_out = [
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in manifest.left_out.model_dump().items()
+        if count
+    ]
+    if left_out:
+        console.print(f"left out: {', '.join(left_out)}")
+    if not held_out:
+        console.print(
+            "nothing is held out, so training will not be validated: --validation names inputs to "
+            "hold out, --validation-share 0.1 a share",
+            style="yellow",
+        )
+    if manifest.scorer:
+        reset = ", context reset at newlines" if manifest.scorer.reset_at_newline else ""
+        console.print(f"entropies by scorer {manifest.scorer.fingerprint}{reset}")
+    if calibration:
+        rule = {k: v for k, v in calibration.rule.items() if v is not None and k != "patch_size"}
+        console.print(f"patches of {calibration.patch_size:.3f} bytes by {rule}")
+
+
+def show_likelihood(console: Console, by_source: Mapping[str, Likelihood]) -> None:
+    """Bits per byte by source, and of all together."""
+    rows = sorted(by_source.items())
+    everything = total(by_source.values())
+    table = Table(box=None, pad_edge=False)
+    table.add_column("source")
+    for name in ("bytes", "bits per byte", "bytes/patch"):
+        table.add_column(name, justify="right")
+    if len(rows) > 1:
+        rows.append(("all", everything))
+    for name, one in rows:
+        size = f"{one.patch_size:.2f}" if one.num_patches else "-"
+        table.add_row(name, f"{one.num_bytes:,}", f"{one.bits_per_byte:.4f}", size)
+    console.print(table)
+
+
+def show_patches(console: Console, patched: PatchedText) -> None:
+    """A text in alternating colours, or with bars where there are no colours."""
+    shown = Text()
+    for number, piece in enumerate(patched.patches):
+        content = piece.decode("utf-8", "backslashreplace")
+        if not console.is_terminal or console.no_color:
+            content = f"|{content}" if number else content
+        shown.append(content, PATCH_STYLES[number % 2])
+    console.print(shown, soft_wrap=True)
+    rule = patched.rule.model_dump(exclude_none=True)
+    rule.pop("patch_size", None)
+    console.print(
+        f"{len(patched.data):,} bytes, {len(patched.boundaries):,} patches, "
+        f"{patched.patch_size:.2f} bytes each ({', '.join(f'{k} {v}' for k, v in rule.items())})",
+        style="dim",
+    )
+
+
+def patches_json(patched: PatchedText) -> str:
+    """The patches of a text for programs."""
+    return json.dumps(
+        {
+            "rule": patched.rule.model_dump(mode="json", exclude_none=True),
+            "boundaries": patched.boundaries,
+            "patches": [p.decode("utf-8", "backslashreplace") for p in patched.patches],
+            "entropies": None if patched.entropies is None else patched.entropies.tolist(),
+        }
+    )
