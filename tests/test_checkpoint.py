@@ -219,7 +219,7 @@ def test_a_failure_at_any_moment_of_a_save_leaves_nothing_behind(tmp_path, monke
     except CheckpointError as error:
         messages.append(str(error))
     assert all("No space left on device; nothing was changed" in m for m in messages)
-    assert len(messages) == (len(calls) > moment)
+    assert bool(messages) != (tmp_path / "m").exists()
     if (tmp_path / "m").exists():
         load_model(tmp_path / "m")
     else:

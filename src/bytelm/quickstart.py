@@ -30,7 +30,7 @@ from bytelm.config import (
 )
 from bytelm.data import Dataset, Manifest, PrepareOptions, ReadOptions, prepare
 from bytelm.data.calibration import calibrate_folder
-from bytelm.errors import ConfigError, DataError
+from bytelm.errors import BytelmError, ConfigError, DataError
 from bytelm.evaluation import total
 from bytelm.figures import check_matplotlib, draw_curves, draw_entropies, draw_rules
 from bytelm.generation import Sampling
@@ -226,7 +226,7 @@ def _train(
     recipe = _training_recipe(name, out, seed, plan[name])
     result = train(recipe, out / name, console=console, title=f"     {name}")
     if not result.finished:
-        raise ConfigError(f"stopped in step {result.step}: the same command goes on from there")
+        raise BytelmError(f"stopped in step {result.step}: the same command goes on from there")
     return result
 
 
