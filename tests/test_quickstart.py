@@ -53,7 +53,7 @@ def test_the_tour_on_a_folder_and_again(tmp_path):
     data = source(tmp_path / "text")
     done = quickstart("--data", data, "--minutes", "0.5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for line in ("BLT with entropy patches", "plain byte transformer", "xz -9, each file alone"):
+    for line in ("BLT, entropy patches", "byte transformer", "xz -9, per file"):
         assert line in done.stdout
     out = tmp_path / "bytelm-quickstart"
     results = json.loads((out / "results.json").read_text())
