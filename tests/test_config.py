@@ -8,7 +8,6 @@ from bytelm.config import (
     BLTConfig,
     CombinedPatching,
     NgramConfig,
-    Recipe,
     TableDataConfig,
     TableRecipe,
     differences,
@@ -149,34 +148,6 @@ def test_learned_queries_need_encoder_cross_attention():
     cross = {"slots": 2, "num_heads": 2, "queries": "learned", "encoder": "none"}
     with pytest.raises(ConfigError, match="learned queries need encoder cross-attention"):
         parse(BLTConfig, {**BASE_BLT, "cross_attention": cross}, "test")
-
-
-def test_every_field_of_a_recipe_is_read_somewhere():
-    """A setting that nothing reads would be a silent no-op."""
-    from pathlib import Path
-
-    import bytelm
-
-    sources = [p.read_text() for p in Path(bytelm.__file__).parent.rglob("*.py")]
-    outside = "\n".join(s for s in sources if "class Recipe(Node)" not in s)
-    inside = next(s for s in sources if "class Recipe(Node)" in s)
-
-    def fields(node, seen):
-        for name, field in node.model_fields.items():
-            yield name
-            for child in _nodes(field.annotation):
-                if child not in seen:
-                    seen.add(child)
-                    yield from fields(child, seen)
-
-    from bytelm.config import _nodes_in as _nodes
-
-    unread = {
-        name
-        for name in fields(Recipe, set())
-        if not re.search(rf"\.{name}\b", outside) and not re.search(rf"self\.{name}\b", inside)
-    }
-    assert unread <= {"kind"}
 
 
 def test_recipes_are_listed():

@@ -15,11 +15,16 @@ from safetensors.torch import load_file
 from builders import BASE_BLT, random_blt, random_ids, random_transformer
 from bytelm.checkpoint import load_model, locked, save_model, saved_steps
 from bytelm.config import (
+    CombinedPatching,
     ModelDescription,
+    MonotonicPatching,
+    Node,
     OptimizerConfig,
     Recipe,
+    StaticPatching,
     TableRecipe,
     TransformerConfig,
+    _nodes_in,
     parse,
 )
 from bytelm.data import PrepareOptions, prepare
@@ -341,6 +346,44 @@ def test_a_table_is_fitted_and_saved(data, tmp_path):
     assert torch.equal(again.values, table.values)
     with pytest.raises(CheckpointError, match="exists"):
         fit_table(settings.model_copy(update={"seed": 3}), tmp_path / "t")
+
+
+def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
+    """A setting that nothing reads would silently do nothing."""
+    read = set()
+
+    def owner(node, name):
+        """The first class to have the field."""
+        bases = [base for base in node.__mro__ if name in getattr(base, "model_fields", {})]
+        return bases[-1]
+
+    def watched(node, name, original=Node.__getattribute__):
+        if name in type(node).model_fields:
+            read.add((owner(type(node), name), name))
+        return original(node, name)
+
+    monkeypatch.setattr(Node, "__getattribute__", watched)
+    train(recipe(data, steps=4), tmp_path / "blt")
+    train(recipe(data, "transformer", steps=1), tmp_path / "transformer")
+    table = {"model": {"kind": "ngram"}, "data": {"path": data}}
+    fit_table(parse(TableRecipe, table, "test"), tmp_path / "table")
+    for rule in (StaticPatching(length=3), MonotonicPatching(increase=0.001),
+                 CombinedPatching(increase=0.001, threshold=1.0)):  # fmt: skip
+        settings = recipe(data, steps=1).model_copy(update={"patching": rule})
+        Trainer(settings)
+    Trainer(settings.model_copy(update={"patching": MonotonicPatching(patch_size=2.0)}))
+
+    def settings_of(node, seen):
+        for name, field in node.model_fields.items():
+            if name != "kind":
+                yield node, name
+            for child in _nodes_in(field.annotation):
+                if child not in seen:
+                    seen.add(child)
+                    yield from settings_of(child, seen)
+
+    every = {*settings_of(Recipe, set()), *settings_of(TableRecipe, set())}
+    assert {(owner(node, name), name) for node, name in every} - read == set()
 
 
 @pytest.mark.slow
