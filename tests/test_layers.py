@@ -63,3 +63,20 @@ def test_imports_point_one_way():
 def test_no_module_is_named_for_nothing():
     names = {p.stem for p in ROOT.rglob("*.py")}
     assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def body_lines(function):
+    first = function.body[1] if len(function.body) > 1 else function.body[0]  # after the docstring
+    return function.end_lineno - first.lineno + 1
+
+
+def test_files_and_functions_stay_short():
+    long = []
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text()
+        if len(text.splitlines()) > 500:
+            long.append(str(path))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and body_lines(node) > 60:
+                long.append(f"{path}: {node.name}")
+    assert not long

@@ -188,8 +188,10 @@ def test_bad_requests_are_named(dataset, tmp_path):
         loader(dataset, mixture={"delta": 1.0})
     with pytest.raises(DataError, match="has no entropies, which the patching rule needs"):
         loader(dataset, patcher=Patcher(EntropyRule(threshold=1.0)))
-    with pytest.raises(DataError, match="is of 6 rows a step, not 4"):
+    with pytest.raises(DataError, match="is of 6 rows a step on each rank, not 4"):
         loader(dataset, rows_per_step=4).restore(loader(dataset).state())
+    with pytest.raises(DataError, match="6 rows a step cannot be shared by 8 ranks"):
+        loader(dataset, world_size=8, rank=7)
     (tmp_path / "a.txt").write_text("x")
     prepare([str(tmp_path / "a.txt")], tmp_path / "d", PrepareOptions(validation_share=0.9999))
     with pytest.raises(DataError, match="holds no training documents"):

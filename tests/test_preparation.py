@@ -14,7 +14,7 @@ from builders import random_transformer
 from bytelm import codec
 from bytelm.checkpoint import fingerprint, load_scorer, locked, save_model
 from bytelm.config import EntropyPatching, ModelDescription, TransformerConfig
-from bytelm.data import Dataset, PrepareOptions, ReadOptions, preparation, prepare
+from bytelm.data import Dataset, PrepareOptions, ReadOptions, prepare, writing
 from bytelm.data.calibration import calibrate_folder
 from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import CheckpointError, ConfigError, DataError
@@ -143,7 +143,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(corpus, scorer, tmp
     options = PrepareOptions(scorer=scorer, workers=1, shard_bytes=1000)
     whole = prepare([corpus], tmp_path / "whole", options)
     written = []
-    write = preparation._Writer.write
+    write = writing.Writer.write
 
     def fail_at_fifth(self, shard):
         if len(written) == 5:
@@ -151,7 +151,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(corpus, scorer, tmp
         written.append(shard.name)
         return write(self, shard)
 
-    monkeypatch.setattr(preparation._Writer, "write", fail_at_fifth)
+    monkeypatch.setattr(writing.Writer, "write", fail_at_fifth)
     with pytest.raises(KeyboardInterrupt):
         prepare([corpus], tmp_path / "d", options)
     (tmp_path / "d" / written[2]).write_bytes(b"cut short")
@@ -164,7 +164,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(corpus, scorer, tmp
         again.append(shard.name)
         return write(self, shard)
 
-    monkeypatch.setattr(preparation._Writer, "write", record)
+    monkeypatch.setattr(writing.Writer, "write", record)
     assert prepare([corpus], tmp_path / "d", options).shards == whole.shards
     assert set(written) & set(again) == {written[2]}
     assert not (tmp_path / "d" / "preparing.jsonl").exists()
@@ -224,7 +224,7 @@ def test_a_stopped_preparation_with_another_scorer_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation._Writer, "write", stop)
+        patch.setattr(writing.Writer, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], tmp_path / "d", PrepareOptions(scorer=scorer, workers=1))
     other = tmp_path / "other"

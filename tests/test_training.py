@@ -24,9 +24,9 @@ from bytelm.config import (
     StaticPatching,
     TableRecipe,
     TransformerConfig,
-    _nodes_in,
     parse,
 )
+from bytelm.config.reading import _nodes_in
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
 from bytelm.training import Trainer, build_optimizer, fit_table, learning_rate, train, trainer

@@ -12,24 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import torch
-from numpy.typing import NDArray
-
-from bytelm import codec
 from bytelm.checkpoint import (
     check_folder,
     find_checkpoint,
@@ -42,29 +32,22 @@ from bytelm.checkpoint import (
 from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import (
     MANIFEST,
-    SCHEMA,
-    SCORED_SCHEMA,
     SCORER,
     LeftOut,
     Manifest,
     ScorerRecord,
     ShardRecord,
-    SourceTotal,
     Split,
     check_shard,
     disk_errors,
-    file_hash,
     read_manifest,
     write_manifest,
 )
+from bytelm.data.writing import Shard, writers
 from bytelm.errors import DataError
-from bytelm.model.build import ScorerModule
-from bytelm.model.scorers import STREAM_CHUNK, score_documents
 from bytelm.version import __version__
 
 JOURNAL = "preparing.jsonl"
-SCORED_TOGETHER = 65_536
-"""Positions of short documents that go through the scorer at once."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +71,13 @@ class PrepareOptions:
     """Folders inside the inputs that are not read; the one to make never is."""
 
     @property
+    def num_workers(self) -> int:
+        """Processes to use."""
+        if self.workers is not None:
+            return max(self.workers, 1)
+        return (os.cpu_count() or 1) if self.scorer else 1
+
+    @property
     def hashed_share(self) -> float:
         """Share of documents that their hash holds out."""
         if self.validation_share is not None:
@@ -104,15 +94,6 @@ class Progress:
     total_bytes: int
     documents: int
     shards: int
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Documents on their way to a file."""
-
-    name: str
-    split: Split
-    documents: list[Document]
 
 
 def prepare(
@@ -285,7 +266,11 @@ def _run(
                 os.fsync(file.fileno())
         report(progress)
 
-    with _workers(out, options) as submit:
+    num_workers = options.num_workers
+    scorer = out / SCORER if options.scorer else None
+    with writers(
+        out, scorer, reset_at_newline=options.reset_at_newline, num_workers=num_workers
+    ) as submit:
         pending: set[Future[ShardRecord]] = set()
         for shard in _deal(iter(reading), options):
             spans[shard.name] = reading.take_span()
@@ -294,7 +279,7 @@ def _run(
                 continue
             pending.add(submit(shard))
             # Record what is finished; wait only where too much text is under way.
-            timeout = None if len(pending) > 2 * _num_workers(options) else 0
+            timeout = None if len(pending) > 2 * num_workers else 0
             ready, pending = wait(pending, timeout, return_when=FIRST_COMPLETED)
             for future in ready:
                 done(future.result())
@@ -338,13 +323,13 @@ class _Reading:
         return span
 
 
-def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[_Shard]:
+def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[Shard]:
     """Documents in reading order, to shards of each split."""
     open_shards: dict[Split, list[Document]] = {"train": [], "validation": []}
     sizes, numbers = Counter[Split](), Counter[Split]()
 
-    def close(split: Split) -> _Shard:
-        shard = _Shard(f"{split}-{numbers[split]:05d}.arrow", split, open_shards[split])
+    def close(split: Split) -> Shard:
+        shard = Shard(f"{split}-{numbers[split]:05d}.arrow", split, open_shards[split])
         numbers[split] += 1
         sizes[split] = 0
         open_shards[split] = []
@@ -371,148 +356,3 @@ def _split(document: Document, hashed_share: float, held_out: set[bytes]) -> Spl
         return document.split
     is_held_out = digest in held_out or int.from_bytes(digest, "big") < hashed_share * 2**64
     return "validation" if is_held_out else "train"
-
-
-def _num_workers(options: PrepareOptions) -> int:
-    if options.workers is not None:
-        return max(options.workers, 1)
-    return (os.cpu_count() or 1) if options.scorer else 1
-
-
-@contextmanager
-def _workers(
-    out: Path, options: PrepareOptions
-) -> Iterator[Callable[[_Shard], "Future[ShardRecord]"]]:
-    """Somewhere to send shards: worker processes, or this one."""
-    scorer_folder = out / SCORER if options.scorer else None
-    arguments = (out, scorer_folder, options.reset_at_newline)
-    if _num_workers(options) == 1:
-        writer = _Writer(*arguments)
-
-        def run(shard: _Shard) -> "Future[ShardRecord]":
-            future: Future[ShardRecord] = Future()
-            future.set_result(writer.write(shard))
-            return future
-
-        yield run
-        return
-    pool = ProcessPoolExecutor(
-        _num_workers(options),
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(*arguments, os.getpid()),
-    )
-    try:
-        yield lambda shard: pool.submit(_write_in_worker, shard)
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died, perhaps for lack of memory: run the same command again, which "
-            "goes on where it stopped, with fewer --workers (or, from the start, with --cut-bytes)"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _Writer:
-    """Scores and writes shards."""
-
-    def __init__(self, out: Path, scorer: Path | None, reset_at_newline: bool) -> None:
-        self._out = out
-        self._scorer: ScorerModule | None = None
-        if scorer is not None:
-            self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline)
-
-    def write(self, shard: _Shard) -> ShardRecord:
-        """Write one shard, whole or not at all."""
-        columns = [
-            pa.array([d.data for d in shard.documents], pa.large_binary()),
-            pa.array([d.source for d in shard.documents], pa.string()),
-        ]
-        schema = SCHEMA
-        if self._scorer is not None:
-            schema = SCORED_SCHEMA
-            columns.append(_entropy_column(self._scorer, shard.documents))
-        path = self._out / shard.name
-        temporary = path.with_name(f".{shard.name}")
-        with disk_errors(path):
-            with temporary.open("wb") as file:
-                with pa.ipc.new_file(file, schema) as writer:
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        documents, text_bytes = Counter[str](), Counter[str]()
-        for document in shard.documents:
-            documents[document.source] += 1
-            text_bytes[document.source] += len(document.data)
-        return ShardRecord(
-            file=shard.name,
-            split=shard.split,
-            documents=documents.total(),
-            text_bytes=text_bytes.total(),
-            file_bytes=path.stat().st_size,
-            sha256=file_hash(path),
-            sources={
-                name: SourceTotal(documents=documents[name], text_bytes=text_bytes[name])
-                for name in sorted(documents)
-            },
-        )
-
-
-def _entropy_column(scorer: ScorerModule, documents: list[Document]) -> pa.Array:
-    """Entropies of all documents, with little memory beside the result's own."""
-    lengths = [len(document.data) + 1 for document in documents]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    values = np.empty(offsets[-1], np.float32)
-    for first, last in _groups(lengths):
-        at = int(offsets[first])
-        for piece in _entropies(scorer, [document.data for document in documents[first:last]]):
-            values[at : at + len(piece)] = piece
-            at += len(piece)
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
-
-
-def _groups(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """Runs of documents worth scoring together; a long one is alone."""
-    first, size = 0, 0
-    for index, length in enumerate(lengths):
-        if size and size + length > SCORED_TOGETHER:
-            yield first, index
-            first, size = index, 0
-        size += length
-    if size:
-        yield first, len(lengths)
-
-
-def _entropies(scorer: ScorerModule, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
-    """Entropies of documents in turn, a long one in pieces."""
-    if len(documents) > 1:
-        ids = [torch.from_numpy(codec.encode(data)) for data in documents]
-        yield from (one.float().numpy() for one in score_documents(scorer, ids))
-        return
-    stream, data = scorer.stream(), documents[0]
-    for begin in range(0, max(len(data), 1), STREAM_CHUNK):
-        ids = codec.encode(data[begin : begin + STREAM_CHUNK], bos=begin == 0)
-        yield stream.feed(torch.from_numpy(ids)).float().numpy()
-
-
-_writer: _Writer | None = None
-
-
-def _start_worker(out: Path, scorer: Path | None, reset_at_newline: bool, parent: int) -> None:
-    global _writer
-    torch.set_num_threads(1)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    _writer = _Writer(out, scorer, reset_at_newline)
-
-
-def _die_with(parent: int) -> None:
-    """End this worker when the process that started it is gone, even by kill -9."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _write_in_worker(shard: _Shard) -> ShardRecord:
-    assert _writer is not None
-    return _writer.write(shard)

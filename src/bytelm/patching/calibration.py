@@ -4,7 +4,7 @@ The mean patch size is the number of positions (BOS and bytes) over the number o
 not decrease as the threshold rises, so bisection over the values in a sample finds it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,18 +134,22 @@ def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) ->
     margin = max(abs(reached / patch_size - 1), _GAP_MARGIN)
     reach = len(values) // _GAP_SEARCH
 
-    def farthest(limit: int) -> int:
-        """The index nearest to ``limit`` at which the size is still close enough."""
-        close, far = found, limit
-        while close != far:
-            # Rounds towards the far end, so that the interval always shrinks.
-            middle = (close + far + (far > close)) // 2
-            if abs(mean_size(middle) / patch_size - 1) <= margin:
-                close = middle
-            else:
-                far = middle + (1 if far < close else -1)
-        return close
+    def is_close(index: int) -> bool:
+        return abs(mean_size(index) / patch_size - 1) <= margin
 
-    first = farthest(max(found - reach, 1))
-    last = farthest(min(found + reach, len(edges) - 3))
+    first = _farthest(found, max(found - reach, 1), is_close)
+    last = _farthest(found, min(found + reach, len(edges) - 3), is_close)
     return at(first + int(edges.diff()[first : last + 1].argmax()))
+
+
+def _farthest(found: int, limit: int, is_close: Callable[[int], bool]) -> int:
+    """The index nearest to ``limit`` that is close, all between it and ``found`` being close."""
+    close, far = found, limit
+    while close != far:
+        # Rounds towards the far end, so that the interval always shrinks.
+        middle = (close + far + (far > close)) // 2
+        if is_close(middle):
+            close = middle
+        else:
+            far = middle + (1 if far < close else -1)
+    return close

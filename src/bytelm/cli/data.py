@@ -1,0 +1,158 @@
+"""``bytelm data``: prepare, calibrate, look."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bytelm.cli.app import app, console
+from bytelm.cli.rules import build_rule
+from bytelm.config import EntropyPatching
+from bytelm.errors import PatchingError
+from bytelm.tracking import preparation_bar
+
+data_app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, globs, - for standard input, prepared or Hugging Face data; "
+            "NAME=INPUT names the source."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    scorer: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose entropies cut the patches.")
+    ] = None,
+    reset_at_newline: Annotated[
+        bool, typer.Option("--reset-at-newline", help="A newline begins a new scorer context.")
+    ] = False,
+    patch_size: Annotated[
+        float, typer.Option(min=1.0, help="Mean bytes per patch to find a threshold for.")
+    ] = 4.5,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Input to hold out whole: a file, a folder, or a glob in quotes; may be repeated. "
+            "Prepared data keeps its split."
+        ),
+    ] = None,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the other documents held out. (default: 0.01, or 0 with --validation)",
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["auto", "text", "lines", "jsonl", "parquet"],
+        typer.Option(help="auto: by name; text: a file is a document; lines: a line is."),
+    ] = "auto",
+    field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
+    source_field: Annotated[
+        str | None, typer.Option(help="Field or column that names the source.")
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option(help="Glob for files in folders, such as '*.py'.")
+    ] = None,
+    binary: Annotated[
+        bool, typer.Option("--binary", help="Also read binary files found in folders.")
+    ] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Pass over records that cannot be read.")
+    ] = False,
+    cut_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer documents, at line ends if possible.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. (default: with a scorer, one per core)")
+    ] = None,
+    shard_mb: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Text per shard, in MB.")
+    ] = 32.0,
+) -> None:
+    """Turn text into Arrow shards, with entropies if a scorer is given.
+
+    The same command after an interruption goes on where it stopped.
+
+    [dim]bytelm data prepare books/*.jsonl.xz --out data
+    bytelm data prepare data --scorer entropy-run --out data-scored[/]
+    """
+    from bytelm.data import PrepareOptions, ReadOptions, prepare, read_manifest
+    from bytelm.display import show_data
+
+    read = ReadOptions(
+        format=format,
+        field=field,
+        source_field=source_field,
+        include=include,
+        binary=binary,
+        skip_invalid=skip_invalid,
+        cut_bytes=cut_bytes,
+    )
+    options = PrepareOptions(
+        read=read,
+        scorer=scorer,
+        reset_at_newline=reset_at_newline,
+        validation=tuple(validation or ()),
+        validation_share=validation_share,
+        shard_bytes=round(shard_mb * 1e6),
+        workers=workers,
+    )
+    try:
+        with preparation_bar(console) as report:
+            prepare(inputs, out, options, report)
+    except KeyboardInterrupt:
+        console.print("stopped: the same command goes on")
+        raise typer.Exit(130) from None
+    if scorer is not None:
+        from bytelm.data.calibration import calibrate_folder
+
+        try:
+            calibrate_folder(out, EntropyPatching(), patch_size)
+        except PatchingError as error:
+            # The data is whole; only the suggestion of a threshold is missing.
+            console.print(f"not calibrated: {error}", style="yellow", soft_wrap=True)
+    show_data(console, out, read_manifest(out))
+
+
+@data_app.command("calibrate")
+def data_calibrate(
+    folder: Annotated[Path, typer.Argument(help="Prepared data with entropies.")],
+    patch_size: Annotated[float, typer.Option(min=1.0, help="Wanted mean bytes per patch.")] = 4.5,
+    rule: Annotated[
+        Literal["entropy", "monotonic", "combined"], typer.Option(help="Rule to calibrate.")
+    ] = "entropy",
+    increase: Annotated[
+        float | None, typer.Option(help="For combined: the least rise of the entropy, in nats.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch, in bytes.")] = None,
+) -> None:
+    """Find the threshold for a mean patch size, and show what it does to each source."""
+    from bytelm.data import read_manifest
+    from bytelm.data.calibration import calibrate_folder
+    from bytelm.display import show_data
+
+    wanted = build_rule(rule, None, increase, None, max_length)
+    calibrate_folder(folder, wanted, patch_size)
+    show_data(console, folder, read_manifest(folder))
+
+
+@data_app.command("info")
+def data_info(
+    folder: Annotated[Path, typer.Argument(help="Prepared data.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
+) -> None:
+    """Show what prepared data holds."""
+    from bytelm.data.dataset import check_shard, read_manifest
+    from bytelm.display import show_data
+
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        check_shard(folder, shard, contents=verify)
+    show_data(console, folder, manifest)
+    if verify:
+        console.print("every file is as it was written")

@@ -1,0 +1,219 @@
+"""Verbs that make models and use them: train, eval, patch, generate."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bytelm.cli.app import app, console
+from bytelm.cli.rules import Rule, build_rule
+from bytelm.config import PatchingConfig, SpacePatching, StaticPatching, TableRecipe, load_recipe
+from bytelm.errors import ConfigError, DataError
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA where there is one.")]
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (see `bytelm recipes`) or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, such as data.path=data.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE.")] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="Stop with a checkpoint after this long (90s, 9m, 2h); rerun to go on."),
+    ] = None,
+) -> None:
+    """Train an entropy model, a BLT or a byte transformer; or resume the run in the folder.
+
+    Every value of a recipe can be set as key.path=value: data.path, data.row_bytes, train.steps,
+    train.seed, train.device, optimizer.learning_rate, ... `bytelm recipes NAME` prints a recipe.
+
+    [dim]bytelm train entropy-tiny data.path=data --out entropy
+    bytelm train blt-1m data.path=data-scored train.steps=2000[/]
+    """
+    from bytelm.display import show_likelihood
+    from bytelm.training import fit_table, train
+
+    settled = load_recipe(recipe, overrides or ())
+    folder = out or Path("runs") / Path(recipe).stem
+    if isinstance(settled, TableRecipe):
+        with console.status("counting"):
+            scorer = fit_table(settled, folder)
+        console.print(f"{len(scorer.keys):,} contexts in {folder}", highlight=False)
+        return
+    limit = _seconds(time_limit) if time_limit else None
+    result = train(settled, folder, console=console, title=folder.name, time_limit=limit)
+    if not result.finished:
+        console.print(
+            f"stopped after step {result.step} with a checkpoint: the same command goes on",
+            highlight=False,
+        )
+        return
+    if result.validation:
+        show_likelihood(console, result.validation)
+    console.print(f"{result.bytes_seen:,} bytes and {result.flops:.3g} FLOPs in {folder}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text to measure: files, folders or globs, read as by data prepare; of prepared "
+            "data, what is held out."
+        ),
+    ],
+    bpb: Annotated[bool, typer.Option("--bpb", help="Measure bits per byte: the default.")] = True,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes between pieces of long text; less gives more context. (default: no overlap)"
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Bits per byte of text, by source.
+
+    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
+    """
+    from bytelm.data import Reader, ReadOptions, find_inputs
+    from bytelm.display import show_likelihood
+    from bytelm.language_model import load
+
+    lm = load(checkpoint, device)
+    options = ReadOptions(field=field)
+    reader = Reader(options)
+    inputs = find_inputs(texts, options)
+    documents = (d for one in inputs for d in reader.read(one) if d.split != "train")
+    with console.status("evaluating"):
+        by_source = lm.likelihood(((d.source, d.data) for d in documents), stride=stride)
+    if not by_source:
+        raise DataError("there is no text to evaluate (of prepared data, what is held out is)")
+    if as_json:
+        rows = {
+            name: {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, "patches": x.num_patches}
+            for name, x in by_source.items()
+        }
+        print(json.dumps(rows, indent=2))
+        return
+    show_likelihood(console, by_source)
+
+
+@app.command()
+def patch(
+    checkpoint: Checkpoint,
+    text: Annotated[str | None, typer.Argument(help="Text; - or none for standard input.")] = None,
+    rule: Annotated[Rule | None, typer.Option(help="In place of the model's own.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Entropy above which a patch starts, in nats.")
+    ] = None,
+    increase: Annotated[
+        float | None, typer.Option(help="Rise of the entropy that starts a patch, in nats.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Bytes in a static patch. (default: 4)")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch, in bytes.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also show other rules on the same text.")
+    ] = False,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Draw the entropies (or, with --compare, the rules): SVG, PDF or PNG."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the patches of a text, and why.
+
+    [dim]bytelm patch runs/blt-1m "Daenerys Targaryen is in Game of Thrones"
+    bytelm patch runs/entropy-tiny --rule entropy --threshold 1.3 < text.txt
+    bytelm patch runs/blt-1m "some text" --figure entropies.svg[/]
+    """
+    from bytelm.codec import to_bytes
+    from bytelm.display import patches_json, show_patches
+    from bytelm.language_model import load
+
+    lm = load(checkpoint, "cpu")
+    data = sys.stdin.buffer.read() if text in (None, "-") else to_bytes(text or "")
+    own = lm.config.patching
+    chosen = own
+    if rule is not None or any(x is not None for x in (threshold, increase, length, max_length)):
+        chosen = build_rule(
+            rule or (own.kind if own else "entropy"), threshold, increase, length, max_length, own
+        )
+    patched = [lm.patch(data, chosen)]
+    if compare:
+        others: list[PatchingConfig] = [StaticPatching(length=4), SpacePatching()]
+        patched += [lm.patch(data, other) for other in others if other.kind != patched[0].rule.kind]
+    if figure is not None:
+        from bytelm.figures import draw_entropies, draw_rules
+
+        if compare:
+            draw_rules(patched, figure)
+        else:
+            draw_entropies(patched[0], figure)
+    for one in patched:
+        if as_json:
+            print(patches_json(one))
+        else:
+            show_patches(console, one)
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - for standard input.")] = "",
+    max_bytes: Annotated[int, typer.Option(min=0, help="Bytes to generate at most.")] = 400,
+    temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable bytes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep bytes up to this sum.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep bytes this probable, relative to the best.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Write bytes as they are, in place of readable text.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt, byte by byte as they come.
+
+    [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300[/]
+    """
+    from bytelm.codec import to_bytes
+    from bytelm.generation import Sampling
+    from bytelm.language_model import load
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    lm = load(checkpoint, device)
+    data = sys.stdin.buffer.read() if prompt == "-" else to_bytes(prompt)
+    options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
+    if raw:
+        for piece in lm.stream(data, **options):
+            sys.stdout.buffer.write(piece.data)
+            sys.stdout.buffer.flush()
+        return
+    for text in lm.stream_text(data, **options):
+        print(text, end="", flush=True)
+    print()
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
+    if not match:
+        raise ConfigError(f"time limit {text!r} must look like 90s, 9m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

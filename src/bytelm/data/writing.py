@@ -1,0 +1,188 @@
+"""Writing shards: scored and laid down in Arrow files, by worker processes."""
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from bytelm import codec
+from bytelm.checkpoint import load_scorer
+from bytelm.data.corpus import Document
+from bytelm.data.dataset import (
+    SCHEMA,
+    SCORED_SCHEMA,
+    ShardRecord,
+    SourceTotal,
+    Split,
+    disk_errors,
+    file_hash,
+)
+from bytelm.errors import DataError
+from bytelm.model.build import ScorerModule
+from bytelm.model.scorers import STREAM_CHUNK, score_documents
+
+SCORED_TOGETHER = 65_536
+"""Positions of short documents that go through the scorer at once."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Documents on their way to a file."""
+
+    name: str
+    split: Split
+    documents: list[Document]
+
+
+@contextmanager
+def writers(
+    out: Path, scorer: Path | None, *, reset_at_newline: bool, num_workers: int
+) -> Iterator[Callable[[Shard], "Future[ShardRecord]"]]:
+    """Somewhere to send shards: worker processes, or this one where ``num_workers`` is 1.
+
+    Raises:
+        DataError: the disk refused, or a worker died.
+    """
+    arguments = (out, scorer, reset_at_newline)
+    if num_workers == 1:
+        writer = Writer(*arguments)
+
+        def run(shard: Shard) -> "Future[ShardRecord]":
+            future: Future[ShardRecord] = Future()
+            future.set_result(writer.write(shard))
+            return future
+
+        yield run
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(*arguments, os.getpid()),
+    )
+    try:
+        yield lambda shard: pool.submit(_write_in_worker, shard)
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process died, perhaps for lack of memory: run the same command again, which "
+            "goes on where it stopped, with fewer --workers (or, from the start, with --cut-bytes)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Writer:
+    """Scores and writes shards."""
+
+    def __init__(self, out: Path, scorer: Path | None, reset_at_newline: bool) -> None:
+        self._out = out
+        self._scorer: ScorerModule | None = None
+        if scorer is not None:
+            self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline)
+
+    def write(self, shard: Shard) -> ShardRecord:
+        """Write one shard, whole or not at all."""
+        columns = [
+            pa.array([d.data for d in shard.documents], pa.large_binary()),
+            pa.array([d.source for d in shard.documents], pa.string()),
+        ]
+        schema = SCHEMA
+        if self._scorer is not None:
+            schema = SCORED_SCHEMA
+            columns.append(_entropy_column(self._scorer, shard.documents))
+        path = self._out / shard.name
+        temporary = path.with_name(f".{shard.name}")
+        with disk_errors(path):
+            with temporary.open("wb") as file:
+                with pa.ipc.new_file(file, schema) as writer:
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        documents, text_bytes = Counter[str](), Counter[str]()
+        for document in shard.documents:
+            documents[document.source] += 1
+            text_bytes[document.source] += len(document.data)
+        return ShardRecord(
+            file=shard.name,
+            split=shard.split,
+            documents=documents.total(),
+            text_bytes=text_bytes.total(),
+            file_bytes=path.stat().st_size,
+            sha256=file_hash(path),
+            sources={
+                name: SourceTotal(documents=documents[name], text_bytes=text_bytes[name])
+                for name in sorted(documents)
+            },
+        )
+
+
+def _entropy_column(scorer: ScorerModule, documents: list[Document]) -> pa.Array:
+    """Entropies of all documents, with little memory beside the result's own."""
+    lengths = [len(document.data) + 1 for document in documents]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    values = np.empty(offsets[-1], np.float32)
+    for first, last in _groups(lengths):
+        at = int(offsets[first])
+        for piece in _entropies(scorer, [document.data for document in documents[first:last]]):
+            values[at : at + len(piece)] = piece
+            at += len(piece)
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+
+
+def _groups(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of documents worth scoring together; a long one is alone."""
+    first, size = 0, 0
+    for index, length in enumerate(lengths):
+        if size and size + length > SCORED_TOGETHER:
+            yield first, index
+            first, size = index, 0
+        size += length
+    if size:
+        yield first, len(lengths)
+
+
+def _entropies(scorer: ScorerModule, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
+    """Entropies of documents in turn, a long one in pieces."""
+    if len(documents) > 1:
+        ids = [torch.from_numpy(codec.encode(data)) for data in documents]
+        yield from (one.float().numpy() for one in score_documents(scorer, ids))
+        return
+    stream, data = scorer.stream(), documents[0]
+    for begin in range(0, max(len(data), 1), STREAM_CHUNK):
+        ids = codec.encode(data[begin : begin + STREAM_CHUNK], bos=begin == 0)
+        yield stream.feed(torch.from_numpy(ids)).float().numpy()
+
+
+_writer: Writer | None = None
+
+
+def _start_worker(out: Path, scorer: Path | None, reset_at_newline: bool, parent: int) -> None:
+    global _writer
+    torch.set_num_threads(1)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    _writer = Writer(out, scorer, reset_at_newline)
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when the process that started it is gone, even by kill -9."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _write_in_worker(shard: Shard) -> ShardRecord:
+    assert _writer is not None
+    return _writer.write(shard)
