@@ -24,6 +24,7 @@ from bytelm.config import (
     StaticPatching,
     TableRecipe,
     TransformerConfig,
+    dump_yaml,
     parse,
 )
 from bytelm.config.reading import _nodes_in
@@ -387,13 +388,26 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["blt", "transformer"])
+def test_compiled_training_is_the_same_training(data, tmp_path, kind):
+    for compiled in (False, True):
+        settings = recipe(data, kind, steps=6, log_every=1, validate_every=3, compile=compiled)
+        path = tmp_path / f"{compiled}.yaml"
+        path.write_text(dump_yaml(settings))
+        command = [sys.executable, "-m", "bytelm", "train", path, "--out", tmp_path / str(compiled)]
+        subprocess.run(command, check=True, capture_output=True)
+    for mine, theirs in zip(metrics(tmp_path / "True"), metrics(tmp_path / "False"), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_signals_end_a_run_that_resumes_to_the_same_bits(data, tmp_path, number):
-    import yaml
-
     settings = recipe(data, steps=400, checkpoint_every=20, log_every=20, validate_every=400)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    path.write_text(dump_yaml(settings))
     command = [sys.executable, "-m", "bytelm", "train", str(path), "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
     run = tmp_path / "stopped"
