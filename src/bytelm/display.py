@@ -45,13 +45,14 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
             "nothing is held out, so training will not be validated: --validation names inputs to "
             "hold out, --validation-share 0.1 a share",
             style="yellow",
+            soft_wrap=True,
         )
     if manifest.scorer:
         reset = ", context reset at newlines" if manifest.scorer.reset_at_newline else ""
         console.print(f"entropies by scorer {manifest.scorer.fingerprint}{reset}")
     if calibration:
-        rule = {k: v for k, v in calibration.rule.items() if v is not None and k != "patch_size"}
-        console.print(f"patches of {calibration.patch_size:.3f} bytes by {rule}")
+        rule = _rule_text(calibration.rule)
+        console.print(f"patches of {calibration.patch_size:.3f} bytes: {rule}", soft_wrap=True)
 
 
 def show_likelihood(console: Console, by_source: Mapping[str, Likelihood]) -> None:
@@ -79,13 +80,22 @@ def show_patches(console: Console, patched: PatchedText) -> None:
             content = f"|{content}" if number else content
         shown.append(content, PATCH_STYLES[number % 2])
     console.print(shown, soft_wrap=True)
-    rule = patched.rule.model_dump(exclude_none=True)
-    rule.pop("patch_size", None)
     console.print(
         f"{len(patched.data):,} bytes, {len(patched.boundaries):,} patches, "
-        f"{patched.patch_size:.2f} bytes each ({', '.join(f'{k} {v}' for k, v in rule.items())})",
+        f"{patched.patch_size:.2f} bytes each ({_rule_text(patched.rule.model_dump())})",
         style="dim",
+        soft_wrap=True,
     )
+
+
+def _rule_text(rule: Mapping[str, object]) -> str:
+    """A rule as a person reads it: ``entropy, threshold 1.613``."""
+    options = [
+        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in rule.items()
+        if value is not None and name not in ("kind", "patch_size")
+    ]
+    return ", ".join([str(rule["kind"]), *options])
 
 
 def patches_json(patched: PatchedText) -> str:
