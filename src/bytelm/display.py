@@ -91,7 +91,7 @@ def show_patches(console: Console, patched: PatchedText) -> None:
 def _rule_text(rule: Mapping[str, object]) -> str:
     """A rule as a person reads it: ``entropy, threshold 1.613``."""
     options = [
-        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in rule.items()
         if value is not None and name not in ("kind", "patch_size")
     ]
