@@ -12,7 +12,8 @@ from bytelm.model.ngram import NgramScorer, fit_ngram_scorer
 def fit_table(recipe: TableRecipe, folder: Path) -> NgramScorer:
     """Count the n-grams of (a sample of) prepared data and save the table as a checkpoint.
 
-    A table that is there already, of the same recipe and data, is returned.
+    Ends of documents are not counted. A table that is there already, of the same recipe and data,
+    is returned.
 
     Raises:
         ConfigError: the recipe names no data.
