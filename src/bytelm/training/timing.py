@@ -7,7 +7,7 @@ from typing import NamedTuple
 from bytelm.config import Recipe
 from bytelm.training.trainer import Trainer
 
-TIMED_STEPS = 4
+WARM_UP_STEPS, TIMED_STEPS = 4, 12
 
 
 class StepCost(NamedTuple):
@@ -25,9 +25,9 @@ def step_cost(recipe: Recipe) -> StepCost:
     """
     trainer = Trainer(recipe)
     seconds = []
-    for _ in range(1 + TIMED_STEPS):
+    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
         began = time.monotonic()
         trainer.step()
         seconds.append(time.monotonic() - began)
-    # The first step also allocates memory and the optimiser's state.
-    return StepCost(statistics.median(seconds[1:]), trainer.step_flops)
+    # The first steps also allocate memory and the optimiser's state.
+    return StepCost(statistics.median(seconds[WARM_UP_STEPS:]), trainer.step_flops)
