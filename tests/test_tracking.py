@@ -3,6 +3,7 @@
 import io
 import math
 
+import pytest
 from rich.console import Console
 
 from bytelm.tracking import JsonlSink, LiveLine, TensorBoardSink, preparation_bar, read_jsonl
@@ -54,13 +55,19 @@ def test_without_a_terminal_progress_is_plain_lines():
     assert out.getvalue().splitlines() == ["run[/x] 10/10 1.5 bpb, 0:00 left", "a [note]"]
 
 
-def test_a_terminal_gets_a_bar():
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_a_terminal_of_any_width_gets_a_bar_with_how_far_things_are(width):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width)
+    with LiveLine(console, "run[/x]", 12_000) as line:
+        line.update(5, "1.523 bpb  13.4kB/s  4.10 bytes/patch  padded 8% bytes 12% patches")
+    for shown in ("run[/x]", "5/12000", "-:--:--", "1.523", "12%"):
+        assert shown in out.getvalue()
+
+
+def test_a_bar_for_preparation():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    with LiveLine(console, "run[/x]", 10) as line:
-        line.update(5, "1.5 bpb")
-    assert "run[/x]" in out.getvalue()
-    assert "5/10" in out.getvalue()
 
     class State:
         done_bytes, total_bytes, documents, shards = 50, 100, 7, 2

@@ -20,6 +20,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from bytelm.errors import ConfigError
 
@@ -108,12 +109,14 @@ class LiveLine:
         self._console = console
         self._title, self._total = title, total
         self._last_plain = time.monotonic()
+        # On a narrow terminal the figures wrap; how far things are is always there whole.
+        whole = Column(no_wrap=True)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("[bold]{task.description}", table_column=whole),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1)),
             console=console,
             disable=not console.is_terminal,
         )

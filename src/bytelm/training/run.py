@@ -151,7 +151,7 @@ class _Run:
         if "patch_size" in metrics:
             padded = (metrics["padded_bytes"], metrics["padded_patches"])
             figures += f"  {metrics['patch_size']:.2f} bytes/patch"
-            figures += f"  padded {padded[0]:.1%} bytes {padded[1]:.1%} patches"
+            figures += f"  padded {padded[0]:.0%} bytes {padded[1]:.0%} patches"
         line.update(self.trainer.num_steps, figures)
 
     def _write(self, metrics: dict[str, float]) -> None:
