@@ -13,7 +13,6 @@ adds its own files to a step's folder (see :mod:`bytelm.training.state`).
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +34,11 @@ from bytelm.model.build import LanguageModule, ScorerModule, build_model, build_
 from bytelm.model.ngram import NgramScorer
 from bytelm.model.patched import PatchedModel
 from bytelm.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, keeping processes apart is the user's care
+    fcntl = None
 
 FORMAT = 1
 CONFIG, MODEL, SCORER, FILES = (
@@ -80,7 +84,8 @@ def locked(folder: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             # Held until the file is closed, whatever becomes of the process.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
                 f"another process is at work in {folder}: wait for it, or choose another folder"
@@ -88,7 +93,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -143,6 +149,8 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
