@@ -15,7 +15,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"language_model"},
-    {"figures"},
+    {"figures", "interop"},
     {"quickstart", "display"},
     {"cli"},
 ]

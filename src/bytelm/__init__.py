@@ -21,6 +21,7 @@ from bytelm.errors import (
 from bytelm.version import __version__
 
 if TYPE_CHECKING:
+    from bytelm import interop
     from bytelm.generation import GREEDY, Sampling
     from bytelm.language_model import LanguageModel, PatchedText, load
 
@@ -35,6 +36,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "interop":
+        return import_module("bytelm.interop")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'bytelm' has no attribute {name!r}")
@@ -52,5 +55,6 @@ __all__ = [
     "Sampling",
     "TrainingError",
     "__version__",
+    "interop",
     "load",
 ]

@@ -33,6 +33,7 @@ from bytelm.errors import BytelmError, CheckpointError, ConfigError
 from bytelm.model.build import LanguageModule, ScorerModule, build_model, build_scorer
 from bytelm.model.ngram import NgramScorer
 from bytelm.model.patched import PatchedModel
+from bytelm.model.scorers import TransformerScorer
 from bytelm.version import __version__
 
 try:
@@ -98,11 +99,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing_folder(target: Path) -> Iterator[Path]:
+def writing_folder(target: Path, *, record: bool = True) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` if the block succeeds, and vanishes if not.
 
-    ``files.json`` is added at the end. What a killed writer of the same target left behind is
-    removed first.
+    ``files.json`` is added at the end, unless ``record`` is off. What a killed writer of the same
+    target left behind is removed first.
 
     Raises:
         CheckpointError: ``target`` exists, or the disk refused.
@@ -115,9 +116,11 @@ def writing_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        record = {str(p.relative_to(temporary)): _describe(p) for p in files}
-        write_json(temporary / FILES, record)
-        for path in [*files, temporary / FILES, temporary]:
+        if record:
+            described = {str(p.relative_to(temporary)): _describe(p) for p in files}
+            write_json(temporary / FILES, described)
+            files.append(temporary / FILES)
+        for path in [*files, temporary]:
             _flush(path)
         temporary.rename(target)
     except OSError as error:
@@ -229,13 +232,18 @@ def write_model(
         context_bytes=description.context_bytes,
         training=training,
     )
-    write_json(folder / CONFIG, config.model_dump(mode="json"))
+    write_config(folder, config)
     if isinstance(module, PatchedModel):
         save_tensors(folder / MODEL, module.blt.state_dict())
         if isinstance(module.scorer, nn.Module):
             save_tensors(folder / SCORER, module.scorer.state_dict())
     else:
         save_tensors(folder / MODEL, module.state_dict())
+
+
+def write_config(folder: Path, config: CheckpointConfig) -> None:
+    """Write a model's configuration into a folder that :func:`writing_folder` opened."""
+    write_json(folder / CONFIG, config.model_dump(mode="json"))
 
 
 def save_model(
@@ -294,10 +302,21 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(str(error)) from None
 
 
+Precision = Literal["auto", "stored", "float32", "bfloat16"]
+"""What weights are computed with: as stored, converted, or what suits the device."""
+
+
 def load_model(
-    path: Path, device: str | torch.device = "cpu"
+    path: Path, device: str | torch.device = "cpu", precision: Precision = "auto"
 ) -> tuple[LanguageModule | NgramScorer, CheckpointConfig]:
     """Load the checkpoint at ``path``, or the newest of the run there, ready for inference.
+
+    Args:
+        path: folder of a checkpoint or a run.
+        device: where the weights go.
+        precision: of the weights; ``auto`` for fp32 on the CPU, where anything else is slow, and
+            as stored elsewhere. A scorer's are fp32 but with ``stored``, so that the patches do
+            not depend on it.
 
     Raises:
         CheckpointError: there is none, it is damaged, or its weights do not fit its configuration.
@@ -313,7 +332,22 @@ def load_model(
             _fill(module.scorer, folder / SCORER, device)
     else:
         _fill(module, folder / MODEL, device)
+    set_precision(module, precision)
     return module.eval().requires_grad_(False), config
+
+
+def set_precision(module: LanguageModule | NgramScorer, precision: Precision) -> None:
+    """Convert a model's weights, and its scorer's to fp32; see :func:`load_model`."""
+    if precision == "stored" or isinstance(module, NgramScorer):
+        return
+    predictor = module.blt if isinstance(module, PatchedModel) else module
+    on_cpu = next(predictor.parameters()).device.type == "cpu"
+    if precision == "bfloat16":
+        predictor.bfloat16()
+    elif precision == "float32" or on_cpu:
+        predictor.float()
+    if isinstance(module, PatchedModel) and isinstance(module.scorer, TransformerScorer):
+        module.scorer.float()
 
 
 def load_scorer(
@@ -339,6 +373,8 @@ def load_scorer(
         scorer = build_scorer(config)
     holder = scorer if isinstance(scorer, NgramScorer) else scorer.transformer
     _fill(holder, folder / MODEL, device)
+    if isinstance(scorer, TransformerScorer):
+        scorer.float()
     return scorer.eval().requires_grad_(False), config
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bytelm import codec
-from bytelm.checkpoint import CheckpointConfig, load_model
+from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_model
 from bytelm.config import PatchingConfig
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.evaluation import Likelihood, evaluate
@@ -73,6 +73,14 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self.module.state_dict().values())).device
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Save as a checkpoint folder.
+
+        Raises:
+            CheckpointError: the folder exists, or cannot be written.
+        """
+        save_model(Path(path), self.module, self.config, self.config.training)
 
     def entropies(self, text: str | bytes) -> NDArray[np.float32]:
         """Entropy of the prediction of each byte, in nats, and last of the byte after the text.
@@ -221,12 +229,16 @@ class LanguageModel:
         return self.module
 
 
-def load(path: str | PathLike[str], device: str = "auto") -> LanguageModel:
+def load(
+    path: str | PathLike[str], device: str = "auto", precision: Precision = "auto"
+) -> LanguageModel:
     """Load a checkpoint, or the newest one of a training run.
 
     Args:
         path: folder of a checkpoint or a run.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
+        precision: of the weights: ``float32``, ``bfloat16``, ``stored``, or ``auto`` for fp32 on
+            the CPU and as stored elsewhere. Entropies are always computed in fp32.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -234,7 +246,7 @@ def load(path: str | PathLike[str], device: str = "auto") -> LanguageModel:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        module, config = load_model(Path(path), torch.device(device))
+        module, config = load_model(Path(path), torch.device(device), precision)
     except RuntimeError as error:
         raise CheckpointError(f"cannot load {path} on {device}: {error}") from error
     return LanguageModel(module, config)

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,10 @@ Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA where there is one.")]
+Precision = Annotated[
+    Literal["auto", "stored", "float32", "bfloat16"],
+    typer.Option(help="Of the weights; auto: float32 on the CPU, as stored elsewhere."),
+]
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -84,6 +88,7 @@ def evaluate(
     field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Bits per byte of text, by source.
 
@@ -93,7 +98,7 @@ def evaluate(
     from bytelm.display import show_likelihood
     from bytelm.language_model import load
 
-    lm = load(checkpoint, device)
+    lm = load(checkpoint, device, precision)
     options = ReadOptions(field=field)
     reader = Reader(options)
     inputs = find_inputs(texts, options)
@@ -189,6 +194,7 @@ def generate(
         bool, typer.Option("--raw", help="Write bytes as they are, in place of readable text.")
     ] = False,
     device: Device = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Continue a prompt, byte by byte as they come.
 
@@ -199,7 +205,7 @@ def generate(
     from bytelm.language_model import load
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    lm = load(checkpoint, device)
+    lm = load(checkpoint, device, precision)
     data = sys.stdin.buffer.read() if prompt == "-" else to_bytes(prompt)
     options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
     if raw:

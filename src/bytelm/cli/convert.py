@@ -1,0 +1,95 @@
+"""``bytelm import`` and ``bytelm export``: other projects' formats."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bytelm.cli.app import app, console
+
+if TYPE_CHECKING:
+    from bytelm.checkpoint import CheckpointConfig
+
+import_app = typer.Typer(help="Import weights from other projects' formats.", no_args_is_help=True)
+export_app = typer.Typer(help="Export a model to another project's format.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+app.add_typer(export_app, name="export")
+
+Out = Annotated[Path, typer.Option(help="Folder to make.")]
+
+
+@import_app.command("official")
+def import_official(
+    blt: Annotated[
+        str,
+        typer.Option(
+            help="Folder with config.json and model.safetensors, or params.json and "
+            "consolidated.pth; or a Hub repository, OWNER/NAME."
+        ),
+    ],
+    out: Out,
+    entropy: Annotated[
+        str | None,
+        typer.Option(help="The same for the entropy model. (default: entropy_model within --blt)"),
+    ] = None,
+) -> None:
+    """Import a BLT and its entropy model in the format of facebookresearch/blt.
+
+    [dim]bytelm import official --blt facebook/blt-1b --entropy facebook/blt-entropy --out blt-1b[/]
+    """
+    from bytelm.interop import convert_official
+
+    with console.status("importing"):
+        config = convert_official(blt, out, entropy)
+    _show(config, out)
+
+
+@import_app.command("hf")
+def import_hf(
+    source: Annotated[
+        str, typer.Argument(help="Folder of save_pretrained, or a Hub repository, OWNER/NAME.")
+    ],
+    out: Out,
+) -> None:
+    """Import a BLT in the format of transformers (BltForCausalLM).
+
+    [dim]bytelm import hf itazap/blt-1b-hf --out blt-1b[/]
+    """
+    from bytelm.interop import convert_hf
+
+    with console.status("importing"):
+        config = convert_hf(source, out)
+    _show(config, out)
+
+
+@export_app.command("hf")
+def export_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint or a training run.")],
+    out: Out,
+) -> None:
+    """Export a BLT and its tokenizer for transformers: BltForCausalLM.from_pretrained(OUT).
+
+    [dim]bytelm export hf runs/blt --out blt-hf[/]
+    """
+    from bytelm.interop import export_hf
+    from bytelm.language_model import load
+
+    with console.status("exporting"):
+        export_hf(load(checkpoint, "cpu", "stored"), out)
+    console.print(f"written to {out}: generate with use_cache=False, one document a row")
+
+
+def _show(config: "CheckpointConfig", out: Path) -> None:
+    """What was imported, with the patching rule found: it decides the cost."""
+    import torch
+
+    from bytelm.model.build import build_model
+
+    with torch.device("meta"):
+        model = build_model(config)
+    count = sum(weight.numel() for weight in model.parameters())
+    console.print(f"{count:,} parameters in {out}")
+    if config.patching is not None:
+        options = config.patching.model_dump(exclude={"kind"}, exclude_none=True)
+        rule = ", ".join(f"{name} {value}" for name, value in options.items())
+        console.print(f"{config.patching.kind} patching: {rule}")

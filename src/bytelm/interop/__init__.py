@@ -1,0 +1,202 @@
+"""Other projects' formats: import released weights, export to ``transformers``.
+
+::
+
+    lm = bytelm.interop.import_official("facebook/blt-1b", "facebook/blt-entropy")
+    lm = bytelm.interop.import_hf("itazap/blt-1b-hf")
+    bytelm.interop.export_hf(lm, "folder")   # BltForCausalLM.from_pretrained("folder")
+
+Tensors are copied one by one, so importing takes no more memory than the model; ``convert_*`` go
+straight to a checkpoint's files and hold one tensor at a time. Values are never changed: there and
+back gives the same bits.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bytelm.checkpoint import (
+    MODEL,
+    SCORER,
+    CheckpointConfig,
+    set_precision,
+    write_config,
+    write_json,
+    writing_folder,
+)
+from bytelm.config import BLTConfig, ModelDescription, TransformerConfig
+from bytelm.interop import huggingface, official
+from bytelm.interop.names import NameMap, Naming, blt_names, scorer_names
+from bytelm.interop.sources import find_folder
+from bytelm.interop.tokenizer import tokenizer_files
+from bytelm.interop.weights import SAFETENSORS, Assembly, Entry, open_weights, write_tensors
+from bytelm.language_model import LanguageModel
+from bytelm.model.build import build_model
+from bytelm.model.patched import PatchedModel
+from bytelm.model.scorers import TransformerScorer
+from bytelm.model.transformer import Transformer
+
+__all__ = [
+    "convert_hf",
+    "convert_official",
+    "export_hf",
+    "import_hf",
+    "import_official",
+]
+
+Source = str | PathLike[str]
+
+
+class _Imported(NamedTuple):
+    """A model in another format, its weights still in their files."""
+
+    config: CheckpointConfig
+    module: PatchedModel
+    """On the meta device."""
+    blt: Assembly
+    scorer: Assembly | None
+
+    def load(self) -> LanguageModel:
+        """The model in memory, in fp32."""
+        self.blt.fill(self.module.blt)
+        if self.scorer is not None:
+            self.scorer.fill(_scorer_transformer(self.module))
+        set_precision(self.module, "auto")
+        return LanguageModel(self.module.eval().requires_grad_(False), self.config)
+
+    def convert(self, out: Path) -> CheckpointConfig:
+        """The model as a checkpoint, tensor by tensor, in the precision of its files."""
+        with writing_folder(out) as folder:
+            write_config(folder, self.config)
+            self.blt.write(folder / MODEL)
+            if self.scorer is not None:
+                self.scorer.write(folder / SCORER, prefix="transformer.")
+        return self.config
+
+
+def _scorer_transformer(module: PatchedModel) -> Transformer:
+    assert isinstance(module.scorer, TransformerScorer)
+    return module.scorer.transformer
+
+
+def import_official(blt: Source, entropy: Source | None = None) -> LanguageModel:
+    """Load weights in the format of facebookresearch/blt.
+
+    Args:
+        blt: folder with ``config.json`` and ``model.safetensors``, or ``params.json`` and
+            ``consolidated.pth``; or the name of such a Hub repository.
+        entropy: the same for the entropy model; ``None`` for ``entropy_model`` within ``blt``.
+
+    Raises:
+        CheckpointError: a folder is not in that format, the weights do not fit their
+            configuration, or it has options that bytelm does not support.
+    """
+    return _open_official(blt, entropy).load()
+
+
+def convert_official(
+    blt: Source, out: str | PathLike[str], entropy: Source | None = None
+) -> CheckpointConfig:
+    """Like :func:`import_official`, to a checkpoint folder.
+
+    Raises:
+        CheckpointError: as there, or ``out`` exists or cannot be written.
+    """
+    return _open_official(blt, entropy).convert(Path(out))
+
+
+def import_hf(source: Source) -> LanguageModel:
+    """Load weights in the format of ``transformers``.
+
+    Args:
+        source: folder that ``BltForCausalLM.save_pretrained`` wrote, or the name of a Hub
+            repository.
+
+    Raises:
+        CheckpointError: as :func:`import_official`.
+    """
+    return _open_hf(source).load()
+
+
+def convert_hf(source: Source, out: str | PathLike[str]) -> CheckpointConfig:
+    """Like :func:`import_hf`, to a checkpoint folder.
+
+    Raises:
+        CheckpointError: as there, or ``out`` exists or cannot be written.
+    """
+    return _open_hf(source).convert(Path(out))
+
+
+def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
+    """Write a model and its tokenizer for ``BltForCausalLM.from_pretrained``.
+
+    Raises:
+        ConfigError: ``transformers`` has no such model.
+        CheckpointError: ``out`` exists or cannot be written.
+    """
+    config, (blt, scorer) = huggingface.describe(lm.config)
+    assert isinstance(lm.module, PatchedModel)
+    entries = _split(lm.module.blt, blt_names(blt, huggingface.NAMING))
+    entries |= _split(_scorer_transformer(lm.module), scorer_names(scorer, huggingface.NAMING))
+    config["dtype"] = str(next(lm.module.blt.parameters()).dtype).removeprefix("torch.")
+    with writing_folder(Path(out), record=False) as folder:
+        write_json(folder / huggingface.CONFIG, config)
+        for name, contents in tokenizer_files().items():
+            write_json(folder / name, contents)
+        write_tensors(folder / SAFETENSORS, entries)
+
+
+def _split(module: torch.nn.Module, names: NameMap) -> dict[str, Entry]:
+    """The tensors of a module under another project's names, in its parts."""
+    entries = {}
+    for ours, tensor in module.state_dict().items():
+        for theirs, part in zip(names[ours], tensor.chunk(len(names[ours])), strict=True):
+            entries[theirs] = Entry(tuple(part.shape), part.dtype, lambda part=part: [part])
+    return entries
+
+
+def _open_official(blt: Source, entropy: Source | None) -> _Imported:
+    folder = find_folder(blt)
+    inner = folder / official.ENTROPY_FOLDER
+    entropy_folder = find_folder(entropy) if entropy else inner if inner.is_dir() else None
+    description = official.read_description(folder, entropy_folder)
+    return _open(description, official.NAMING, folder, entropy_folder, f"{blt} (official format)")
+
+
+def _open_hf(source: Source) -> _Imported:
+    folder = find_folder(source)
+    description = huggingface.read_description(folder)
+    where = f"{source} (format of transformers)"
+    return _open(description, huggingface.NAMING, folder, folder, where)
+
+
+def _open(
+    description: ModelDescription,
+    naming: Naming,
+    folder: Path,
+    scorer_folder: Path | None,
+    source: str,
+) -> _Imported:
+    """Fit the weights in one or two folders to a description."""
+    assert isinstance(description.model, BLTConfig)
+    with torch.device("meta"):
+        module = build_model(description)
+    assert isinstance(module, PatchedModel)
+    config = CheckpointConfig(**dict(description), training={"imported_from": source})
+    names = blt_names(description.model, naming)
+    weights = open_weights(folder)
+    if description.scorer is None:
+        return _Imported(config, module, Assembly(module.blt, names, weights, folder), None)
+
+    assert isinstance(description.scorer.model, TransformerConfig)
+    assert scorer_folder is not None
+    in_scorer = scorer_names(description.scorer.model, naming)
+    is_shared = scorer_folder == folder
+    others, scorer_others = (in_scorer, names) if is_shared else ({}, {})
+    blt = Assembly(module.blt, names, weights, folder, others)
+    scorer_weights = weights if is_shared else open_weights(scorer_folder)
+    transformer = _scorer_transformer(module)
+    scorer = Assembly(transformer, in_scorer, scorer_weights, scorer_folder, scorer_others)
+    return _Imported(config, module, blt, scorer)

@@ -1,0 +1,357 @@
+"""The format of Hugging Face ``transformers``: ``BltForCausalLM``.
+
+Its implementation has the doubled residual, entropy patching and a transformer as entropy model,
+and no options for anything else, so a model made here can be written in its format if it was
+trained with those. Where it computes something else than the official code from the same
+configuration (see ``docs/fidelity.md``), the configuration is refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from bytelm import codec
+from bytelm.config import (
+    BLTConfig,
+    EntropyPatching,
+    ModelDescription,
+    ScorerConfig,
+    StackConfig,
+    TransformerConfig,
+    parse,
+)
+from bytelm.errors import CheckpointError, ConfigError
+from bytelm.interop.names import Naming
+from bytelm.interop.options import Options, read_options
+from bytelm.version import __version__
+
+CONFIG = "config.json"
+OWN = "bytelm"
+"""Section of an exported configuration with what ``transformers`` has no place for."""
+DEFAULT_BYTES = 24_576
+THETA, SCORER_THETA = 500_000.0, 10_000.0
+
+NAMING = Naming(
+    block={
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.out": ("self_attn.o_proj",),
+        "feed_forward.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+        "feed_forward.down": ("mlp.down_proj",),
+        "attention_norm": ("input_layernorm",),
+        "feed_forward_norm": ("post_attention_layernorm",),
+    },
+    cross_attention={
+        "query": ("q_proj",),
+        "key_value": ("k_proj", "v_proj"),
+        "out": ("o_proj",),
+        "query_norm": ("q_norm",),
+        "key_value_norm": ("k_norm",),
+    },
+    single={
+        "encoder.embedding.bytes": "model.local_encoder.embed_tokens",
+        "encoder.pool_projection": "model.local_encoder.patch_embedding_projection",
+        "encoder.patch_projection": "model.global_transformer.token_embedding_projection",
+        "decoder.latent_projection": "model.local_decoder.patch_embedding_projection",
+        "decoder.norm": "model.local_decoder.norm",
+        "decoder.output": "lm_head",
+    },
+    scorer={
+        "embedding": "model.patcher.embed_tokens",
+        "norm": "model.patcher.norm",
+        "output": "model.patcher.lm_head",
+    },
+    parts={
+        "encoder.blocks": "model.local_encoder.layers",
+        "encoder.cross_attention": "model.local_encoder.cross_attn_layers",
+        "global_model.blocks": "model.global_transformer.layers",
+        "decoder.blocks": "model.local_decoder.layers",
+        "decoder.cross_attention": "model.local_decoder.cross_attn_layers",
+        "scorer.blocks": "model.patcher.layers",
+    },
+    ngram_tables=lambda count: ("model.encoder_hash_tok_embedding.weight",),
+)
+
+# What every configuration of that library may hold, and options of its generation and training.
+_NO_PART = (
+    "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "initializer_range",
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_impl",
+    "attn_bias_type", "id2label", "label2id", "return_dict", "chunk_size_feed_forward",
+    "is_encoder_decoder", "max_position_embeddings", "patching_batch_size", "patching_device",
+    "realtime_patching", "rope_scaling", "rope_parameters", "rope_theta", "output_attentions",
+    "output_hidden_states", "problem_type", "auto_map", "seed", "init_std_factor", "init_base_std",
+)  # fmt: skip
+
+
+class _Part:
+    """The options that every sub-configuration has."""
+
+    def __init__(self, options: Options, dim: int, layers: int, heads: int, theta: float) -> None:
+        self.dim = options.take("hidden_size", int, dim)
+        self.layers = options.take("num_hidden_layers", int, layers)
+        self.heads = options.take("num_attention_heads", int, heads)
+        default_ffn = int(8 * self.dim / 3)
+        self.ffn = options.take("intermediate_size", int, default_ffn)
+        options.expect("num_key_value_heads", self.heads, remedy="grouped queries")
+        options.expect("head_dim", self.dim // max(self.heads, 1))
+        for eps in ("rms_norm_eps", "norm_eps"):
+            options.expect(eps, 1e-5)
+        options.expect("hidden_act", "silu")
+        options.expect("dropout", 0, 0.0)
+        options.expect("tie_word_embeddings", False)
+        options.expect("vocab_size", codec.VOCAB_SIZE)
+        options.expect("pm_size", 0)
+        self.theta = _theta(options, theta)
+
+    def stack(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim,
+            "num_layers": self.layers,
+            "num_heads": self.heads,
+            "ffn_dim": self.ffn,
+            "rope_theta": self.theta,
+        }
+
+
+def _theta(options: Options, default: float) -> float:
+    theta = options.take("rope_theta", float, default)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = options.section(name)
+        rope.expect("rope_type", "default")
+        rope.expect("type", "default")
+        theta = rope.take("rope_theta", float, theta)
+        rope.finish()
+    return theta
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """The model that a folder describes.
+
+    Raises:
+        CheckpointError: the configuration is missing, or has an option that bytelm, or the
+            implementation of ``transformers``, does not support.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not in the format of transformers: it has no {CONFIG}")
+    data = read_options(path)
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind != "blt":
+        hint = ""
+        if isinstance(data, dict) and "args" in data:
+            hint = " (it is in the official format: bytelm import official)"
+        raise CheckpointError(f"{path} does not describe a BLT of transformers{hint}")
+    options = Options(data, str(path))
+    own = options.section(OWN)
+    patching = _patching(options, own.take("patch_size", float, None))
+    context = options_of_bytes = own.take("context_bytes", int, None)
+    own.ignore(["version"])
+    own.finish()
+    encoder, decoder = options.section("encoder_config"), options.section("decoder_config")
+    if options_of_bytes is None:
+        context = encoder.take("max_position_embeddings", int, DEFAULT_BYTES)
+    scorer = _scorer(options.section("patcher_config"))
+    config = _blt(options, encoder, decoder, str(path))
+    options.expect("vocab_size", codec.VOCAB_SIZE)
+    options.expect("tie_word_embeddings", False)
+    options.expect("pm_size", 0)
+    options.ignore(_NO_PART)
+    options.finish()
+    return ModelDescription(
+        model=config, patching=patching, scorer=ScorerConfig(model=scorer), context_bytes=context
+    )
+
+
+def _patching(options: Options, patch_size: float | None) -> EntropyPatching:
+    options.expect("patching_mode", "entropy", remedy="transformers makes one-byte patches of it")
+    options.expect("patch_in_forward", True, remedy="there is no entropy model in the folder")
+    options.expect("monotonicity", False)
+    options.expect("patching_threshold_add", 0, 0.0)
+    size = options.take("patch_size", float, 4.0) if patch_size is None else patch_size
+    options.ignore(["patch_size"])
+    return EntropyPatching(
+        threshold=options.take("patching_threshold", float, 1.335442066192627),
+        patch_size=size if size > 1 else None,
+        max_length=options.take("max_patch_length", int, None),
+    )
+
+
+def _scorer(options: Options) -> TransformerConfig:
+    part = _Part(options, 768, 14, 12, SCORER_THETA)
+    window = options.take_nullable("sliding_window", int, 512)
+    options.ignore(_NO_PART)
+    options.finish()
+    return parse(TransformerConfig, {**part.stack(), "window": window}, "patcher_config")
+
+
+def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BLTConfig:
+    slots = options.take("cross_attn_k", int, 2)
+    window = options.take_nullable("local_attention_window_len", int, 512)
+    global_options = options.section("global_config")
+    first = _Part(encoder, 1024, 1, 16, THETA)
+    last = _Part(decoder, 1024, 9, 16, THETA)
+    middle = _Part(global_options, 2048, 25, 16, THETA)
+    for name in ("dim", "heads", "ffn", "theta"):
+        one, other = getattr(first, name), getattr(last, name)
+        if one != other:
+            raise CheckpointError(
+                f"{where}: the encoder's {name} is {one} and the decoder's {other}; bytelm's share "
+                "it"
+            )
+    width = slots * first.dim
+    for section in (encoder, decoder):
+        section.expect("cross_attn_k", slots)
+    global_options.expect("encoder_cross_output_size", width)
+    in_all_encoder = encoder.take("cross_attn_all_layers", bool, False)
+    if in_all_encoder and first.layers > 1:
+        raise CheckpointError(
+            f"{where}: cross_attn_all_layers with {first.layers} encoder layers: transformers "
+            "pools anew before each, so all but the last have no effect; the official code and "
+            "bytelm pool once. Import the weights in the official format"
+        )
+    in_all_decoder = decoder.take("cross_attn_all_layers", bool, True)
+    for section in (encoder, decoder, global_options):
+        section.expect("hidden_size_global", middle.dim)
+        section.expect("sliding_window", window)
+        section.ignore(_NO_PART)
+        section.finish()
+    config = {
+        "local": {
+            **{k: v for k, v in first.stack().items() if k != "num_layers"},
+            "encoder_layers": first.layers,
+            "decoder_layers": last.layers,
+            "window": window,
+        },
+        "global_model": middle.stack(),
+        "cross_attention": {
+            "slots": slots,
+            "num_heads": first.heads,
+            "encoder": "all" if in_all_encoder else "last",
+            "decoder": "all" if in_all_decoder else "first",
+            "residual": "doubled",
+        },
+        "ngrams": {
+            "sizes": options.take("encoder_hash_byte_group_size", list, [3, 4, 5, 6, 7, 8]),
+            "rows": options.take("encoder_hash_byte_group_vocab", int, 500_002),
+            "functions": options.take("encoder_hash_byte_group_nb_functions", int, 1),
+        },
+    }
+    return parse(BLTConfig, config, where)
+
+
+def describe(
+    description: ModelDescription,
+) -> tuple[dict[str, Any], tuple[BLTConfig, TransformerConfig]]:
+    """The configuration under which ``transformers`` computes the same, and the models it is of.
+
+    Raises:
+        ConfigError: it has no such configuration.
+    """
+    config, scorer, patching = _expressible(description)
+    local, cross = config.local, config.cross_attention
+    context = description.context_bytes or DEFAULT_BYTES
+    width = cross.slots * local.dim
+    between = {"cross_attn_k": cross.slots, "hidden_size_global": config.global_model.dim}
+    encoder = _stack(local.stack(local.encoder_layers), "blt_local_encoder", context) | {
+        **between,
+        "cross_attn_all_layers": cross.encoder == "all",
+        "sliding_window": local.window,
+    }
+    decoder = _stack(local.stack(local.decoder_layers), "blt_local_decoder", context) | {
+        **between,
+        "cross_attn_all_layers": cross.decoder == "all",
+    }
+    projected = width != config.global_model.dim
+    middle = _stack(config.global_model, "blt_global_transformer", context) | {
+        "encoder_cross_output_size": width if projected else None
+    }
+    described = {
+        "architectures": ["BltForCausalLM"],
+        "model_type": "blt",
+        "vocab_size": codec.VOCAB_SIZE,
+        "bos_token_id": codec.BOS,
+        "eos_token_id": codec.EOS,
+        "pad_token_id": codec.BOE,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        # Its cached generation differs from its uncached one.
+        "use_cache": False,
+        "patch_in_forward": True,
+        "patching_mode": "entropy",
+        "patching_threshold": patching.threshold,
+        "patch_size": max(round(patching.patch_size or 4), 1),
+        "local_attention_window_len": local.window,
+        "cross_attn_k": cross.slots,
+        "encoder_hash_byte_group_size": list(config.ngrams.sizes),
+        "encoder_hash_byte_group_vocab": config.ngrams.rows,
+        "encoder_hash_byte_group_nb_functions": config.ngrams.functions,
+        "encoder_config": encoder,
+        "decoder_config": decoder,
+        "global_config": middle,
+        "patcher_config": _stack(scorer, "blt_patcher", context)
+        | {"sliding_window": scorer.window},
+        OWN: {
+            "version": __version__,
+            "patch_size": patching.patch_size,
+            "context_bytes": description.context_bytes,
+        },
+    }
+    return described, (config, scorer)
+
+
+def _stack(stack: StackConfig, kind: str, context: int) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": stack.dim,
+        "num_hidden_layers": stack.num_layers,
+        "num_attention_heads": stack.num_heads,
+        "num_key_value_heads": stack.num_heads,
+        "head_dim": stack.dim // stack.num_heads,
+        "intermediate_size": stack.ffn_dim,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": context,
+        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},
+    }
+
+
+def _expressible(
+    description: ModelDescription,
+) -> tuple[BLTConfig, TransformerConfig, EntropyPatching]:
+    """The description's parts, if ``transformers`` can express them."""
+    config, scorer, patching = description.model, description.scorer, description.patching
+    if not isinstance(config, BLTConfig):
+        raise ConfigError(f"a {config.kind} model is not a BLT: only those can be exported")
+    cross, ngrams = config.cross_attention, config.ngrams
+    refusals = {
+        f"cross_attention.residual={cross.residual}, where it has doubled": (
+            cross.residual != "doubled"
+        ),
+        f"cross_attention.encoder={cross.encoder} with {config.local.encoder_layers} layers, where "
+        "it has last": cross.encoder == "none"
+        or (cross.encoder == "all" and config.local.encoder_layers > 1),
+        "cross_attention.decoder=none, where it has first and all": cross.decoder == "none",
+        f"cross_attention.num_heads={cross.num_heads}, where it has local.num_heads "
+        f"({config.local.num_heads})": cross.num_heads != config.local.num_heads,
+        "cross_attention.queries=learned, where it has pooled": cross.queries == "learned",
+        "no n-grams, where it has the sizes 3 to 8 then": not ngrams.sizes,
+        "ngrams.combine=mean, where it has sum": ngrams.combine == "mean",
+    }
+    if patching is not None:
+        refusals[f"patching.kind={patching.kind}, where it has entropy"] = (
+            patching.kind != "entropy"
+        )
+        refusals["patching.max_length, which it applies wrongly"] = patching.max_length is not None
+    if scorer is not None:
+        refusals["a table of n-grams as entropy model, where it has a transformer"] = (
+            scorer.model.kind == "table"
+        )
+        refusals["scorer.reset_at_newline, which it has not"] = scorer.reset_at_newline
+    wrong = [what for what, is_wrong in refusals.items() if is_wrong]
+    if wrong:
+        raise ConfigError(
+            f"transformers cannot run this model: it has {'; '.join(wrong)}. Train with options "
+            "that both have to export"
+        )
+    assert isinstance(patching, EntropyPatching)
+    assert scorer is not None
+    assert isinstance(scorer.model, TransformerConfig)
+    return config, scorer.model, patching

@@ -1,0 +1,59 @@
+"""Where foreign weights come from: a folder, or a repository of the Hugging Face Hub."""
+
+import re
+from os import PathLike
+from pathlib import Path
+
+from bytelm.errors import CheckpointError
+
+FILES = ("*.json", "*.safetensors", "*.pth")
+"""Files of a repository that are downloaded."""
+
+
+def find_folder(source: str | PathLike[str]) -> Path:
+    """The folder named, or a download of the Hub repository named.
+
+    Args:
+        source: a folder, or ``OWNER/NAME`` of a repository, or ``OWNER/NAME/FOLDER`` within one.
+
+    Raises:
+        CheckpointError: it is neither, or cannot be downloaded.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", str(source))
+    if folder.exists() or match is None or str(source).startswith("."):
+        raise CheckpointError(
+            f"{source} is neither a folder nor the name of a Hub repository (OWNER/NAME)"
+        )
+    repository, inside = match[1], match[2] or ""
+    return _download(repository, inside.rstrip("/"))
+
+
+def _download(repository: str, inside: str) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    except ImportError:
+        raise CheckpointError(
+            f"there is no folder {repository}, and downloading from the Hub needs another package: "
+            "pip install 'bytelm[hub]'"
+        ) from None
+    patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in FILES]
+    try:
+        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{repository} is gated: accept its licence on https://huggingface.co/{repository}, "
+            "log in with `hf auth login`, and run the command again"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"there is no folder {repository}, and it could not be downloaded from the Hub: "
+            f"{reason}"
+        ) from None
+    if not (root / inside).is_dir():
+        raise CheckpointError(f"the Hub repository {repository} has no folder {inside}")
+    return root / inside
