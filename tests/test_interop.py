@@ -15,7 +15,7 @@ from builders import random_ids
 from bytelm import codec, interop
 from bytelm.config import EntropyPatching, ModelDescription, StaticPatching
 from bytelm.errors import CheckpointError, ConfigError
-from bytelm.interop import weights
+from bytelm.interop import huggingface, weights
 from foreign import VARIANTS, hf_model, save_consolidated, save_official
 
 
@@ -294,6 +294,21 @@ def test_unsupported_hf_options_are_refused_by_name(tmp_path, model, change, mes
     with pytest.raises(CheckpointError, match=message):
         interop.convert_hf(tmp_path / "hf", tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_defaults_are_those_of_transformers(tmp_path):
+    # Theirs give encoder and decoder different feed-forwards; the released encoder has 2816.
+    config = {"model_type": "blt", "encoder_config": {"intermediate_size": 2816}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = huggingface.read_description(tmp_path)
+    theirs = transformers.BltConfig.from_pretrained(tmp_path)
+    described, _ = huggingface.describe(ours)
+    for name in ("encoder_config", "decoder_config", "global_config", "patcher_config"):
+        for key, value in described[name].items():
+            if key not in ("max_position_embeddings", "rope_parameters"):
+                assert getattr(getattr(theirs, name), key, value) == value, (name, key)
+        rope = getattr(theirs, name).rope_parameters or {}
+        assert rope.get("rope_theta", 500_000.0) == described[name]["rope_parameters"]["rope_theta"]
 
 
 def test_folders_of_neither_format_are_refused(tmp_path, model):

@@ -85,12 +85,14 @@ _NO_PART = (
 class _Part:
     """The options that every sub-configuration has."""
 
-    def __init__(self, options: Options, dim: int, layers: int, heads: int, theta: float) -> None:
+    def __init__(
+        self, options: Options, dim: int, layers: int, heads: int, ffn: int | None, theta: float
+    ) -> None:
         self.dim = options.take("hidden_size", int, dim)
         self.layers = options.take("num_hidden_layers", int, layers)
         self.heads = options.take("num_attention_heads", int, heads)
-        default_ffn = int(8 * self.dim / 3)
-        self.ffn = options.take("intermediate_size", int, default_ffn)
+        computed = int(8 * self.dim / 3)
+        self.ffn = options.take_nullable("intermediate_size", int, ffn) or computed
         options.expect("num_key_value_heads", self.heads, remedy="grouped queries")
         options.expect("head_dim", self.dim // max(self.heads, 1))
         for eps in ("rms_norm_eps", "norm_eps"):
@@ -176,7 +178,7 @@ def _patching(options: Options, patch_size: float | None) -> EntropyPatching:
 
 
 def _scorer(options: Options) -> TransformerConfig:
-    part = _Part(options, 768, 14, 12, SCORER_THETA)
+    part = _Part(options, 768, 14, 12, 2048, SCORER_THETA)
     window = options.take_nullable("sliding_window", int, 512)
     options.ignore(_NO_PART)
     options.finish()
@@ -187,9 +189,9 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
     slots = options.take("cross_attn_k", int, 2)
     window = options.take_nullable("local_attention_window_len", int, 512)
     global_options = options.section("global_config")
-    first = _Part(encoder, 1024, 1, 16, THETA)
-    last = _Part(decoder, 1024, 9, 16, THETA)
-    middle = _Part(global_options, 2048, 25, 16, THETA)
+    first = _Part(encoder, 1024, 1, 16, None, THETA)
+    last = _Part(decoder, 1024, 9, 16, 2816, THETA)
+    middle = _Part(global_options, 2048, 25, 16, 5632, THETA)
     for name in ("dim", "heads", "ffn", "theta"):
         one, other = getattr(first, name), getattr(last, name)
         if one != other:
@@ -208,6 +210,8 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
             "pools anew before each, so all but the last have no effect; the official code and "
             "bytelm pool once. Import the weights in the official format"
         )
+    # Only the decoder reads it.
+    encoder.ignore(["hidden_size_global"])
     in_all_decoder = decoder.take("cross_attn_all_layers", bool, True)
     for section in (encoder, decoder, global_options):
         section.expect("hidden_size_global", middle.dim)

@@ -42,7 +42,7 @@ def ngram_hashes(
         hash[i] = sum_{k=0}^{n-1} ids[i - n + 1 + k] * prime**k   (signed 64-bit wrap-around)
 
     so the oldest id has power 0. This is the hash of the released checkpoints; the paper's
-    equation 23 gives power 0 to the newest byte, a relabelling of table rows.
+    equation 23 gives power 0 to the newest byte.
     """
     by_size = {}
     running = torch.zeros_like(ids)
