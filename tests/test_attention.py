@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import LargestTensor, cut, piece_sizes
+from bytelm.kernels import rotate
 from bytelm.model import attention as module
 from bytelm.model.attention import (
     FULL_QUERY_BLOCK,
@@ -12,7 +13,6 @@ from bytelm.model.attention import (
     attention,
     attention_mask,
     reference_attention,
-    rotate,
     rotation,
 )
 

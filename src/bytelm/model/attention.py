@@ -124,15 +124,6 @@ def rotation(
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, :, None]
 
 
-def rotate(
-    x: Float[Tensor, "batch length heads head_dim"],
-    factors: Complex[Tensor, "batch length 1 half"],
-) -> Float[Tensor, "batch length heads head_dim"]:
-    """Rotate each pair ``(x[2j], x[2j+1])`` by its position's angle, in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)
-
-
 class AttentionMask(NamedTuple):
     """Description of a causal mask, with what :func:`attention` needs of it precomputed."""
 

@@ -22,7 +22,6 @@ from bytelm.config import BLTConfig
 from bytelm.model.attention import Context
 from bytelm.model.embedding import ByteEmbedding
 from bytelm.model.layers import (
-    NORM_EPS,
     DecoderCrossAttention,
     EncoderCrossAttention,
     init_linear,
@@ -145,7 +144,7 @@ class LocalDecoder(nn.Module):
             for _ in range(num_cross)
         )
         self.blocks = build_blocks(stack)
-        self.norm = nn.RMSNorm(local.dim, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(local.dim, eps=kernels.NORM_EPS)
         self.output = nn.Linear(local.dim, codec.VOCAB_SIZE, bias=False)
 
     def latent_slots(
@@ -176,7 +175,7 @@ class LocalDecoder(nn.Module):
             if layer < len(self.cross_attention):
                 x = self.cross_attention[layer](x, slots, decoder_ids)
             x = block(x, context.factors, context.attend(layer))
-        return self.output(self.norm(x)).float()
+        return kernels.norm_linear(x, self.norm.weight, self.output.weight).float()
 
 
 class BLT(nn.Module):

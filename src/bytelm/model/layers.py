@@ -6,7 +6,9 @@ Blocks are pre-norm and bias-free (paper section 4.7)::
     x = x + FeedForward(RMSNorm(x))
 
 Modules know nothing of masks, caches, devices or configuration files: attention is handed an
-:data:`~bytelm.model.attention.Attend`, the rest are plain functions of tensors.
+:data:`~bytelm.model.attention.Attend`, the rest are plain functions of tensors. A norm is computed
+with the projection that follows it (:mod:`bytelm.kernels.projections`), so layers take their norm's
+weight along.
 """
 
 from typing import Literal
@@ -14,58 +16,54 @@ from typing import Literal
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bytelm import kernels
-from bytelm.model.attention import Attend, rotate
-
-NORM_EPS = 1e-5
+from bytelm.model.attention import Attend
 
 Residual = Literal["single", "doubled"]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with rotary positions."""
+    """Multi-head self-attention of normalised vectors, with rotary positions."""
 
-    def __init__(self, *, dim: int, num_heads: int) -> None:
+    def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(
         self,
         x: Float[Tensor, "batch length dim"],
+        norm: Float[Tensor, " dim"],
         factors: Complex[Tensor, "batch length 1 half"],
         attend: Attend,
     ) -> Float[Tensor, "batch length dim"]:
-        heads = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1))
-        queries_and_keys, values = heads.split((2 * self.num_heads, self.num_heads), dim=2)
-        queries, keys = rotate(queries_and_keys, factors).chunk(2, dim=2)
-        return self.out(attend(queries, keys, values).flatten(2))
+        heads = kernels.rotary_projection(x, norm, self.qkv.weight, factors)
+        return self.out(attend(*heads).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``, gate and up in one matrix."""
+    """SwiGLU of normalised vectors, gate and up in one matrix."""
 
     def __init__(self, *, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], norm: Float[Tensor, " dim"]
+    ) -> Float[Tensor, "batch length dim"]:
+        return kernels.feed_forward(x, norm, self.gate_up.weight, self.down.weight)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, *, dim: int, num_heads: int, hidden_dim: int) -> None:
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.attention = SelfAttention(dim=dim, num_heads=num_heads)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.attention_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
+        self.attention = SelfAttention(dim=dim)
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
         self.feed_forward = FeedForward(dim=dim, hidden_dim=hidden_dim)
 
     def forward(
@@ -74,8 +72,8 @@ class Block(nn.Module):
         factors: Complex[Tensor, "batch length 1 half"],
         attend: Attend,
     ) -> Float[Tensor, "batch length dim"]:
-        x = x + self.attention(self.attention_norm(x), factors, attend)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention(x, self.attention_norm.weight, factors, attend)
+        return x + self.feed_forward(x, self.feed_forward_norm.weight)
 
 
 class CrossAttention(nn.Module):
@@ -92,8 +90,8 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
         self.residual_scale = {"single": 1.0, "doubled": 2.0}[residual]
         inner_dim = num_heads * (dim // num_heads)
-        self.query_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.key_value_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.query_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
+        self.key_value_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
         self.query = nn.Linear(dim, inner_dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * inner_dim, bias=False)
         self.out = nn.Linear(inner_dim, dim, bias=False)
@@ -102,21 +100,22 @@ class CrossAttention(nn.Module):
         self, x: Float[Tensor, "*shape dim"]
     ) -> Float[Tensor, "*shape heads head_dim"]:
         """Normalised queries, by head."""
-        return self.query(self.query_norm(x)).unflatten(-1, (self.num_heads, -1))
+        queries = kernels.norm_linear(x, self.query_norm.weight, self.query.weight)
+        return queries.unflatten(-1, (self.num_heads, -1))
 
     def project_keys_values(
         self, x: Float[Tensor, "*shape dim"]
     ) -> tuple[Float[Tensor, "*shape heads head_dim"], Float[Tensor, "*shape heads head_dim"]]:
         """Normalised keys and values, by head."""
-        heads = self.key_value(self.key_value_norm(x)).unflatten(-1, (2 * self.num_heads, -1))
-        keys, values = heads.chunk(2, dim=-2)
+        both = kernels.norm_linear(x, self.key_value_norm.weight, self.key_value.weight)
+        keys, values = both.unflatten(-1, (2 * self.num_heads, -1)).chunk(2, dim=-2)
         return keys, values
 
     def add_residual(
         self, x: Float[Tensor, "*shape dim"], out: Float[Tensor, "*shape heads head_dim"]
     ) -> Float[Tensor, "*shape dim"]:
         """``x`` with the attention output added."""
-        return self.residual_scale * x + self.out(out.flatten(-2))
+        return torch.add(self.out(out.flatten(-2)), x, alpha=self.residual_scale)
 
 
 class EncoderCrossAttention(CrossAttention):

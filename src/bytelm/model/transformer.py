@@ -4,18 +4,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm import codec
+from bytelm import codec, kernels
 from bytelm.config import StackConfig, TransformerConfig
 from bytelm.model.attention import Context, StackSpec
-from bytelm.model.layers import NORM_EPS, Block, init_linear
+from bytelm.model.layers import Block, init_linear
 from bytelm.patching import row_positions
 
 
 def build_blocks(config: StackConfig) -> nn.ModuleList:
     """The blocks of a stack."""
     return nn.ModuleList(
-        Block(dim=config.dim, num_heads=config.num_heads, hidden_dim=config.ffn_dim)
-        for _ in range(config.num_layers)
+        Block(dim=config.dim, hidden_dim=config.ffn_dim) for _ in range(config.num_layers)
     )
 
 
@@ -33,7 +32,7 @@ class Transformer(nn.Module):
         self.spec = stack_spec(config, config.window)
         self.embedding = nn.Embedding(codec.VOCAB_SIZE, config.dim)
         self.blocks = build_blocks(config)
-        self.norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(config.dim, eps=kernels.NORM_EPS)
         self.output = nn.Linear(config.dim, codec.VOCAB_SIZE, bias=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -64,4 +63,4 @@ class Transformer(nn.Module):
         x = self.embedding(ids)
         for layer, block in enumerate(self.blocks):
             x = block(x, context.factors, context.attend(layer))
-        return self.output(self.norm(x)).float()
+        return kernels.norm_linear(x, self.norm.weight, self.output.weight).float()
