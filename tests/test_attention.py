@@ -4,17 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import LargestTensor, cut, piece_sizes
-from bytelm.kernels import rotate
-from bytelm.model import attention as module
-from bytelm.model.attention import (
-    FULL_QUERY_BLOCK,
-    AttentionCache,
-    StackSpec,
-    attention,
-    attention_mask,
-    reference_attention,
-    rotation,
-)
+from bytelm.kernels import attention, attention_mask, reference_attention, rotate
+from bytelm.model.attention import QUERY_BLOCK, AttentionCache, StackSpec, rotation
 
 documents_rows = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(
     lambda lengths: torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
@@ -25,8 +16,8 @@ windows = st.sampled_from([None, 1, 2, 5, 16, 200])
 @pytest.fixture(params=[4, 128])
 def block(request, monkeypatch):
     """Blocks far smaller than the rows, and blocks larger than them."""
-    monkeypatch.setattr(module, "QUERY_BLOCK", request.param)
-    monkeypatch.setattr(module, "FULL_QUERY_BLOCK", request.param)
+    monkeypatch.setattr("bytelm.kernels.self_attention.QUERY_BLOCK", request.param)
+    monkeypatch.setattr("bytelm.model.attention.QUERY_BLOCK", request.param)
 
 
 @pytest.mark.usefixtures("block")
@@ -116,4 +107,4 @@ def test_a_cache_without_a_window_takes_a_prompt_in_blocks():
     x = torch.randn(1, length, 1, 4)
     with LargestTensor() as largest:
         AttentionCache(None).attend(x, x, x)
-    assert 0 < largest.num_bytes <= FULL_QUERY_BLOCK * length < length * length
+    assert 0 < largest.num_bytes <= QUERY_BLOCK * length < length * length

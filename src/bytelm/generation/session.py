@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm import codec
+from bytelm.model.blt import Readable
 from bytelm.model.patched import PatchedModel
 from bytelm.model.transformer import Transformer
 
@@ -63,10 +64,11 @@ class PatchedSession:
         self._encoder_cache = model.blt.encoder.spec.cache()
         self._global_cache = model.blt.global_model.spec.cache()
         self._decoder_cache = model.blt.decoder.spec.cache()
-        self._recent_ids: Int[Tensor, " context"] | None = None
+        self._embedding = model.blt.encoder.embedding.stream()
         # For each state that patches read, the pieces of it that belong to the open patch.
         self._open_states: list[list[Tensor]] = []
-        self._last_slots: Float[Tensor, "1 1 slots dim"] | None = None
+        self._num_open = 0
+        self._last: Readable | None = None
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
@@ -75,62 +77,59 @@ class PatchedSession:
             return _no_logits(ids)
         entropies = self._scorer.feed(ids) if self._scorer else None
         next_boundary = self._patcher.feed(ids, entropies)
-
-        embeddings = self._embed(ids, self._encoder_cache.position)
         context = self._encoder_cache.extend(len(ids), ids.device)
-        states = self._blt.encoder.byte_states(embeddings, context)
-        vectors = self._close_patches(states, next_boundary)
-        slots = self._run_global(vectors)
-
-        # A byte reads the last patch complete at it: one closed here, or the last one before.
-        num_closed = next_boundary.cumsum(0)
-        if self._last_slots is None:
-            decoder_ids = num_closed - 1
-        else:
-            slots = torch.cat((self._last_slots, slots), 1)
-            decoder_ids = num_closed
+        states = self._blt.encoder.byte_states(self._embedding.feed(ids), context)
+        readable, decoder_ids = self._read(states, next_boundary)
         context = self._decoder_cache.extend(len(ids), ids.device)
-        logits = self._blt.decoder(states[-1], slots, decoder_ids[None], context)[0]
-        self._last_slots = slots[:, -1:]
-        return logits
+        return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
 
-    def _embed(self, ids: Int[Tensor, " bytes"], position: int) -> Float[Tensor, "1 bytes dim"]:
-        """Embeddings of new ids from ``position`` on; their n-grams reach back into older ids."""
-        embedding = self._blt.encoder.embedding
-        recent = ids[:0] if self._recent_ids is None else self._recent_ids
-        joined = torch.cat((recent, ids))
-        first = position - len(recent)
-        positions = torch.arange(first, first + len(joined), device=ids.device)
-        self._recent_ids = joined[len(joined) - min(embedding.context, len(joined)) :]
-        return embedding(joined[None], positions[None])[:, len(recent) :]
+    def _read(
+        self, states: list[Float[Tensor, "1 bytes dim"]], next_boundary: Bool[Tensor, " bytes"]
+    ) -> tuple[Readable, Int[Tensor, " bytes"]]:
+        """What the new bytes may read, and which of it each reads.
+
+        A byte reads the last patch complete at it: one closed here, or the last one before.
+        """
+        closed = next_boundary.cumsum(0)
+        new = self._run_global(self._close_patches(states, next_boundary, closed))
+        if new is None:
+            assert self._last is not None
+            return self._last, closed
+        if self._last is None or len(closed) == 1:
+            readable, decoder_ids = new, closed - 1
+        else:
+            pairs = zip(self._last, new, strict=True)
+            readable = [tuple(torch.cat(xs, 1) for xs in zip(*pair, strict=True)) for pair in pairs]
+            decoder_ids = closed
+        self._last = [tuple(x[:, -1:] for x in layer) for layer in new]
+        return readable, decoder_ids
 
     def _close_patches(
         self,
         states: list[Float[Tensor, "1 bytes dim"]],
         next_boundary: Bool[Tensor, " bytes"],
-    ) -> Float[Tensor, "1 patches global_dim"]:
+        closed: Int[Tensor, " bytes"],
+    ) -> Float[Tensor, "1 patches global_dim"] | None:
         """Vectors of the patches that end among the new bytes; the rest stays open."""
         if not self._open_states:
             self._open_states = [[] for _ in states]
-        num_open = sum(piece.shape[1] for piece in self._open_states[0])
         for pieces, state in zip(self._open_states, states, strict=True):
             pieces.append(state)
-        num_closed = int(next_boundary.sum())
+        num_open = self._num_open
+        self._num_open += len(closed)
+        num_closed = int(closed[-1])
         if not num_closed:
-            global_dim = self._blt.decoder.latent_projection.in_features
-            return states[0].new_zeros(1, 0, global_dim)
-
+            return None
         joined = [torch.cat(pieces, 1) for pieces in self._open_states]
-        closed_before = next_boundary.cumsum(0) - next_boundary.long()
+        closed_before = closed - next_boundary.long()
         encoder_ids = torch.cat((closed_before.new_zeros(num_open), closed_before))
-        still_open = int((closed_before == num_closed).sum())
-        self._open_states = [[x[:, x.shape[1] - still_open :]] for x in joined]
+        self._num_open = int((closed_before == num_closed).sum())
+        self._open_states = [[x[:, x.shape[1] - self._num_open :]] for x in joined]
         return self._blt.encoder.patch_vectors(joined, encoder_ids[None], num_closed)
 
-    def _run_global(
-        self, vectors: Float[Tensor, "1 patches global_dim"]
-    ) -> Float[Tensor, "1 patches slots dim"]:
-        """Slots of the latents of newly closed patches."""
+    def _run_global(self, vectors: Float[Tensor, "1 patches global_dim"] | None) -> Readable | None:
+        """What can be read of newly closed patches."""
+        if vectors is None:
+            return None
         context = self._global_cache.extend(vectors.shape[1], vectors.device)
-        latents = self._blt.global_model(vectors, context) if vectors.shape[1] else vectors
-        return self._blt.decoder.latent_slots(latents)
+        return self._blt.decoder.read_latents(self._blt.global_model(vectors, context))

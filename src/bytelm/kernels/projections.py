@@ -7,6 +7,7 @@ Everywhere else (on CUDA ``torch.compile`` does the same and better), and for th
 their twins, ``reference_*``, in plain PyTorch.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def norm_linear(
     x: Float[Tensor, "*shape dim"], norm: Float[Tensor, " dim"], weight: Float[Tensor, "out dim"]
 ) -> Float[Tensor, "*shape out"]:
     """``weight @ (norm * x / sqrt(mean(x**2) + eps))`` for each vector."""
-    if not _is_eager_cpu(x):
+    if not is_eager_cpu(x):
         return reference_norm_linear(x, norm, weight)
     return _apply(_NormLinear, x, norm, weight)
 
@@ -47,7 +48,7 @@ def rotary_projection(
         weight: rows of the queries, the keys and the values, by head.
         factors: rotary factor of each position and pair of dimensions.
     """
-    if not _is_eager_cpu(x):
+    if not is_eager_cpu(x):
         return reference_rotary_projection(x, norm, weight, factors)
     return _apply(_RotaryProjection, x, norm, weight, factors)
 
@@ -59,7 +60,7 @@ def feed_forward(
     down: Float[Tensor, "dim hidden"],
 ) -> Float[Tensor, "*shape dim"]:
     """SwiGLU of normalised vectors: ``down(silu(gate(n)) * up(n))`` with ``n = RMSNorm(x)``."""
-    if not _is_eager_cpu(x):
+    if not is_eager_cpu(x):
         return reference_feed_forward(x, norm, gate_up, down)
     return _apply(_FeedForward, x, norm, gate_up, down)
 
@@ -96,7 +97,8 @@ def reference_feed_forward(x: Tensor, norm: Tensor, gate_up: Tensor, down: Tenso
     return functional.linear(functional.silu(gate) * up, down)
 
 
-def _is_eager_cpu(x: Tensor) -> bool:
+def is_eager_cpu(x: Tensor) -> bool:
+    """Whether the functions with gradients of their own are meant for ``x``."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
@@ -110,6 +112,16 @@ def _apply(function: type[torch.autograd.Function], *arguments: Tensor) -> Any:
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(None, *arguments)
+
+
+def _normed(x: Tensor, norm: Tensor) -> Tensor:
+    """Normalised rows."""
+    if len(x) > 1:
+        unit, _ = _normalise(x)
+        return unit.mul_(norm)
+    # A single row costs more in calls than in arithmetic: as few of them as possible.
+    row = x[0]
+    return (x * norm).mul_((float(row.dot(row)) / len(row) + NORM_EPS) ** -0.5)
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,9 +154,8 @@ class _NormLinear(torch.autograd.Function):
             ctx.save_for_backward(x, norm, weight)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows = x.reshape(-1, x.shape[-1])
-        for chunk, result in zip(rows.split(CHUNK), _rows(out).split(CHUNK), strict=True):
-            unit, _ = _normalise(chunk)
-            torch.mm(unit.mul_(norm), weight.T, out=result)
+        for chunk, result in row_chunks(rows, _rows(out)):
+            torch.mm(_normed(chunk, norm), weight.T, out=result)
         return out
 
     @staticmethod
@@ -166,9 +177,7 @@ def _norm_linear_backward(
         torch.zeros_like(weight),
     )
     rows = x.reshape(-1, x.shape[-1])
-    for chunk, grad_out, out in zip(
-        rows.split(CHUNK), grad.split(CHUNK), _rows(grad_x).split(CHUNK), strict=True
-    ):
+    for chunk, grad_out, out in row_chunks(rows, grad, _rows(grad_x)):
         unit, scale = _normalise(chunk)
         grad_weight.addmm_(grad_out.T, unit * norm)
         grad_norm += _norm_backward(grad_out @ weight, unit, scale, norm, out)
@@ -209,9 +218,8 @@ class _FeedForward(torch.autograd.Function):
             ctx.save_for_backward(x, norm, gate_up, down)
         out = _empty_rows(x)
         rows = x.reshape(-1, x.shape[-1])
-        for chunk, result in zip(rows.split(CHUNK), _rows(out).split(CHUNK), strict=True):
-            unit, _ = _normalise(chunk)
-            gate, up = (unit.mul_(norm) @ gate_up.T).chunk(2, dim=-1)
+        for chunk, result in row_chunks(rows, _rows(out)):
+            gate, up = (_normed(chunk, norm) @ gate_up.T).chunk(2, dim=-1)
             torch.mm(functional.silu(gate).mul_(up), down.T, out=result)
         return out
 
@@ -224,9 +232,7 @@ class _FeedForward(torch.autograd.Function):
         grad_x = _empty_rows(x)
         grad_norm, grad_gate_up, grad_down = (torch.zeros_like(w) for w in (norm, gate_up, down))
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        for chunk, grad_out, out in zip(
-            rows.split(CHUNK), grad.split(CHUNK), _rows(grad_x).split(CHUNK), strict=True
-        ):
+        for chunk, grad_out, out in row_chunks(rows, grad, _rows(grad_x)):
             unit, scale = _normalise(chunk)
             normed = unit * norm
             both = normed @ gate_up.T
@@ -243,6 +249,13 @@ class _FeedForward(torch.autograd.Function):
             grad_gate_up.addmm_(both.T, normed)
             grad_norm += _norm_backward(both @ gate_up, unit, scale, norm, out)
         return grad_x, grad_norm, grad_gate_up, grad_down
+
+
+def row_chunks(*tensors: Tensor, size: int = CHUNK) -> Iterable[tuple[Tensor, ...]]:
+    """Corresponding rows of several tensors, a few at a time."""
+    if len(tensors[0]) <= size:
+        return (tensors,)
+    return zip(*(x.split(size) for x in tensors), strict=True)
 
 
 def _empty_rows(x: Tensor) -> Tensor:

@@ -6,9 +6,17 @@ O(elements), never O(elements x segments); each has a readable twin, ``reference
 the dense mask and that the tests compare it with, gradients included.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bytelm.kernels.projections import is_eager_cpu, row_chunks
+
+CHUNK = 512
+"""Bytes whose slots are gathered at once."""
 
 
 def segment_max(
@@ -73,14 +81,55 @@ def decoder_cross_attention(
     Scores and softmax are in fp32.
     """
     batch, patches = keys.shape[:2]
-    offsets = torch.arange(batch, device=decoder_ids.device)[:, None] * patches
-    flat_ids = (decoder_ids + offsets).flatten()
-    keys_of_bytes = keys.flatten(0, 1).index_select(0, flat_ids)
-    values_of_bytes = values.flatten(0, 1).index_select(0, flat_ids)
+    flat_ids = decoder_ids + torch.arange(batch, device=keys.device)[:, None] * patches
+    flat = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), flat_ids.flatten())
+    if is_eager_cpu(queries) and torch.is_grad_enabled():
+        out: Tensor = _GatheredAttention.apply(*flat)  # pyright: ignore[reportAssignmentType]
+    else:
+        out = _gathered_attention(*flat)[0]
+    return out.unflatten(0, (batch, -1))
+
+
+def _gathered_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of rows to the slots of their patch; its weights, and the slots."""
+    keys, values = keys.index_select(0, ids), values.index_select(0, ids)
     scale = queries.shape[-1] ** -0.5
-    scores = (queries.flatten(0, 1)[:, None].float() * keys_of_bytes.float()).sum(-1) * scale
+    scores = (queries[:, None].float() * keys.float()).sum(-1) * scale
     weights = scores.softmax(1)[..., None].to(values.dtype)
-    return (weights * values_of_bytes).sum(1).unflatten(0, (batch, -1))
+    return (weights * values).sum(1), weights, keys, values
+
+
+class _GatheredAttention(torch.autograd.Function):
+    """Keeps no slots per byte: gathers them again in the backward pass, some rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, keys, values, ids)
+        out = queries.new_empty(queries.shape)
+        for rows, index, result in row_chunks(queries, ids, out, size=CHUNK):
+            result.copy_(_gathered_attention(rows, keys, values, index)[0])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, ids = ctx.saved_tensors
+        scale = queries.shape[-1] ** -0.5
+        grad_queries = queries.new_empty(queries.shape)
+        grad_keys, grad_values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+        for rows, index, grad_out, out in row_chunks(queries, ids, grad, grad_queries, size=CHUNK):
+            result, weights, slot_keys, slot_values = _gathered_attention(rows, keys, values, index)
+            grad_out = grad_out[:, None]
+            along = (grad_out * slot_values).sum(-1) - (grad_out * result[:, None]).sum(-1)
+            scores = (weights[..., 0] * along).mul_(scale)[..., None]
+            torch.sum(slot_keys.mul_(scores), 1, out=out)
+            grad_keys.index_add_(0, index, scores * rows[:, None])
+            grad_values.index_add_(0, index, weights * grad_out)
+        return grad_queries, grad_keys, grad_values, None
 
 
 def _flatten(

@@ -147,16 +147,17 @@ class LocalDecoder(nn.Module):
         self.norm = nn.RMSNorm(local.dim, eps=kernels.NORM_EPS)
         self.output = nn.Linear(local.dim, codec.VOCAB_SIZE, bias=False)
 
-    def latent_slots(
-        self, latents: Float[Tensor, "batch patches global_dim"]
-    ) -> Float[Tensor, "batch patches slots dim"]:
-        """The vectors that bytes attend to, ``slots`` for each latent."""
-        return self.latent_projection(latents).unflatten(-1, (self.slots, -1))
+    def read_latents(self, latents: Float[Tensor, "batch patches global_dim"]) -> "Readable":
+        """What bytes read of latents, for each layer: computed once per patch, not per byte."""
+        slots = self.latent_projection(latents).unflatten(-1, (self.slots, -1))
+        if not self.cross_attention:
+            return [(slots,)]
+        return [cross.project_keys_values(slots) for cross in self.cross_attention]
 
     def forward(
         self,
         x: Float[Tensor, "batch bytes dim"],
-        slots: Float[Tensor, "batch patches slots dim"],
+        readable: "Readable",
         decoder_ids: Int[Tensor, "batch bytes"],
         context: Context,
     ) -> Float[Tensor, "batch bytes vocab"]:
@@ -164,18 +165,24 @@ class LocalDecoder(nn.Module):
 
         Args:
             x: the encoder's last byte states.
-            slots: from :meth:`latent_slots`.
+            readable: from :meth:`read_latents`.
             decoder_ids: index among the patches of the latent each byte reads.
             context: of the byte positions.
         """
         if not self.cross_attention:
+            ((slots,),) = readable
             index = decoder_ids[..., None].expand(-1, -1, x.shape[-1])
             x = x + slots[:, :, 0].gather(1, index)
         for layer, block in enumerate(self.blocks):
             if layer < len(self.cross_attention):
-                x = self.cross_attention[layer](x, slots, decoder_ids)
+                x = self.cross_attention[layer](x, *readable[layer], decoder_ids)
             x = block(x, context.factors, context.attend(layer))
         return kernels.norm_linear(x, self.norm.weight, self.output.weight).float()
+
+
+Readable = Sequence[tuple[Tensor, ...]]
+"""Of each decoder layer that reads latents, keys and values of every patch's slots; without
+cross-attention, the projected latents themselves. All are ``[batch, patches, slots, ...]``."""
 
 
 class BLT(nn.Module):
@@ -208,5 +215,5 @@ class BLT(nn.Module):
 
         global_spec = self.global_model.spec
         global_context = global_spec.over_rows(patches.patch_documents, patches.patch_positions)
-        slots = self.decoder.latent_slots(self.global_model(vectors, global_context))
-        return self.decoder(states[-1], slots, patches.decoder_ids, context)
+        readable = self.decoder.read_latents(self.global_model(vectors, global_context))
+        return self.decoder(states[-1], readable, patches.decoder_ids, context)

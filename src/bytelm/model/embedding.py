@@ -29,6 +29,15 @@ PRIMES = (
 Combine = Literal["sum", "mean"]
 
 
+def _ngram_hash(ids: Sequence[int], size: int, prime: int) -> int:
+    """:func:`ngram_hashes` of one n-gram, which begins with zeros where ``ids`` are too few."""
+    value = 0
+    for one in reversed(ids):
+        value = value * prime + one
+    value *= prime ** (size - len(ids))
+    return (value + 2**63) % 2**64 - 2**63
+
+
 def ngram_hashes(
     ids: Int[Tensor, "batch bytes"],
     positions: Int[Tensor, "batch bytes"],
@@ -89,6 +98,10 @@ class ByteEmbedding(nn.Module):
         """Ids before a byte that its embedding depends on."""
         return max(self.ngram_sizes, default=1) - 1
 
+    def stream(self) -> "EmbeddingStream":
+        """Embed one document as it arrives."""
+        return EmbeddingStream(self)
+
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Truncated normal, sigma = dim ** -0.5, for every table."""
         init_linear(self.bytes.weight, generator)
@@ -105,6 +118,24 @@ class ByteEmbedding(nn.Module):
         grams = functional.embedding_bag(rows.flatten(0, 1), self.ngrams.weight, mode="sum")
         return (embedded + grams.unflatten(0, ids.shape)) * self.scale
 
+    def embed_last(self, ids: Sequence[int]) -> Float[Tensor, "1 1 dim"]:
+        """Embedding of the last of a document's ids, given those that its n-grams reach back to.
+
+        The same rows as :meth:`forward` finds, by integers in place of dozens of tensors.
+        """
+        weight = self.bytes.weight
+        embedded = weight[ids[-1]]
+        if self.ngrams is not None:
+            rows, table = [], 0
+            for prime in PRIMES[: self.ngram_functions]:
+                for n in self.ngram_sizes:
+                    rows.append(_ngram_hash(ids[-n:], n, prime) % self.ngram_rows + table)
+                    table += self.ngram_rows
+            index = torch.tensor(rows, device=weight.device)
+            grams = self.ngrams.weight.index_select(0, index).sum(0)
+            embedded = (embedded + grams) * self.scale
+        return embedded[None, None]
+
     def ngram_indices(
         self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
     ) -> Int[Tensor, "batch bytes tables"]:
@@ -118,3 +149,25 @@ class ByteEmbedding(nn.Module):
         )
         tables = torch.arange(hashes.shape[-1], device=ids.device)
         return hashes % self.ngram_rows + tables * self.ngram_rows
+
+
+class EmbeddingStream:
+    """A :class:`ByteEmbedding` at work on one document: n-grams reach back into older ids."""
+
+    def __init__(self, embedding: ByteEmbedding) -> None:
+        self._embedding = embedding
+        self._recent: Int[Tensor, " recent"] | None = None
+        self._position = 0
+
+    def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "1 bytes dim"]:
+        """Embeddings of the document's next ids."""
+        embedding = self._embedding
+        recent = ids[:0] if self._recent is None else self._recent
+        joined = torch.cat((recent, ids))
+        self._recent = joined[len(joined) - min(embedding.context, len(joined)) :]
+        first = self._position - len(recent)
+        self._position += len(ids)
+        if len(ids) == 1 and ids.device.type == "cpu":
+            return embedding.embed_last(joined.tolist())
+        positions = torch.arange(first, first + len(joined), device=ids.device)
+        return embedding(joined[None], positions[None])[:, len(recent) :]

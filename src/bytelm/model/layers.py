@@ -139,10 +139,11 @@ class DecoderCrossAttention(CrossAttention):
     def forward(
         self,
         states: Float[Tensor, "batch bytes dim"],
-        slots: Float[Tensor, "batch patches slots dim"],
+        keys: Float[Tensor, "batch patches slots heads head_dim"],
+        values: Float[Tensor, "batch patches slots heads head_dim"],
         decoder_ids: Int[Tensor, "batch bytes"],
     ) -> Float[Tensor, "batch bytes dim"]:
-        keys, values = self.project_keys_values(slots)
+        """States with what they read; keys and values from :meth:`project_keys_values`."""
         queries = self.project_queries(states)
         out = kernels.decoder_cross_attention(queries, keys, values, decoder_ids)
         return self.add_residual(states, out)

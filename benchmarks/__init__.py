@@ -1,0 +1,1 @@
+"""Speed and memory of bytelm, beside those of ``transformers``; `python -m benchmarks --help`."""

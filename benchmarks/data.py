@@ -1,0 +1,105 @@
+"""Suite `data`: text to prepared shards, shards to packed rows. On the CPU, one worker."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.settings import Settings
+from benchmarks.subjects import PATCH_SIZE, random_words
+from benchmarks.timing import Sample, measure, time_once
+from bytelm import codec
+from bytelm.checkpoint import save_model
+from bytelm.config import ModelDescription, NgramConfig, TableConfig
+from bytelm.data import Dataset, Loader, PrepareOptions, prepare
+from bytelm.model.ngram import fit_ngram_scorer
+from bytelm.patching import EntropyRule, Patcher, SpaceRule
+
+TEXT_BYTES, QUICK_TEXT_BYTES = 4_000_000, 100_000
+DOCUMENT_BYTES = 2000
+ROW_BYTES, QUICK_ROW_BYTES = 8192, 512
+ROWS_PER_STEP = 4
+STEPS, QUICK_STEPS = 16, 2
+
+
+def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
+    """Time preparation with and without entropies, and the loader with each kind of patcher."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        text = random_words(QUICK_TEXT_BYTES if settings.quick else TEXT_BYTES)
+        (work / "text.jsonl").write_text(_documents(text))
+        _save_table(text[: len(text) // 4], work / "scorer")
+        report("data: preparation")
+        measurements = _prepare(work, len(text), settings)
+        report("data: loader")
+        measurements += _load(work, settings)
+    return {"measurements": measurements}
+
+
+def _documents(text: bytes) -> str:
+    pieces = (text[at : at + DOCUMENT_BYTES] for at in range(0, len(text), DOCUMENT_BYTES))
+    return "".join(json.dumps({"text": piece.decode()}) + "\n" for piece in pieces)
+
+
+def _save_table(text: bytes, folder: Path) -> None:
+    config = NgramConfig()
+    scorer = fit_ngram_scorer([codec.encode(text)], config)
+    table = TableConfig(max_order=config.max_order, num_contexts=len(scorer.keys))
+    save_model(folder, scorer, ModelDescription(model=table))
+
+
+def _prepare(work: Path, num_bytes: int, settings: Settings) -> list[dict[str, Any]]:
+    measurements = []
+    for name, scorer in (("plain", None), ("with an n-gram table", work / "scorer")):
+        samples: list[Sample] = []
+        options = PrepareOptions(scorer=scorer, workers=1)
+        inputs = [str(work / "text.jsonl")]
+        prepare(inputs, work / name, options)  # warm up
+        for number in range(settings.repeats):
+            out = work / f"{name}-{number}"
+            samples.append(time_once(partial(prepare, inputs, out, options), "cpu"))
+        what = f"preparation, {name}"
+        measurements.append({"what": what, "bytes": num_bytes, "samples": {"ours": samples}})
+    return measurements
+
+
+def _load(work: Path, settings: Settings) -> list[dict[str, Any]]:
+    """Steps of a loader: rows read, patched, packed and stacked."""
+    dataset = Dataset(work / "with an n-gram table", "train")
+    # Not calibrated: the entropies of a table of random words have too few values for that.
+    threshold = float(np.quantile(dataset.entropies(0, 0, DOCUMENT_BYTES), 1 - 1 / PATCH_SIZE))
+    patchers = {
+        "no patches": None,
+        "space patches": Patcher(SpaceRule()),
+        "entropy patches": Patcher(EntropyRule(threshold=threshold)),
+    }
+    row_bytes = QUICK_ROW_BYTES if settings.quick else ROW_BYTES
+    steps = QUICK_STEPS if settings.quick else STEPS
+    measurements = []
+    for name, patcher in patchers.items():
+        loader = Loader(
+            dataset,
+            row_bytes=row_bytes,
+            row_patches=row_bytes // 2 if patcher else None,
+            rows_per_step=ROWS_PER_STEP,
+            patcher=patcher,
+        )
+
+        def read(loader: Loader = loader) -> None:
+            for _ in range(steps):
+                loader.next_batch()
+
+        rows = steps * ROWS_PER_STEP
+        measurements.append(
+            {
+                "what": f"loader, {name}",
+                "bytes": rows * row_bytes,
+                "rows": rows,
+                "samples": measure({"ours": read}, settings.repeats, "cpu"),
+            }
+        )
+    return measurements

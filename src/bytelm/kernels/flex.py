@@ -1,0 +1,82 @@
+"""FlexAttention with masks of blocks computed from where documents start.
+
+A causal window within a document is one number for each query: the first key it sees,
+``max(start of its document, i - window + 1)``. That number never decreases along a row, so which
+blocks a block of queries sees, and which of them whole, follows from its first and last query: no
+mask of length x length is made, here or in the kernel.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+"""Queries and keys per block."""
+
+
+def flex_mask(documents: Int[Tensor, "batch length"], window: int | None) -> BlockMask:
+    """The mask of :func:`bytelm.kernels.attention_mask` for FlexAttention."""
+    length = documents.shape[1]
+    first_key = first_keys(documents, window)
+    padding = -length % BLOCK
+    # Queries past the end see nothing, and are not computed.
+    first_key = functional.pad(first_key, (0, padding), value=length + padding)
+    by_block = first_key.unflatten(1, (-1, BLOCK))
+    last_query = by_block[:, :, -1].clone()
+    last_query[:, -1] = first_key[:, length - 1]
+    blocks = torch.arange(by_block.shape[1], device=documents.device)
+    query_block, key_block = blocks[:, None], blocks
+    # Seen in part: from the block of the first query's first key to the diagonal.
+    is_seen = (key_block <= query_block) & (key_block >= by_block[:, :, :1] // BLOCK)
+    is_full = is_seen & (key_block < query_block) & (key_block * BLOCK >= last_query[..., None])
+    is_partial = is_seen & ~is_full
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first_key[batch, query])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(is_partial),
+        *_listed(is_full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def first_keys(
+    documents: Int[Tensor, "batch length"], window: int | None
+) -> Int[Tensor, "batch length"]:
+    """The first key that each query sees."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = torch.where(begins, index, 0).cummax(1).values
+    return starts if window is None else torch.maximum(starts, index - window + 1)
+
+
+def flex(
+    queries: Float[Tensor, "batch heads length head_dim"],
+    keys: Float[Tensor, "batch heads length head_dim"],
+    values: Float[Tensor, "batch heads length head_dim"],
+    mask: BlockMask,
+) -> Float[Tensor, "batch heads length head_dim"]:
+    """FlexAttention, compiled by itself where what calls it is not compiled."""
+    function: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
+    return function(queries, keys, values, block_mask=mask)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each block of queries sees, and which, first."""
+    counts = blocks.sum(-1, dtype=torch.int32)[:, None]
+    order = blocks.int().sort(dim=-1, descending=True, stable=True).indices.int()[:, None]
+    return counts, order.contiguous()

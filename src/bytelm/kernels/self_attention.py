@@ -1,0 +1,229 @@
+"""Causal self-attention within a window and within documents.
+
+What may be attended to is described, never written out: query ``i`` sees key ``j`` if ``j <= i``,
+``i - j < window`` and both lie in the same document. :func:`attention_mask` turns the description
+into what a device works with, once for all layers, and :func:`attention` uses it:
+
+- on the CPU, every document is attended to by itself, in blocks of queries that see a fixed span
+  of keys, so a window costs O(length x window) in time and memory; keys and values are read where
+  they are, not copied for each block;
+- elsewhere, FlexAttention with a mask of blocks that is computed from where documents start.
+
+:func:`reference_attention` is the dense twin of both.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
+
+from bytelm.kernels.flex import flex, flex_mask
+
+QUERY_BLOCK = 128
+"""Queries per block of windowed attention: 128 and 256 are fastest on CPUs for windows of 512."""
+
+
+class Group(NamedTuple):
+    """Blocks of queries of one size and the keys they see, all within one document.
+
+    Block ``i`` holds the queries from ``begin + i * block`` on, and sees the ``span`` keys that end
+    with its own last query.
+    """
+
+    begin: int
+    num_blocks: int
+    block: int
+    span: int
+    allowed: Float[Tensor, "1 1 block span"] | None
+    """0 or minus infinity for each query and key of a block; ``None`` for plain causal."""
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The blocks of ``[positions, heads, head_dim]``, heads before positions."""
+        rows = x[self.begin : self.begin + self.num_blocks * self.block]
+        return rows.unflatten(0, (self.num_blocks, self.block)).transpose(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The spans of blocks, which overlap, as ``[num_blocks, heads, span, head_dim]``."""
+        first = self.begin + self.block - self.span
+        return x[first:].unfold(0, self.span, self.block)[: self.num_blocks].transpose(2, 3)
+
+    def add_keys(self, x: Tensor, spans: Tensor) -> None:
+        """Add to the positions of ``x`` what ``spans``, as from :meth:`keys`, hold for them."""
+        if self.num_blocks == 1:
+            self.keys(x).add_(spans)
+            return
+        # Blocks of one column of spans do not overlap, so each column is added at once.
+        first = self.begin + self.block - self.span
+        for offset in range(0, self.span, self.block):
+            rows = x[first + offset :][: self.num_blocks * self.block]
+            column = spans[:, :, offset : offset + self.block]
+            rows.unflatten(0, (self.num_blocks, self.block)).transpose(1, 2).add_(column)
+
+
+AttentionMask = tuple[Group, ...] | BlockMask
+"""What may be attended to in packed rows, as the device's back end wants it."""
+
+
+def attention_mask(documents: Int[Tensor, "batch length"], window: int | None) -> AttentionMask:
+    """Describe causal attention over packed rows; computed once, shared by all layers.
+
+    Args:
+        documents: document of each position; the positions of one are contiguous.
+        window: positions visible to a position, itself included; ``None`` for all before it.
+    """
+    if documents.device.type == "cpu":
+        make: Any = torch.compiler.disable(_groups)
+        return make(documents, window)
+    return flex_mask(documents, window)
+
+
+def attention(
+    queries: Float[Tensor, "batch length heads head_dim"],
+    keys: Float[Tensor, "batch length heads head_dim"],
+    values: Float[Tensor, "batch length heads head_dim"],
+    mask: AttentionMask,
+) -> Float[Tensor, "batch length heads head_dim"]:
+    """Scaled dot-product attention under ``mask``, scale ``1 / sqrt(head_dim)``."""
+    if isinstance(mask, BlockMask):
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+        return flex(queries, keys, values, mask).transpose(1, 2)
+    run: Any = torch.compiler.disable(_blocked)
+    return run(queries, keys, values, mask)
+
+
+def reference_attention(
+    queries: Float[Tensor, "batch length heads head_dim"],
+    keys: Float[Tensor, "batch length heads head_dim"],
+    values: Float[Tensor, "batch length heads head_dim"],
+    documents: Int[Tensor, "batch length"],
+    window: int | None,
+) -> Float[Tensor, "batch length heads head_dim"]:
+    """Twin of :func:`attention` that writes the mask and the softmax out."""
+    index = torch.arange(queries.shape[1], device=documents.device)
+    distance = index[:, None] - index
+    allowed = (distance >= 0) & (distance < (window or len(index)))
+    allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+    scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * queries.shape[-1] ** -0.5
+    weights = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+def _groups(documents: Int[Tensor, "batch length"], window: int | None) -> tuple[Group, ...]:
+    """The groups of every document, positions counted through the whole batch."""
+    if not documents.numel():
+        return ()
+    changes = torch.ones_like(documents, dtype=torch.bool)
+    changes[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = changes.flatten().nonzero().flatten().tolist()
+    ends = [*starts[1:], documents.numel()]
+    templates = _Templates(window)
+    return tuple(
+        group
+        for begin, end in zip(starts, ends, strict=True)
+        for group in templates.document(begin, end - begin)
+    )
+
+
+class _Templates:
+    """Makes the groups of documents; masks depend on distances only, so all share them."""
+
+    def __init__(self, window: int | None) -> None:
+        self._window = window
+        if window is not None:
+            self._block = min(QUERY_BLOCK, window)
+            blocks_before = -(-(window - 1) // self._block)
+            self._before = blocks_before * self._block
+            """Keys before a block that its span holds: whole blocks, so that spans align."""
+
+    def document(self, begin: int, length: int) -> Iterator[Group]:
+        """The groups of one document: its start, its whole blocks, what is left."""
+        window = self._window
+        if window is None or length <= window:
+            yield Group(begin, 1, length, length, None)
+            return
+        head = min(max(self._before, self._block), length)
+        is_causal = head <= window
+        yield Group(begin, 1, head, head, None if is_causal else self._allowed(head, head))
+        count, rest = divmod(length - head, self._block)
+        begin += head
+        if count:
+            span = self._before + self._block
+            yield Group(begin, count, self._block, span, self._allowed(self._block, span))
+        if rest:
+            begin += count * self._block
+            span = self._before + rest
+            yield Group(begin, 1, rest, span, self._allowed(rest, span))
+
+    def _allowed(self, block: int, span: int) -> Float[Tensor, "1 1 block span"]:
+        assert self._window is not None
+        distance = torch.arange(span - block, span)[:, None] - torch.arange(span)
+        seen = (distance >= 0) & (distance < self._window)
+        return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
+
+
+def _blocked(queries: Tensor, keys: Tensor, values: Tensor, groups: tuple[Group, ...]) -> Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (queries, keys, values))
+    is_training = torch.is_grad_enabled()
+    run: Any = _BlockedAttention.apply if is_training else partial(_BlockedAttention.forward, None)
+    out = run(q, k, v, groups)
+    return out.unflatten(0, queries.shape[:2])
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """The CPU's flash attention over each group, its gradients added where spans overlap."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, groups: tuple[Group, ...]
+    ) -> Tensor:
+        out = queries.new_empty(queries.shape)
+        sums = []
+        for group in groups:
+            result, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                group.queries(queries),
+                group.keys(keys),
+                group.keys(values),
+                0.0,
+                group.allowed is None,
+                attn_mask=_of(group.allowed, queries),
+            )
+            group.queries(out).copy_(result)
+            sums.append(log_sum)
+        if ctx is not None:
+            ctx.groups = groups
+            ctx.save_for_backward(queries, keys, values, out, *sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, values, out, *sums = ctx.saved_tensors
+        grad_queries = queries.new_empty(queries.shape)
+        grad_keys, grad_values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+        for group, log_sum in zip(ctx.groups, sums, strict=True):
+            results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                group.queries(grad),
+                group.queries(queries),
+                group.keys(keys),
+                group.keys(values),
+                group.queries(out),
+                log_sum,
+                0.0,
+                group.allowed is None,
+                attn_mask=_of(group.allowed, queries),
+            )
+            group.queries(grad_queries).copy_(results[0])
+            group.add_keys(grad_keys, results[1])
+            group.add_keys(grad_values, results[2])
+        return grad_queries, grad_keys, grad_values, None
+
+
+def _of(allowed: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if allowed is None else allowed.to(like.dtype)
