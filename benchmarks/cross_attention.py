@@ -49,7 +49,7 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
 def _decoder(pair: Pair, row: Inputs, settings: Settings) -> dict[str, Callable[[], Tensor]]:
     """Bytes read the slots of their latent."""
     states, slots = _states_and_slots(pair, row)
-    ours = pair.ours.blt.decoder.cross_attention[0]
+    ours: Any = pair.ours.blt.decoder.cross_attention[0]
     theirs = pair.theirs.model.local_decoder.cross_attn_layers[0]
 
     def dense(mask: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _decoder(pair: Pair, row: Inputs, settings: Settings) -> dict[str, Callable[
 
     def segments() -> Tensor:
         with autocast(settings.device, settings.precision):
-            return ours(states, slots, row.patches.decoder_ids)
+            return ours(states, *ours.project_keys_values(slots), row.patches.decoder_ids)
 
     mask = _mask(pair, row, of_decoder=True)
     return {

@@ -83,7 +83,8 @@ def bytes_read(model: PatchedModel, patch_size: float) -> dict[str, float]:
     blt = model.blt
     encoder, decoder = blt.encoder, blt.decoder
     per_patch = _size(blt.global_model) + _size(decoder.latent_projection)
-    at_patch_end = (encoder.cross_attention, encoder.pool_projection, encoder.patch_projection)
+    at_patch_end = [encoder.cross_attention, encoder.pool_projection, encoder.patch_projection]
+    at_patch_end += [cross.key_value for cross in decoder.cross_attention]
     per_patch += sum(_size(module) for module in at_patch_end if module is not None)
     local = _size(blt) - _size(encoder.embedding) - per_patch
     scored = 0
