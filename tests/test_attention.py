@@ -68,7 +68,7 @@ def test_a_windowed_cache_never_grows():
     for length in (1, 30, 1, 2, 7):
         cache.extend(length, torch.device("cpu")).attend(0)(*torch.randn(3, 1, length, 2, 4))
         (layer,) = cache._layers
-        assert layer._keys.shape[1] == 5
+        assert layer._keys.shape[2] == layer._values.shape[1] == 5
     assert cache.position == 41
 
 

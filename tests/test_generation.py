@@ -71,14 +71,15 @@ def test_feeding_byte_by_byte_equals_one_full_forward(model):
 def test_the_global_transformer_runs_once_per_patch():
     model, ids = random_patched(), ids_of(b"the global model runs once per patch, never per byte")
     calls = []
-    model.blt.global_model.register_forward_hook(
-        lambda module, args, out: calls.append(args[0].shape[1])
-    )
+    read_latents = model.blt.decoder.read_latents
+    model.blt.decoder.read_latents = lambda x: calls.append(x.shape[1]) or read_latents(x)
     session = PatchedSession(model)
     latents = model.segment(ids[None]).patches.decoder_ids[0]
     for piece, latent in zip(ids.split(1), latents, strict=True):
         session.feed(piece)
-        assert sum(calls) == latent + 1  # the global model has seen what is complete, no more
+        assert (
+            sum(calls) == session._global_cache.position == latent + 1
+        )  # the global model has seen what is complete, no more
     assert calls == [1] * len(calls)
     assert 1 < len(calls) < len(ids)
 

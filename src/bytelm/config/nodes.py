@@ -101,8 +101,9 @@ class CrossAttentionConfig(Node):
     """Decoder layers before which the bytes attend to their latent; with none it is added."""
     queries: Literal["pooled", "learned"] = "pooled"
     """First patch queries: max-pooled byte states, or one learned set for all patches."""
-    residual: Literal["single", "doubled"] = "single"
-    """The paper's ``x + out``, or the ``2 x + out`` of the released checkpoints."""
+    residual: Literal["single", "doubled"] = "doubled"
+    """The paper's ``x + out``, or the ``2 x + out`` of the released checkpoints. Small models train
+    as well with either (docs/log.md); with the second they can be exported to ``transformers``."""
 
 
 class BLTConfig(Node):

@@ -8,7 +8,7 @@ an entropy within rounding of the threshold, a patch could begin elsewhere; cali
 threshold into a gap, and a table's entropies are the same bits in any pieces.)
 """
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,13 @@ from torch import Tensor
 from bytelm import codec
 from bytelm.model.blt import Readable
 from bytelm.model.patched import PatchedModel
+from bytelm.model.step import (
+    DecoderStep,
+    EncoderStep,
+    StackStep,
+    TransformerStep,
+    can_step,
+)
 from bytelm.model.transformer import Transformer
 
 
@@ -44,13 +51,24 @@ class TransformerSession:
     def __init__(self, model: Transformer) -> None:
         self._model = model
         self._cache = model.spec.cache()
+        self._step = TransformerStep(model, self._cache) if can_step(model) else None
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
         """Logits of the id after each of the document's next ``ids``."""
         if not len(ids):
             return _no_logits(ids)
+        if len(ids) == 1 and self._step:
+            return self._step(int(ids)).clone()
         return self._model.run(ids[None], self._cache.extend(len(ids), ids.device))[0]
+
+
+class _Steps(NamedTuple):
+    """What takes a single byte, or a single patch, on the CPU."""
+
+    encoder: EncoderStep
+    global_model: StackStep
+    decoder: DecoderStep
 
 
 class PatchedSession:
@@ -69,6 +87,13 @@ class PatchedSession:
         self._open_states: list[list[Tensor]] = []
         self._num_open = 0
         self._last: Readable | None = None
+        self._step: _Steps | None = None
+        if can_step(model.blt):
+            self._step = _Steps(
+                EncoderStep(model.blt.encoder, self._encoder_cache),
+                StackStep(model.blt.global_model.blocks, self._global_cache),
+                DecoderStep(model.blt.decoder, self._decoder_cache),
+            )
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
@@ -77,6 +102,10 @@ class PatchedSession:
             return _no_logits(ids)
         entropies = self._scorer.feed(ids) if self._scorer else None
         next_boundary = self._patcher.feed(ids, entropies)
+        if len(ids) == 1 and self._step:
+            states = self._step.encoder(self._embedding.feed(ids))
+            self._read(states, next_boundary)
+            return self._step.decoder(states[-1]).clone()
         context = self._encoder_cache.extend(len(ids), ids.device)
         states = self._blt.encoder.byte_states(self._embedding.feed(ids), context)
         readable, decoder_ids = self._read(states, next_boundary)
@@ -102,6 +131,8 @@ class PatchedSession:
             readable = [tuple(torch.cat(xs, 1) for xs in zip(*pair, strict=True)) for pair in pairs]
             decoder_ids = closed
         self._last = [tuple(x[:, -1:] for x in layer) for layer in new]
+        if self._step:
+            self._step.decoder.read(self._last)
         return readable, decoder_ids
 
     def _close_patches(
@@ -131,5 +162,8 @@ class PatchedSession:
         """What can be read of newly closed patches."""
         if vectors is None:
             return None
+        if vectors.shape[1] == 1 and self._step:
+            latents = self._step.global_model(vectors[0].clone())[-1][None]
+            return self._blt.decoder.read_latents(latents)
         context = self._global_cache.extend(vectors.shape[1], vectors.device)
         return self._blt.decoder.read_latents(self._blt.global_model(vectors, context))

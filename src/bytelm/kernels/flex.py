@@ -36,14 +36,11 @@ def flex_mask(documents: Int[Tensor, "batch length"], window: int | None) -> Blo
     is_full = is_seen & (key_block < query_block) & (key_block * BLOCK >= last_query[..., None])
     is_partial = is_seen & ~is_full
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first_key[batch, query])
-
     return BlockMask.from_kv_blocks(
         *_listed(is_partial),
         *_listed(is_full),
         BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
+        mask_mod=lambda batch, _, query, key: (key <= query) & (key >= first_key[batch, query]),
         seq_lengths=(length, length),
     )
 

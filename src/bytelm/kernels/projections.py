@@ -78,7 +78,8 @@ def rotate(
 
 def reference_norm_linear(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
     """Twin of :func:`norm_linear`."""
-    return functional.linear(functional.rms_norm(x, norm.shape, norm, NORM_EPS), weight)
+    normed = functional.rms_norm(x, norm.shape, norm.to(x.dtype), NORM_EPS)
+    return functional.linear(normed, weight)
 
 
 def reference_rotary_projection(
@@ -116,7 +117,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Tensor) -> Any:
 
 def _normed(x: Tensor, norm: Tensor) -> Tensor:
     """Normalised rows."""
-    if len(x) > 1:
+    if len(x) != 1:
         unit, _ = _normalise(x)
         return unit.mul_(norm)
     # A single row costs more in calls than in arithmetic: as few of them as possible.
@@ -126,8 +127,8 @@ def _normed(x: Tensor, norm: Tensor) -> Tensor:
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows scaled to unit root mean square, and the scales."""
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-    scale = square.div_(x.shape[-1]).add_(NORM_EPS).rsqrt_().to(x.dtype)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
     return x * scale, scale
 
 

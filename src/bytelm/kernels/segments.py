@@ -147,7 +147,8 @@ def reference_segment_max(
     num_segments: int,
 ) -> Float[Tensor, "batch segments dim"]:
     """Twin of :func:`segment_max` by a dense mask."""
-    member = segment_ids[:, None] == torch.arange(num_segments)[:, None]
+    segments = torch.arange(num_segments, device=segment_ids.device)
+    member = segment_ids[:, None] == segments[:, None]
     masked = values[:, None].masked_fill(~member[..., None], float("-inf")).amax(2)
     return masked.masked_fill(~member.any(2)[..., None], 0.0)
 
@@ -160,7 +161,8 @@ def reference_encoder_cross_attention(
 ) -> Float[Tensor, "batch patches slots heads head_dim"]:
     """Twin of :func:`encoder_cross_attention` by a dense mask."""
     scores = torch.einsum("bpshd,bnhd->bpshn", queries, keys) * queries.shape[-1] ** -0.5
-    member = encoder_ids[:, None] == torch.arange(queries.shape[1])[:, None]
+    patches = torch.arange(queries.shape[1], device=encoder_ids.device)
+    member = encoder_ids[:, None] == patches[:, None]
     member = member[:, :, None, None]
     weights = scores.masked_fill(~member, torch.finfo(scores.dtype).min).softmax(-1)
     weights = weights.masked_fill(~member.any(-1, keepdim=True), 0.0)
@@ -175,7 +177,7 @@ def reference_decoder_cross_attention(
 ) -> Float[Tensor, "batch bytes heads head_dim"]:
     """Twin of :func:`decoder_cross_attention` by a dense mask."""
     scores = torch.einsum("bnhd,bpshd->bnhps", queries, keys) * queries.shape[-1] ** -0.5
-    allowed = decoder_ids[..., None] == torch.arange(keys.shape[1])
+    allowed = decoder_ids[..., None] == torch.arange(keys.shape[1], device=keys.device)
     scores = scores.masked_fill(~allowed[:, :, None, :, None], torch.finfo(scores.dtype).min)
     weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
     return torch.einsum("bnhps,bpshd->bnhd", weights, values)

@@ -79,7 +79,7 @@ class StackCache:
     """
 
     def __init__(self, spec: StackSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         self._layers = [AttentionCache(spec.window) for _ in range(spec.num_layers)]
         self._table: Complex[Tensor, "1 table 1 half"] | None = None
         self._table_begin = 0
@@ -91,6 +91,14 @@ class StackCache:
         self.position = 0
         for layer in self._layers:
             layer.length = 0
+
+    def step(
+        self, device: torch.device
+    ) -> tuple[Complex[Tensor, "1 half"], "list[AttentionCache]"]:
+        """Rotary factors of the next position, and the cache of each layer to append it to."""
+        factors = self._factors(self.position, 1, device)
+        self.position += 1
+        return factors[0, 0], self._layers
 
     def extend(self, length: int, device: torch.device) -> "CachedContext":
         """Context for the next ``length`` positions."""
@@ -105,7 +113,7 @@ class StackCache:
         offset = begin - self._table_begin
         if self._table is None or not 0 <= offset <= self._table.shape[1] - length:
             positions = torch.arange(begin, begin + max(length, TABLE), device=device)
-            self._table = rotation(positions[None], self._spec.head_dim, self._spec.theta)
+            self._table = rotation(positions[None], self.spec.head_dim, self.spec.theta)
             self._table_begin, offset = begin, 0
         return self._table[:, offset : offset + length]
 
@@ -145,8 +153,10 @@ class AttentionCache:
         self.window = window
         self.length = 0
         """Positions seen; setting it to 0 starts a new document."""
-        self._keys = torch.empty(0)
-        self._values = torch.empty(0)
+        # Laid out as a single query's two products read them fastest.
+        self._keys: Float[Tensor, "heads head_dim capacity"] | None = None
+        self._values: Float[Tensor, "heads capacity head_dim"] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
 
     def attend(
         self,
@@ -159,15 +169,19 @@ class AttentionCache:
         if not length:
             return queries
         if length == 1:
-            self._store(keys, values)
-            num_valid = self.length if self.window is None else min(self.length, self.window)
-            return _sdpa(queries, self._keys[:, :num_valid], self._values[:, :num_valid], None)
+            seen_keys, seen_values = self.append(keys[0, 0], values[0, 0])
+            heads_first = queries.transpose(1, 2)[0]
+            return _sdpa(heads_first, seen_keys.transpose(1, 2), seen_values)[None].transpose(1, 2)
         num_past = self.length if self.window is None else min(self.length, self.window - 1)
         if num_past:
+            assert self._keys is not None
+            assert self._values is not None
             past = torch.arange(self.length - num_past, self.length, device=keys.device)
             slots = self._slots(past)
-            all_keys = torch.cat((self._keys[:, slots], keys), 1)
-            all_values = torch.cat((self._values[:, slots], values), 1)
+            past_keys = self._keys.index_select(2, slots).permute(2, 0, 1)
+            past_values = self._values.index_select(1, slots).transpose(0, 1)
+            all_keys = torch.cat((past_keys[None], keys), 1)
+            all_values = torch.cat((past_values[None], values), 1)
         else:
             all_keys, all_values = keys, values
         self._store(keys, values)
@@ -179,6 +193,19 @@ class AttentionCache:
         mask = kernels.attention_mask(document, self.window)
         return kernels.attention(padded, all_keys, all_values, mask)[:, num_past:]
 
+    def append(
+        self, key: Float[Tensor, "heads head_dim"], value: Float[Tensor, "heads head_dim"]
+    ) -> tuple[Float[Tensor, "heads head_dim seen"], Float[Tensor, "heads seen head_dim"]]:
+        """Keep the key and value of one more position; all that it sees, in no certain order."""
+        keys, values = self._reserve(key, 1)
+        slot = self.length if self.window is None else self.length % self.window
+        keys[:, :, slot] = key
+        values[:, slot] = value
+        self.length += 1
+        if self._seen is None or self.window is None or self.length <= self.window:
+            self._seen = keys[:, :, : self.length], values[:, : self.length]
+        return self._seen
+
     def _slots(self, positions: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
         return positions if self.window is None else positions % self.window
 
@@ -186,46 +213,45 @@ class AttentionCache:
         if self.window is not None and keys.shape[1] > self.window:
             self.length += keys.shape[1] - self.window
             keys, values = keys[:, -self.window :], values[:, -self.window :]
-        self._reserve(keys)
         length = keys.shape[1]
-        if length == 1:
-            slot = self.length if self.window is None else self.length % self.window
-            self._keys[:, slot] = keys[:, 0]
-            self._values[:, slot] = values[:, 0]
-        else:
-            new = torch.arange(self.length, self.length + length, device=keys.device)
-            self._keys[:, self._slots(new)] = keys
-            self._values[:, self._slots(new)] = values
+        stored_keys, stored_values = self._reserve(keys[0, 0], length)
+        slots = self._slots(torch.arange(self.length, self.length + length, device=keys.device))
+        stored_keys[:, :, slots] = keys[0].permute(1, 2, 0)
+        stored_values[:, slots] = values[0].transpose(0, 1)
         self.length += length
+        self._seen = None
 
-    def _reserve(self, like: Tensor) -> None:
-        """Make room for ``like`` more positions."""
-        capacity = self._keys.shape[1] if self._keys.dim() == 4 else 0
-        needed = self.window or self.length + like.shape[1]
-        if capacity and capacity >= needed:
-            return
-        grown = self.window or max(needed, 2 * capacity, 64)
-        shape = (1, grown, *like.shape[2:])
-        keys, values = like.new_empty(shape), like.new_empty(shape)
-        if capacity:
-            keys[:, : self.length] = self._keys[:, : self.length]
-            values[:, : self.length] = self._values[:, : self.length]
-        self._keys, self._values = keys, values
+    def _reserve(
+        self, like: Float[Tensor, "heads head_dim"], more: int
+    ) -> tuple[Float[Tensor, "heads head_dim room"], Float[Tensor, "heads room head_dim"]]:
+        """Room for ``more`` positions."""
+        needed = self.window or self.length + more
+        capacity = 0 if self._keys is None else self._keys.shape[2]
+        if self._keys is None or self._values is None or capacity < needed:
+            grown = self.window or max(needed, 2 * capacity, 64)
+            heads, head_dim = like.shape
+            keys = like.new_empty(heads, head_dim, grown)
+            values = like.new_empty(heads, grown, head_dim)
+            if self._keys is not None and self._values is not None:
+                keys[:, :, : self.length] = self._keys[:, :, : self.length]
+                values[:, : self.length] = self._values[:, : self.length]
+            self._keys, self._values = keys, values
+        return self._keys, self._values
 
 
-def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (queries, keys, values))
-    return functional.scaled_dot_product_attention(*heads_first, attn_mask=allowed).transpose(1, 2)
+def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+    return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
 
 
 def _continue(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention of the last positions to all, a block of queries at a time."""
     length, num_past = keys.shape[1], keys.shape[1] - queries.shape[1]
     index = torch.arange(length, device=queries.device)
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     outputs = []
     for begin in range(num_past, length, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, length)
         allowed = index[begin:end, None] >= index[:end]
-        block = queries[:, begin - num_past : end - num_past]
-        outputs.append(_sdpa(block, keys[:, :end], values[:, :end], allowed))
-    return torch.cat(outputs, 1)
+        block = queries[:, :, begin - num_past : end - num_past]
+        outputs.append(_sdpa(block, keys[:, :, :end], values[:, :, :end], allowed))
+    return torch.cat(outputs, 2).transpose(1, 2)

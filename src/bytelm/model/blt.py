@@ -152,7 +152,8 @@ class LocalDecoder(nn.Module):
         slots = self.latent_projection(latents).unflatten(-1, (self.slots, -1))
         if not self.cross_attention:
             return [(slots,)]
-        return [cross.project_keys_values(slots) for cross in self.cross_attention]
+        layers = (c for c in self.cross_attention if isinstance(c, DecoderCrossAttention))
+        return [cross.project_keys_values(slots) for cross in layers]
 
     def forward(
         self,

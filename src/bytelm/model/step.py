@@ -1,0 +1,175 @@
+"""One position at a time on the CPU: the layers of :mod:`bytelm.model` in as few calls as possible.
+
+A single position costs more in calls than in arithmetic. Here every buffer and every view of a
+weight is made once, when a session starts; a norm is a dot product, a product and a factor of the
+matrix product that follows; what remains is about twenty calls for a block. The twin is the model's
+own forward with the same caches, to which the tests compare every step.
+"""
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+from bytelm.kernels import NORM_EPS
+from bytelm.model.attention import AttentionCache, StackCache
+from bytelm.model.blt import LocalDecoder, LocalEncoder, Readable
+from bytelm.model.layers import Block, DecoderCrossAttention
+from bytelm.model.transformer import Transformer
+
+
+def can_step(module: nn.Module) -> bool:
+    """Whether a model's weights are of the kind that steps are written for."""
+    weight = next(module.parameters())
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+class _NormLinear:
+    """:func:`bytelm.kernels.norm_linear` of one row, into a buffer."""
+
+    def __init__(self, norm: Tensor, weight: Tensor) -> None:
+        self._norm = norm
+        self._weight = weight.T
+        self._normed = weight.new_empty(1, weight.shape[1])
+        self.out = weight.new_empty(1, weight.shape[0])
+
+    def __call__(self, x: Float[Tensor, "1 dim"]) -> Float[Tensor, "1 out"]:
+        row = x[0]
+        scale = (float(row.dot(row)) / len(self._norm) + NORM_EPS) ** -0.5
+        torch.mul(x, self._norm, out=self._normed)
+        return torch.addmm(self.out, self._normed, self._weight, beta=0, alpha=scale, out=self.out)
+
+
+class _BlockStep:
+    """One position through a block, in place."""
+
+    def __init__(self, block: Block, head_dim: int) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        dim = attention.out.in_features
+        self._project = _NormLinear(block.attention_norm.weight, attention.qkv.weight)
+        heads = self._project.out.view(3, -1, head_dim)
+        self._rotated = torch.view_as_complex(heads[:2].unflatten(-1, (-1, 2)))
+        self._queries, self._key, self._value = heads[0][:, None], heads[1], heads[2]
+        self._scale = head_dim**-0.5
+        self._mixed = heads.new_empty(dim // head_dim, 1, head_dim)
+        self._flat = self._mixed.view(1, dim)
+        self._out = attention.out.weight.T
+        self._gate_up = _NormLinear(block.feed_forward_norm.weight, feed_forward.gate_up.weight)
+        self._gate, self._up = self._gate_up.out.chunk(2, dim=-1)
+        self._down = feed_forward.down.weight.T
+
+    def __call__(
+        self, x: Float[Tensor, "1 dim"], factors: Complex[Tensor, "1 half"], cache: AttentionCache
+    ) -> None:
+        self._project(x)
+        self._rotated.mul_(factors)
+        keys, values = cache.append(self._key, self._value)
+        weights = torch.bmm(self._queries, keys).mul_(self._scale).softmax(-1)
+        torch.bmm(weights, values, out=self._mixed)
+        torch.addmm(x, self._flat, self._out, out=x)
+        self._gate_up(x)
+        torch.addmm(x, nn.functional.silu(self._gate).mul_(self._up), self._down, out=x)
+
+
+class StackStep:
+    """One position through a stack of blocks."""
+
+    def __init__(self, blocks: nn.ModuleList, cache: StackCache) -> None:
+        self._cache = cache
+        head_dim = cache.spec.head_dim
+        self._blocks = [_BlockStep(b, head_dim) for b in blocks if isinstance(b, Block)]
+
+    def __call__(self, x: Float[Tensor, "1 dim"]) -> list[Float[Tensor, "1 dim"]]:
+        """States after each layer, the last of them ``x`` itself, which is overwritten."""
+        factors, caches = self._cache.step(x.device)
+        states = []
+        for block, cache in zip(self._blocks, caches, strict=True):
+            block(x, factors, cache)
+            states.append(x)
+            if len(states) < len(self._blocks):
+                x = x.clone()
+        return states
+
+
+class TransformerStep:
+    """One id through a plain transformer."""
+
+    def __init__(self, model: Transformer, cache: StackCache) -> None:
+        self._embedding = model.embedding.weight
+        self._blocks = StackStep(model.blocks, cache)
+        self._head = _NormLinear(model.norm.weight, model.output.weight)
+
+    def __call__(self, byte_id: int) -> Float[Tensor, "1 vocab"]:
+        """Logits of the next id; in a buffer that the next step overwrites."""
+        x = self._embedding[byte_id : byte_id + 1].clone()
+        return self._head(self._blocks(x)[-1])
+
+
+class EncoderStep:
+    """One embedded byte through a local encoder."""
+
+    def __init__(self, encoder: LocalEncoder, cache: StackCache) -> None:
+        self._blocks = StackStep(encoder.blocks, cache)
+        self._num_read = max(len(encoder.cross_attention), 1)
+
+    def __call__(self, x: Float[Tensor, "1 1 dim"]) -> list[Float[Tensor, "1 1 dim"]]:
+        """States that patches read, as ``LocalEncoder.byte_states``."""
+        states = self._blocks(x[0].clone())
+        return [state[None] for state in states[-self._num_read :]]
+
+
+class DecoderStep:
+    """One byte's state through a local decoder."""
+
+    def __init__(self, decoder: LocalDecoder, cache: StackCache) -> None:
+        self._cache = cache
+        head_dim = cache.spec.head_dim
+        self._blocks = [_BlockStep(b, head_dim) for b in decoder.blocks if isinstance(b, Block)]
+        crosses = (c for c in decoder.cross_attention if isinstance(c, DecoderCrossAttention))
+        self._crosses = [_CrossStep(cross) for cross in crosses]
+        self._head = _NormLinear(decoder.norm.weight, decoder.output.weight)
+        self._added: Tensor | None = None
+
+    def read(self, readable: Readable) -> None:
+        """Change to another latent: what ``LocalDecoder.read_latents`` says of one patch."""
+        if self._crosses:
+            for cross, (keys, values) in zip(self._crosses, readable, strict=True):
+                cross.read(keys[0, 0], values[0, 0])
+        else:
+            self._added = readable[0][0][0, 0]
+
+    def __call__(self, state: Float[Tensor, "1 1 dim"]) -> Float[Tensor, "1 vocab"]:
+        """Logits of the next id; in a buffer that the next step overwrites."""
+        x = state[0].clone() if self._added is None else state[0] + self._added
+        factors, caches = self._cache.step(x.device)
+        for layer, block in enumerate(self._blocks):
+            if layer < len(self._crosses):
+                self._crosses[layer](x)
+            block(x, factors, caches[layer])
+        return self._head(x)
+
+
+class _CrossStep:
+    """One byte's state reads the slots of one latent, in place."""
+
+    def __init__(self, cross: DecoderCrossAttention) -> None:
+        self._project = _NormLinear(cross.query_norm.weight, cross.query.weight)
+        self._queries = self._project.out.view(cross.num_heads, 1, -1)
+        self._scale = self._queries.shape[-1] ** -0.5
+        self._mixed = torch.empty_like(self._queries)
+        self._flat = self._mixed.view(1, -1)
+        self._out = cross.out.weight.T
+        self._residual_scale = cross.residual_scale
+        self._keys = self._values = self._mixed
+
+    def read(
+        self,
+        keys: Float[Tensor, "slots heads head_dim"],
+        values: Float[Tensor, "slots heads head_dim"],
+    ) -> None:
+        self._keys, self._values = keys.permute(1, 2, 0), values.transpose(0, 1)
+
+    def __call__(self, x: Float[Tensor, "1 dim"]) -> None:
+        self._project(x)
+        weights = torch.bmm(self._queries, self._keys).mul_(self._scale).softmax(-1)
+        torch.bmm(weights, self._values, out=self._mixed)
+        torch.addmm(x, self._flat, self._out, beta=self._residual_scale, out=x)
