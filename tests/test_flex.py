@@ -1,5 +1,8 @@
 """Masks of blocks for FlexAttention: checked on the CPU; the kernel with gradients on CUDA."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -84,3 +87,28 @@ def test_attention_on_cuda_equals_the_reference_with_gradients(window):
         results.append((out, *(leaf.grad for leaf in leaves)))
     for fast, reference in zip(*results, strict=True):
         torch.testing.assert_close(fast, reference, rtol=1e-2, atol=1e-2)
+
+
+COMPILED = """
+import torch
+from bytelm.kernels import reference_attention
+from bytelm.kernels.flex import flex, flex_mask
+
+@torch.compile(fullgraph=True, backend="aot_eager")
+def attend(queries, keys, values, documents):
+    mask = flex_mask(documents, 100)
+    return flex(*(x.transpose(1, 2) for x in (queries, keys, values)), mask).transpose(1, 2)
+
+inputs = torch.randn(3, 1, 384, 2, 16).unbind()
+for first in (130, 30, 384):
+    documents = torch.arange(384)[None].ge(first).long()
+    expected = reference_attention(*inputs, documents, 100)
+    torch.testing.assert_close(attend(*inputs, documents), expected, rtol=1e-5, atol=1e-5)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+"""
+
+
+@pytest.mark.slow
+def test_mask_and_attention_compile_to_one_graph_whatever_the_documents():
+    # In a process of its own: the type checks of this one cannot be compiled.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
