@@ -198,7 +198,7 @@ def _generation_row(one: Measurement, clock: str) -> list[str]:
     samples = one["samples"]
     cells = [
         f"{one['prompt_bytes']:,}",
-        f"{(one['prompt_bytes'] + 1) / one['patches']:.2f}",
+        f"{one['patch_size']:.2f}",
         times(samples["prefill"], clock),
         f"{one['new_bytes'] / minimum(samples['steps'], clock):.1f}",
     ]

@@ -77,7 +77,7 @@ EXAMPLES = {
         "measurements": [
             {
                 "prompt_bytes": 255,
-                "patches": 64,
+                "patch_size": 4.0,
                 "new_bytes": 256,
                 "their_bytes": 16,
                 "same_bytes": 16,

@@ -68,6 +68,14 @@ def test_feeding_byte_by_byte_equals_one_full_forward(model):
         torch.testing.assert_close(fed, model(ids[None])[0], rtol=1e-4, atol=2e-5)
 
 
+def test_a_session_runs_under_autocast(model):
+    ids = ids_of(b"a few bytes")
+    with torch.autocast("cpu", torch.bfloat16):
+        session = start_session(model)
+        fed = torch.cat([session.feed(piece) for piece in ids.split(1)])
+    assert fed.isfinite().all()
+
+
 def test_the_global_transformer_runs_once_per_patch():
     model, ids = random_patched(), ids_of(b"the global model runs once per patch, never per byte")
     calls = []

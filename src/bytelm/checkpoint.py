@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -108,8 +108,7 @@ def writing_folder(target: Path, *, record: bool = True) -> Iterator[Path]:
     Raises:
         CheckpointError: ``target`` exists, or the disk refused.
     """
-    if target.exists():
-        raise CheckpointError(f"{target} exists: choose another name or remove it")
+    check_absent(target)
     temporary = target.with_name(f"{_TEMPORARY}{target.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -137,6 +136,16 @@ def writing_folder(target: Path, *, record: bool = True) -> Iterator[Path]:
     # The folder is there; should this fail, only a power cut could still undo it.
     with suppress(OSError):
         _flush(target.parent)
+
+
+def check_absent(target: Path) -> None:
+    """Refuse to write where there is something already.
+
+    Raises:
+        CheckpointError: ``target`` exists.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists: choose another name or remove it")
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -338,6 +347,9 @@ def load_model(
 
 def set_precision(module: LanguageModule | NgramScorer, precision: Precision) -> None:
     """Convert a model's weights, and its scorer's to fp32; see :func:`load_model`."""
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise ConfigError(f"precision {precision!r} is not one of {known}")
     if precision == "stored" or isinstance(module, NgramScorer):
         return
     predictor = module.blt if isinstance(module, PatchedModel) else module

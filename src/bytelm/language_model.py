@@ -238,10 +238,11 @@ def load(
         path: folder of a checkpoint or a run.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
         precision: of the weights: ``float32``, ``bfloat16``, ``stored``, or ``auto`` for fp32 on
-            the CPU and as stored elsewhere. Entropies are always computed in fp32.
+            the CPU and as stored elsewhere. The scorer of a BLT is fp32 but with ``stored``.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        ConfigError: there is no such precision.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

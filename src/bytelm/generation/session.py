@@ -37,7 +37,7 @@ class Session(Protocol):
 
 
 def start_session(model: PatchedModel | Transformer) -> Session:
-    """A session for either kind of model."""
+    """A session for either kind of model, whose weights must stay where they are while it lives."""
     return PatchedSession(model) if isinstance(model, PatchedModel) else TransformerSession(model)
 
 

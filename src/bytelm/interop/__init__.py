@@ -11,6 +11,7 @@ straight to a checkpoint's files and hold one tensor at a time. Values are never
 back gives the same bits.
 """
 
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from bytelm.checkpoint import (
     MODEL,
     SCORER,
     CheckpointConfig,
+    check_absent,
     set_precision,
     write_config,
     write_json,
@@ -29,7 +31,7 @@ from bytelm.checkpoint import (
 from bytelm.config import BLTConfig, ModelDescription, TransformerConfig
 from bytelm.interop import huggingface, official
 from bytelm.interop.names import NameMap, Naming, blt_names, scorer_names
-from bytelm.interop.sources import find_folder
+from bytelm.interop.sources import ENTROPY_FOLDER, find_folder
 from bytelm.interop.tokenizer import tokenizer_files
 from bytelm.interop.weights import SAFETENSORS, Assembly, Entry, open_weights, write_tensors
 from bytelm.language_model import LanguageModel
@@ -104,6 +106,7 @@ def convert_official(
     Raises:
         CheckpointError: as there, or ``out`` exists or cannot be written.
     """
+    check_absent(Path(out))
     return _open_official(blt, entropy).convert(Path(out))
 
 
@@ -126,6 +129,7 @@ def convert_hf(source: Source, out: str | PathLike[str]) -> CheckpointConfig:
     Raises:
         CheckpointError: as there, or ``out`` exists or cannot be written.
     """
+    check_absent(Path(out))
     return _open_hf(source).convert(Path(out))
 
 
@@ -136,11 +140,14 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
         ConfigError: ``transformers`` has no such model.
         CheckpointError: ``out`` exists or cannot be written.
     """
+    check_absent(Path(out))
     config, (blt, scorer) = huggingface.describe(lm.config)
     assert isinstance(lm.module, PatchedModel)
     entries = _split(lm.module.blt, blt_names(blt, huggingface.NAMING))
     entries |= _split(_scorer_transformer(lm.module), scorer_names(scorer, huggingface.NAMING))
-    config["dtype"] = str(next(lm.module.blt.parameters()).dtype).removeprefix("torch.")
+    # What all of it is loaded in there: the entropy model must not lose precision.
+    widest = reduce(torch.promote_types, (entry.dtype for entry in entries.values()))
+    config["dtype"] = str(widest).removeprefix("torch.")
     with writing_folder(Path(out), record=False) as folder:
         write_json(folder / huggingface.CONFIG, config)
         for name, contents in tokenizer_files().items():
@@ -159,7 +166,7 @@ def _split(module: torch.nn.Module, names: NameMap) -> dict[str, Entry]:
 
 def _open_official(blt: Source, entropy: Source | None) -> _Imported:
     folder = find_folder(blt)
-    inner = folder / official.ENTROPY_FOLDER
+    inner = folder / ENTROPY_FOLDER
     entropy_folder = find_folder(entropy) if entropy else inner if inner.is_dir() else None
     description = official.read_description(folder, entropy_folder)
     return _open(description, official.NAMING, folder, entropy_folder, f"{blt} (official format)")

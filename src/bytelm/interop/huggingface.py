@@ -3,7 +3,8 @@
 Its implementation has the doubled residual, entropy patching and a transformer as entropy model,
 and no options for anything else, so a model made here can be written in its format if it was
 trained with those. Where it computes something else than the official code from the same
-configuration (see ``docs/fidelity.md``), the configuration is refused.
+configuration (see ``docs/fidelity.md``), the configuration is refused; but for a longest patch,
+which is applied as the official code does.
 """
 
 from pathlib import Path
@@ -17,11 +18,10 @@ from bytelm.config import (
     ScorerConfig,
     StackConfig,
     TransformerConfig,
-    parse,
 )
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.interop.names import Naming
-from bytelm.interop.options import Options, read_options
+from bytelm.interop.options import Options, build, read_options
 from bytelm.version import __version__
 
 CONFIG = "config.json"
@@ -144,7 +144,7 @@ def read_description(folder: Path) -> ModelDescription:
         raise CheckpointError(f"{path} does not describe a BLT of transformers{hint}")
     options = Options(data, str(path))
     own = options.section(OWN)
-    patching = _patching(options, own.take("patch_size", float, None))
+    patching = _patching(options, OWN in data, own.take("patch_size", float, None))
     context = options_of_bytes = own.take("context_bytes", int, None)
     own.ignore(["version"])
     own.finish()
@@ -158,23 +158,32 @@ def read_description(folder: Path) -> ModelDescription:
     options.expect("pm_size", 0)
     options.ignore(_NO_PART)
     options.finish()
-    return ModelDescription(
-        model=config, patching=patching, scorer=ScorerConfig(model=scorer), context_bytes=context
-    )
+    description = {
+        "model": config,
+        "patching": patching,
+        "scorer": ScorerConfig(model=scorer),
+        "context_bytes": context,
+    }
+    return build(ModelDescription, description, str(path))
 
 
-def _patching(options: Options, patch_size: float | None) -> EntropyPatching:
+def _patching(options: Options, is_ours: bool, patch_size: float | None) -> EntropyPatching:
     options.expect("patching_mode", "entropy", remedy="transformers makes one-byte patches of it")
     options.expect("patch_in_forward", True, remedy="there is no entropy model in the folder")
     options.expect("monotonicity", False)
     options.expect("patching_threshold_add", 0, 0.0)
-    size = options.take("patch_size", float, 4.0) if patch_size is None else patch_size
-    options.ignore(["patch_size"])
-    return EntropyPatching(
-        threshold=options.take("patching_threshold", float, 1.335442066192627),
-        patch_size=size if size > 1 else None,
-        max_length=options.take("max_patch_length", int, None),
-    )
+    size = options.take("patch_size", float, 4.0)
+    if is_ours:
+        size = patch_size
+    threshold = options.take_nullable("patching_threshold", float, 1.335442066192627)
+    if threshold is None:
+        raise CheckpointError("patching_threshold is null: set the one the model was trained with")
+    rule = {
+        "threshold": threshold,
+        "patch_size": size if size and size > 1 else None,
+        "max_length": options.take("max_patch_length", int, None),
+    }
+    return build(EntropyPatching, rule, CONFIG)
 
 
 def _scorer(options: Options) -> TransformerConfig:
@@ -182,7 +191,7 @@ def _scorer(options: Options) -> TransformerConfig:
     window = options.take_nullable("sliding_window", int, 512)
     options.ignore(_NO_PART)
     options.finish()
-    return parse(TransformerConfig, {**part.stack(), "window": window}, "patcher_config")
+    return build(TransformerConfig, {**part.stack(), "window": window}, "patcher_config")
 
 
 def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BLTConfig:
@@ -239,7 +248,7 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
             "functions": options.take("encoder_hash_byte_group_nb_functions", int, 1),
         },
     }
-    return parse(BLTConfig, config, where)
+    return build(BLTConfig, config, where)
 
 
 def describe(

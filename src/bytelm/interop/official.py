@@ -16,15 +16,12 @@ from bytelm.config import (
     ScorerConfig,
     SpacePatching,
     TransformerConfig,
-    parse,
 )
 from bytelm.errors import CheckpointError
 from bytelm.interop.names import Naming
-from bytelm.interop.options import Options, read_options
+from bytelm.interop.options import Options, build, read_options
 
 CONFIG, PARAMS = "config.json", "params.json"
-ENTROPY_FOLDER = "entropy_model"
-"""Where a repository keeps the entropy model of its BLT."""
 LOADER_WINDOW = 512
 """What the official loader of ``params.json`` gives every entropy model."""
 ENTROPY_THETA = 10_000.0
@@ -113,7 +110,8 @@ def read_description(blt: Path, entropy: Path | None) -> ModelDescription:
     context = args.take("max_encoder_seq_length", int, 0) or None
     config = _blt(args, str(blt))
     args.finish()
-    return ModelDescription(model=config, patching=patching, scorer=scorer, context_bytes=context)
+    description = {"model": config, "patching": patching, "scorer": scorer}
+    return build(ModelDescription, {**description, "context_bytes": context}, str(blt))
 
 
 def _sections(folder: Path) -> tuple[str, Any]:
@@ -154,6 +152,8 @@ def _entropy_options(folder: Path) -> tuple[Options, Options | None, int | None]
 
 
 def _ffn_dim(dim: int, multiplier: float, multiple: int) -> int:
+    if multiple < 1:
+        raise CheckpointError(f"multiple_of is {multiple}: it must be at least 1")
     hidden = int(multiplier * int(2 * 4 * dim / 3))
     return -(-hidden // multiple) * multiple
 
@@ -161,7 +161,7 @@ def _ffn_dim(dim: int, multiplier: float, multiple: int) -> int:
 def _transformer(args: Options, window: int | None) -> TransformerConfig:
     dim, heads = args.take("dim", int), args.take("n_heads", int)
     _check_vocabulary(args)
-    _check_block(args, heads, dim // heads)
+    _check_block(args, heads, dim // max(heads, 1))
     config = {
         "dim": dim,
         "num_layers": args.take("n_layers", int),
@@ -175,7 +175,7 @@ def _transformer(args: Options, window: int | None) -> TransformerConfig:
     args.expect("weight_tying", False)
     args.ignore(_NO_PART)
     args.finish()
-    return parse(TransformerConfig, config, "the entropy model's configuration")
+    return build(TransformerConfig, config, "the entropy model's configuration")
 
 
 def _check_vocabulary(args: Options) -> None:
@@ -217,7 +217,7 @@ def _blt(args: Options, where: str) -> BLTConfig:
     multiple = args.take("multiple_of", int, 256)
     theta = args.take("rope_theta", float, 10_000.0)
     _check_vocabulary(args)
-    _check_block(args, heads, dim // heads)
+    _check_block(args, heads, dim // max(heads, 1))
     args.expect("n_kv_heads_global", global_heads, remedy="grouped queries are not supported")
     config = {
         "local": {
@@ -249,7 +249,7 @@ def _blt(args: Options, where: str) -> BLTConfig:
     args.expect("encoder_ngram_to_size_str", remedy="frequency n-grams are not supported")
     args.expect("global_local_decoder_residual_layer")
     args.ignore(_NO_PART)
-    return parse(BLTConfig, config, where)
+    return build(BLTConfig, config, where)
 
 
 def _cross_attention(args: Options) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _ngrams(args: Options) -> dict[str, Any]:
     functions = args.take("encoder_hash_byte_group_nb_functions", int, 3)
     sizes = args.take("encoder_hash_byte_group_size", (list, str), [])
     if isinstance(sizes, str):
-        sizes = [int(size) for size in sizes.split(",") if size]
+        sizes = [int(size) if size.isdecimal() else size for size in sizes.split(",") if size]
     return {"sizes": sizes, "rows": rows, "functions": functions}
 
 
@@ -319,7 +319,7 @@ def _patching(args: Options, patcher: Options | None, where: str) -> PatchingCon
             "entropy, which bytelm's do not"
         )
     if mode == "space":
-        return SpacePatching(max_length=longest)
+        return build(SpacePatching, {"max_length": longest}, where)
     if mode != "entropy":
         raise CheckpointError(
             f"patching_mode {mode!r} is not supported: entropy and space are (a model patched "
@@ -328,4 +328,5 @@ def _patching(args: Options, patcher: Options | None, where: str) -> PatchingCon
     if threshold is None:
         raise CheckpointError(f"{where}: there is no patching threshold: add patching_threshold")
     wanted = size if size is not None and size > 1 else None
-    return EntropyPatching(threshold=threshold, patch_size=wanted, max_length=longest)
+    options = {"threshold": threshold, "patch_size": wanted, "max_length": longest}
+    return build(EntropyPatching, options, where)

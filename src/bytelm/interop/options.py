@@ -3,11 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from bytelm.errors import CheckpointError
+from pydantic import BaseModel
+
+from bytelm.config import parse
+from bytelm.errors import CheckpointError, ConfigError
 
 _REQUIRED = object()
+NodeT = TypeVar("NodeT", bound=BaseModel)
 
 
 class Options:
@@ -94,6 +98,18 @@ class Options:
                     f"{self._where}: {name} is {value!r}, an option that bytelm does not know and "
                     "will not guess at: if the weights do not depend on it, remove it there"
                 )
+
+
+def build(node: type[NodeT], data: dict[str, Any], where: str) -> NodeT:
+    """A node of our configuration from foreign values.
+
+    Raises:
+        CheckpointError: a value is out of range.
+    """
+    try:
+        return parse(node, data, where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_options(path: Path) -> Any:

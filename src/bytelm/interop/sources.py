@@ -1,13 +1,14 @@
 """Where foreign weights come from: a folder, or a repository of the Hugging Face Hub."""
 
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from bytelm.errors import CheckpointError
 
-FILES = ("*.json", "*.safetensors", "*.pth")
-"""Files of a repository that are downloaded."""
+ENTROPY_FOLDER = "entropy_model"
+"""Where a repository in the official format keeps the entropy model of its BLT."""
 
 
 def find_folder(source: str | PathLike[str]) -> Path:
@@ -31,6 +32,20 @@ def find_folder(source: str | PathLike[str]) -> Path:
     return _download(repository, inside.rstrip("/"))
 
 
+def wanted_files(names: Sequence[str], inside: str) -> list[str]:
+    """Configurations and weights in a folder of a repository, and in its entropy model's.
+
+    Weights in safetensors make the same ones in ``.pth`` superfluous.
+    """
+    wanted = []
+    for folder in (inside, f"{inside}/{ENTROPY_FOLDER}".lstrip("/")):
+        here = [n for n in names if n.rpartition("/")[0] == folder]
+        weights = [n for n in here if n.endswith(".safetensors")]
+        weights = weights or [n for n in here if n.endswith(".pth")]
+        wanted += [n for n in here if n.endswith(".json")] + weights
+    return wanted
+
+
 def _download(repository: str, inside: str) -> Path:
     try:
         import huggingface_hub
@@ -40,9 +55,9 @@ def _download(repository: str, inside: str) -> Path:
             f"there is no folder {repository}, and downloading from the Hub needs another package: "
             "pip install 'bytelm[hub]'"
         ) from None
-    patterns = [f"{inside}/{pattern}" if inside else pattern for pattern in FILES]
     try:
-        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        names = wanted_files(huggingface_hub.list_repo_files(repository), inside)
+        root = Path(huggingface_hub.snapshot_download(repository, allow_patterns=names))
     except GatedRepoError:
         raise CheckpointError(
             f"{repository} is gated: accept its licence on https://huggingface.co/{repository}, "

@@ -8,6 +8,7 @@ so code in it is refused, not run.
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,8 +168,8 @@ class Assembly:
             )
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored in."""
-        return self._entries[self._names[name][0]].dtype
+        """What a tensor is stored in: the widest of its parts' types."""
+        return reduce(torch.promote_types, (self._entries[p].dtype for p in self._names[name]))
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """The parts of one of our tensors, in order."""

@@ -63,13 +63,16 @@ def flex(
     mask: BlockMask,
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """FlexAttention, compiled by itself where what calls it is not compiled."""
-    function: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
-    return function(queries, keys, values, block_mask=mask)
+    if torch.compiler.is_compiling():
+        return flex_attention(queries, keys, values, block_mask=mask)  # pyright: ignore
+    # Every kind of model and pass is a compilation of its own, and there may be several of each.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        return _compiled()(queries, keys, values, block_mask=mask)
 
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ Eager PyTorch keeps every intermediate of ``W RMSNorm(x)`` and of SwiGLU for the
 walks over all of them in main memory. On the CPU the functions here keep their inputs alone, work
 on a few rows at a time, which stay in the cache, and compute the rest again in the backward pass.
 Everywhere else (on CUDA ``torch.compile`` does the same and better), and for the tests, there are
-their twins, ``reference_*``, in plain PyTorch.
+their twins, ``reference_*``, in plain PyTorch; they can also be differentiated twice.
 """
 
 from collections.abc import Iterable

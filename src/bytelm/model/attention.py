@@ -146,7 +146,7 @@ class AttentionCache:
 
     With a window it is a ring buffer of ``window`` entries; without, a buffer that doubles.
     :meth:`attend` is an :data:`Attend` for the document's next positions, equal to the rows of
-    :func:`~bytelm.kernels.self_attention` over the whole document.
+    :func:`bytelm.kernels.attention` over the whole document.
     """
 
     def __init__(self, window: int | None) -> None:

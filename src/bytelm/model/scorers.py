@@ -128,6 +128,7 @@ class TransformerScorerStream:
         transformer = scorer.transformer
         self._step = TransformerStep(transformer, self._cache) if can_step(transformer) else None
 
+    @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
         """Entropies at the document's next bytes."""
         if not self._scorer.reset_at_newline:
@@ -147,7 +148,7 @@ class TransformerScorerStream:
     def _continue(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
         if not len(ids):
             return torch.zeros(0, device=ids.device)
-        if len(ids) == 1 and self._step and not torch.is_grad_enabled():
+        if len(ids) == 1 and self._step:
             return entropy(self._step(int(ids)))
         context = self._cache.extend(len(ids), ids.device)
         return entropy(self._scorer.transformer.run(ids[None], context))[0]

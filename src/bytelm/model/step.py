@@ -18,9 +18,10 @@ from bytelm.model.transformer import Transformer
 
 
 def can_step(module: nn.Module) -> bool:
-    """Whether a model's weights are of the kind that steps are written for."""
+    """Whether steps are written for a model's weights, and for the precision asked for."""
     weight = next(module.parameters())
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
+    is_autocast = torch.is_autocast_enabled("cpu")
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not is_autocast
 
 
 class _NormLinear:
@@ -28,13 +29,14 @@ class _NormLinear:
 
     def __init__(self, norm: Tensor, weight: Tensor) -> None:
         self._norm = norm
+        self._dim = len(norm)
         self._weight = weight.T
         self._normed = weight.new_empty(1, weight.shape[1])
         self.out = weight.new_empty(1, weight.shape[0])
 
     def __call__(self, x: Float[Tensor, "1 dim"]) -> Float[Tensor, "1 out"]:
         row = x[0]
-        scale = (float(row.dot(row)) / len(self._norm) + NORM_EPS) ** -0.5
+        scale = (float(row.dot(row)) / self._dim + NORM_EPS) ** -0.5
         torch.mul(x, self._norm, out=self._normed)
         return torch.addmm(self.out, self._normed, self._weight, beta=0, alpha=scale, out=self.out)
 
