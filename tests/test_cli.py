@@ -12,6 +12,7 @@ import yaml
 from builders import BASE_BLT
 from bytelm import cli
 from bytelm.data import read_manifest
+from foreign import hf_model, save_official
 
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
@@ -289,3 +290,25 @@ def test_mistakes_end_in_one_line_and_status_1(run, world, tmp_path, arguments, 
     assert message in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_import_and_export(run, tmp_path):
+    blt, entropy = save_official(hf_model(), tmp_path)
+    ours, theirs, again = tmp_path / "ours", tmp_path / "theirs", tmp_path / "again"
+    command = ("import", "official", "--blt", blt, "--entropy", entropy, "--out")
+    status, out, _ = run(*command, ours)
+    assert status == 0
+    assert re.search(r"[\d,]+ parameters in\s.*ours\nentropy patching: .*threshold", out)
+    status, out, _ = run("export", "hf", ours, "--out", theirs)
+    assert status == 0
+    assert "use_cache=False" in out
+    assert run("import", "hf", theirs, "--out", again)[0] == 0
+    texts = [run("generate", folder, "some", "--max-bytes", 20)[1] for folder in (ours, again)]
+    assert texts[0] == texts[1]
+    status, _, err = run(*command, ours)
+    assert status == 1
+    assert re.fullmatch(r"error: .*ours exists: choose another name or remove it\n", err)
+    status, _, err = run("import", "hf", blt, "--out", tmp_path / "never")
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "bytelm import official" in err

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from bytelm.kernels.projections import is_eager_cpu, row_chunks
 
@@ -47,6 +48,17 @@ def encoder_cross_attention(
     Scores, softmax and sums are in fp32: a patch may hold thousands of bytes, which a running sum
     in bf16 would lose. A patch without bytes yields 0. (Paper equations 5-8.)
     """
+    if is_eager_cpu(queries) and torch.is_grad_enabled():
+        # Made again in the backward pass: it is cheap, and would keep four vectors for each byte.
+        return checkpoint(
+            _segment_attention, queries, keys, values, encoder_ids, use_reentrant=False
+        )
+    return _segment_attention(queries, keys, values, encoder_ids)
+
+
+def _segment_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, encoder_ids: Tensor
+) -> Tensor:
     batch, patches = queries.shape[:2]
     flat_ids, count = _flatten(encoder_ids, patches)
     padded = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
