@@ -88,7 +88,7 @@ def _show(config: "CheckpointConfig", out: Path) -> None:
     with torch.device("meta"):
         model = build_model(config)
     count = sum(weight.numel() for weight in model.parameters())
-    console.print(f"{count:,} parameters in {out}")
+    console.print(f"{count:,} parameters in {out}", soft_wrap=True)
     if config.patching is not None:
         options = config.patching.model_dump(exclude={"kind"}, exclude_none=True)
         rule = ", ".join(f"{name} {value}" for name, value in options.items())

@@ -95,10 +95,12 @@ def decoder_cross_attention(
     batch, patches = keys.shape[:2]
     flat_ids = decoder_ids + torch.arange(batch, device=keys.device)[:, None] * patches
     flat = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), flat_ids.flatten())
-    if is_eager_cpu(queries) and torch.is_grad_enabled():
+    if not is_eager_cpu(queries):
+        out, *_ = _gathered_attention(*flat)
+    elif torch.is_grad_enabled():
         out: Tensor = _GatheredAttention.apply(*flat)  # pyright: ignore[reportAssignmentType]
     else:
-        out = _gathered_attention(*flat)[0]
+        out = _GatheredAttention.forward(None, *flat)
     return out.unflatten(0, (batch, -1))
 
 
@@ -118,7 +120,8 @@ class _GatheredAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(queries, keys, values, ids)
+        if ctx is not None:
+            ctx.save_for_backward(queries, keys, values, ids)
         out = queries.new_empty(queries.shape)
         for rows, index, result in row_chunks(queries, ids, out, size=CHUNK):
             result.copy_(_gathered_attention(rows, keys, values, index)[0])
