@@ -336,9 +336,9 @@ def test_defaults_are_those_of_transformers(tmp_path):
 
 def test_folders_of_neither_format_are_refused(tmp_path, model):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="has neither config.json nor params.json"):
+    with pytest.raises(CheckpointError, match=r"has neither config.json nor params.json"):
         interop.import_official(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
         interop.import_hf(tmp_path / "empty")
     blt, entropy = save_official(model, tmp_path)
     with pytest.raises(CheckpointError, match="bytelm import official"):
@@ -366,11 +366,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, model):
     path = entropy / "model.safetensors"
     original = path.read_bytes()
     edit_weights(path, lambda t: t.pop("norm.weight"))
-    with pytest.raises(CheckpointError, match="norm.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"norm.weight is missing"):
         interop.import_official(blt, entropy)
     path.write_bytes(original)
     edit_weights(path, lambda t: t.update({"layers.0.bias": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match="layers.0.bias is unknown"):
+    with pytest.raises(CheckpointError, match=r"layers.0.bias is unknown"):
         interop.import_official(blt, entropy)
     path.write_bytes(original)
     edit_weights(path, lambda t: t.update({"norm.weight": torch.zeros(3)}))
@@ -378,7 +378,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, model):
         interop.import_official(blt, entropy)
     path.write_bytes(original)
     edit_weights(path, lambda t: t.update({"norm.weight": torch.zeros(32, dtype=torch.int8)}))
-    with pytest.raises(CheckpointError, match="norm.weight is stored as I8"):
+    with pytest.raises(CheckpointError, match=r"norm.weight is stored as I8"):
         interop.import_official(blt, entropy)
     path.write_bytes(original[: len(original) // 2])
     with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):

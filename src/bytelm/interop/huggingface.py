@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelm import codec
+from bytelm.checkpoint import read_json
 from bytelm.config import (
     BLTConfig,
     EntropyPatching,
@@ -21,7 +22,7 @@ from bytelm.config import (
 )
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.interop.names import Naming
-from bytelm.interop.options import Options, build, read_options
+from bytelm.interop.options import Options, build
 from bytelm.version import __version__
 
 CONFIG = "config.json"
@@ -135,7 +136,7 @@ def read_description(folder: Path) -> ModelDescription:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is not in the format of transformers: it has no {CONFIG}")
-    data = read_options(path)
+    data = read_json(path)
     kind = data.get("model_type") if isinstance(data, dict) else None
     if kind != "blt":
         hint = ""
@@ -145,11 +146,11 @@ def read_description(folder: Path) -> ModelDescription:
     options = Options(data, str(path))
     own = options.section(OWN)
     patching = _patching(options, OWN in data, own.take("patch_size", float, None))
-    context = options_of_bytes = own.take("context_bytes", int, None)
+    context = own.take("context_bytes", int, None)
     own.ignore(["version"])
     own.finish()
     encoder, decoder = options.section("encoder_config"), options.section("decoder_config")
-    if options_of_bytes is None:
+    if context is None:
         context = encoder.take("max_position_embeddings", int, DEFAULT_BYTES)
     scorer = _scorer(options.section("patcher_config"))
     config = _blt(options, encoder, decoder, str(path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelm import codec
+from bytelm.checkpoint import read_json
 from bytelm.config import (
     BLTConfig,
     EntropyPatching,
@@ -19,7 +20,7 @@ from bytelm.config import (
 )
 from bytelm.errors import CheckpointError
 from bytelm.interop.names import Naming
-from bytelm.interop.options import Options, build, read_options
+from bytelm.interop.options import Options, build
 
 CONFIG, PARAMS = "config.json", "params.json"
 LOADER_WINDOW = 512
@@ -117,7 +118,7 @@ def read_description(blt: Path, entropy: Path | None) -> ModelDescription:
 def _sections(folder: Path) -> tuple[str, Any]:
     for name in (CONFIG, PARAMS):
         if (folder / name).is_file():
-            data = read_options(folder / name)
+            data = read_json(folder / name)
             if not isinstance(data, dict):
                 raise CheckpointError(f"{folder / name} must hold named options, not {data!r}")
             return str(folder / name), data

@@ -1,8 +1,6 @@
 """Reading another project's configuration: every option is used, or refused by name."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -110,15 +108,3 @@ def build(node: type[NodeT], data: dict[str, Any], where: str) -> NodeT:
         return parse(node, data, where)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-
-
-def read_options(path: Path) -> Any:
-    """The JSON in a file.
-
-    Raises:
-        CheckpointError: the file is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None

@@ -175,7 +175,12 @@ def _blocked(queries: Tensor, keys: Tensor, values: Tensor, groups: tuple[Group,
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """The CPU's flash attention over each group, its gradients added where spans overlap."""
+    """The CPU's flash attention over each group, its gradients added where spans overlap.
+
+    The operators are those that ``scaled_dot_product_attention`` calls on a CPU. Called by
+    themselves they leave what is kept, and how overlapping gradients are added, to us: through
+    autograd every slice of keys would cost a gradient of the whole row.
+    """
 
     @staticmethod
     def forward(
