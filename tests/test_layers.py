@@ -7,7 +7,8 @@ import bytelm
 
 LAYERS = [
     {"errors", "version"},
-    {"config", "codec", "tracking"},
+    {"codec", "config", "tracking"},
+    {"tokens"},
     {"patching", "kernels"},
     {"model"},
     {"accounting", "checkpoint"},

@@ -43,13 +43,14 @@ def forward_flops(
 
     Args:
         config: of the model.
-        num_bytes: bytes in the row, padding included where it is computed.
+        num_bytes: bytes in the row (or tokens, of a model of tokens), padding included where it is
+            computed.
         num_patches: patches in the row, likewise; not used by a plain transformer.
     """
     if isinstance(config, TransformerConfig):
         return {
             "transformer": _stack(config, num_bytes, config.window),
-            "output": Flops(_linear(num_bytes, config.dim, VOCAB_SIZE), 0),
+            "output": Flops(_linear(num_bytes, config.dim, config.vocab_size), 0),
         }
     local, cross, global_dim = config.local, config.cross_attention, config.global_model.dim
     inner = cross.num_heads * (local.dim // cross.num_heads)

@@ -5,6 +5,7 @@
     config.json          format, versions, model, patching, scorer, how it was trained
     model.safetensors    weights
     scorer.safetensors   weights of the scorer, where the patching rule needs one
+    tokenizer.json       merges, where the model is one of tokens
     files.json           size and SHA-256 of every file above, written last
 
 A folder is written under another name, flushed to disk and renamed, so a kill or a full disk at
@@ -28,12 +29,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bytelm import codec
 from bytelm.config import ModelDescription, ScorerConfig, TableConfig, TransformerConfig, parse
 from bytelm.errors import BytelmError, CheckpointError, ConfigError
 from bytelm.model.build import LanguageModule, ScorerModule, build_model, build_scorer
 from bytelm.model.ngram import NgramScorer
 from bytelm.model.patched import PatchedModel
 from bytelm.model.scorers import TransformerScorer
+from bytelm.model.tokenized import TokenModel
+from bytelm.model.transformer import Transformer
+from bytelm.tokens import load_tokenizer
 from bytelm.version import __version__
 
 try:
@@ -42,10 +47,11 @@ except ImportError:  # Windows has no such locks: there, keeping processes apart
     fcntl = None
 
 FORMAT = 1
-CONFIG, MODEL, SCORER, FILES = (
+CONFIG, MODEL, SCORER, TOKENIZER, FILES = (
     "config.json",
     "model.safetensors",
     "scorer.safetensors",
+    "tokenizer.json",
     "files.json",
 )
 LOCK = ".lock"
@@ -238,6 +244,7 @@ def write_model(
         model=description.model,
         patching=description.patching,
         scorer=description.scorer,
+        tokens=description.tokens,
         context_bytes=description.context_bytes,
         training=training,
     )
@@ -246,6 +253,9 @@ def write_model(
         save_tensors(folder / MODEL, module.blt.state_dict())
         if isinstance(module.scorer, nn.Module):
             save_tensors(folder / SCORER, module.scorer.state_dict())
+    elif isinstance(module, TokenModel):
+        save_tensors(folder / MODEL, module.transformer.state_dict())
+        module.tokenizer.save(folder / TOKENIZER)
     else:
         save_tensors(folder / MODEL, module.state_dict())
 
@@ -341,6 +351,8 @@ def load_model(
             _fill(module.scorer, folder / SCORER, device)
     else:
         _fill(module, folder / MODEL, device)
+    if config.tokens and isinstance(module, Transformer):
+        module = TokenModel(module, load_tokenizer(folder / TOKENIZER))
     set_precision(module, precision)
     return module.eval().requires_grad_(False), config
 
@@ -375,6 +387,8 @@ def load_scorer(
     model = read_config(folder).model
     if not isinstance(model, TransformerConfig | TableConfig):
         raise CheckpointError(f"{folder} holds a {model.kind} model, which is not a scorer")
+    if isinstance(model, TransformerConfig) and model.vocab_size != codec.VOCAB_SIZE:
+        raise CheckpointError(f"{folder} cannot score bytes: it is a model of tokens")
     if isinstance(model, TransformerConfig) and model.window is None:
         raise CheckpointError(
             f"{folder} cannot score: its attention has no window, so long documents would need "

@@ -20,6 +20,7 @@ from bytelm.model.build import LanguageModule, ScorerModule
 from bytelm.model.ngram import NgramScorer
 from bytelm.model.patched import PatchedModel
 from bytelm.model.scorers import TransformerScorer, score_documents
+from bytelm.model.tokenized import TokenModel
 from bytelm.patching import build_patcher
 
 DEFAULT_CONTEXT_BYTES = 8192
@@ -212,6 +213,8 @@ class LanguageModel:
         module = self.module
         if isinstance(module, NgramScorer):
             return module
+        if isinstance(module, TokenModel):
+            raise ConfigError("a model of tokens yields no entropies of bytes: choose another")
         if not isinstance(module, PatchedModel):
             return TransformerScorer(module)
         if not isinstance(module.scorer, TransformerScorer | NgramScorer):

@@ -141,6 +141,31 @@ def data_calibrate(
     show_data(console, folder, read_manifest(folder))
 
 
+@data_app.command("tokenizer")
+def data_tokenizer(
+    folder: Annotated[Path, typer.Argument(help="Prepared data.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    vocab_size: Annotated[
+        int, typer.Option(min=260, help="Tokens, the 256 bytes and 4 special ids among them.")
+    ] = 4096,
+    max_mb: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Training text to count, in MB.")
+    ] = 16.0,
+) -> None:
+    """Train a byte-pair tokenizer on the training text, for the baseline that reads tokens.
+
+    [dim]bytelm data tokenizer data --vocab-size 4096 --out tokens-4096.json
+    bytelm train token-1m data.path=data data.tokenizer=tokens-4096.json --out run[/]
+    """
+    from bytelm.checkpoint import check_absent
+    from bytelm.data import Dataset, train_dataset_tokenizer
+
+    check_absent(out)
+    tokenizer = train_dataset_tokenizer(Dataset(folder, "train"), vocab_size, round(max_mb * 1e6))
+    tokenizer.save(out)
+    console.print(f"{out}: {tokenizer.vocab_size:,} tokens")
+
+
 @data_app.command("info")
 def data_info(
     folder: Annotated[Path, typer.Argument(help="Prepared data.")],

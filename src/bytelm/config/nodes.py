@@ -35,11 +35,13 @@ class StackConfig(Node):
 
 
 class TransformerConfig(StackConfig):
-    """A plain byte-level transformer: entropy model or baseline."""
+    """A plain transformer: entropy model, byte-level baseline, or baseline with a tokenizer."""
 
     kind: Literal["transformer"] = "transformer"
     window: Positive | None = None
-    """Bytes visible to a byte, itself included; null for all before it."""
+    """Positions visible to one, itself included; null for all before it."""
+    vocab_size: Annotated[int, Field(ge=260)] = 260
+    """Ids: 260 for bytes, more for the tokens of ``data.tokenizer``."""
 
 
 class NgramConfig(Node):
@@ -239,6 +241,8 @@ class ModelDescription(Node):
     model: Annotated[TransformerConfig | BLTConfig | TableConfig, Field(discriminator="kind")]
     patching: PatchingConfig | None = None
     scorer: ScorerConfig | None = None
+    tokens: bool = False
+    """Whether ids are byte-pair tokens; the tokenizer then lies beside the weights."""
     context_bytes: Positive | None = None
     """Longest stretch of text the model was trained on."""
 
@@ -248,10 +252,12 @@ class DataConfig(Node):
 
     path: str | None = None
     """Folder made by ``bytelm data prepare``; required to train."""
+    tokenizer: str | None = None
+    """File made by ``bytelm data tokenizer``, for a transformer of tokens; null for bytes."""
     row_bytes: Positive = 8192
     """Bytes in a row: the longest context."""
     row_patches: Positive | None = None
-    """Patches in a row; null for what the patch size makes of ``row_bytes``."""
+    """Patches (or tokens) in a row; null for what their mean size makes of ``row_bytes``."""
     rows_per_step: Positive = 8
     """Rows in an optimiser step."""
     mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
@@ -310,6 +316,8 @@ class Recipe(Node):
             raise ValueError("a blt model needs a patching section")
         if self.model.kind != "blt" and self.patching is not None:
             raise ValueError(f"a {self.model.kind} model has no patches: remove patching")
+        if self.model.kind == "blt" and self.data.tokenizer is not None:
+            raise ValueError("a blt model reads bytes: remove data.tokenizer")
         return self
 
 

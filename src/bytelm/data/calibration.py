@@ -11,6 +11,7 @@ from bytelm.data.dataset import Calibration, Dataset, SourceReport, write_manife
 from bytelm.data.loader import Pieces
 from bytelm.errors import DataError
 from bytelm.patching import PatchSample, calibrate, patch_statistics
+from bytelm.tokens import Tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 4_000_000
 REPORT_BYTES = 500_000
@@ -72,6 +73,35 @@ def calibrate_sample(config: PatchingConfig, sample: Sample, patch_size: float) 
 def mean_patch_size(config: PatchingConfig, sample: Sample) -> float:
     """Mean bytes per patch of a sample of all sources together."""
     return patch_statistics(config, _join(sample)).mean_size
+
+
+def train_dataset_tokenizer(dataset: Dataset, vocab_size: int, max_bytes: int) -> Tokenizer:
+    """Byte-pair merges of a sample of the training text, the same ones every time.
+
+    Raises:
+        ConfigError: ``vocab_size`` is below 260.
+        DataError: there is too little text for so many merges.
+    """
+    if not len(dataset):
+        raise DataError(f"{dataset.folder} holds no training documents")
+    pieces = Pieces(dataset.lengths, np.arange(len(dataset)), _PIECE_BYTES)
+    texts, taken = [], 0
+    for index in range(len(pieces)):
+        document, number = pieces.at(index, [0])
+        begin = number * _PIECE_BYTES
+        text = dataset.document(document)[begin : begin + _PIECE_BYTES]
+        texts.append(text)
+        taken += len(text)
+        if taken >= max_bytes:
+            break
+    return train_tokenizer(texts, vocab_size)
+
+
+def mean_token_bytes(tokenizer: Tokenizer, sample: Sample) -> float:
+    """Mean byte ids per token of a sample of all sources together."""
+    documents = [ids.numpy() for documents in sample.values() for ids, _ in documents]
+    num_tokens = sum(len(tokenizer.encode(ids)) for ids in documents)
+    return sum(map(len, documents)) / num_tokens
 
 
 def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, SourceReport]:

@@ -18,6 +18,7 @@ from bytelm.data.dataset import Dataset
 from bytelm.data.packing import Batch, Row, Stretch, make_batch
 from bytelm.errors import DataError
 from bytelm.patching import Patcher
+from bytelm.tokens import Tokenizer
 
 
 class Pieces:
@@ -78,9 +79,10 @@ class Loader:
     Args:
         dataset: prepared data, with entropies if the patcher needs them.
         row_bytes: bytes in a row.
-        row_patches: patches in a row; ``None`` without a patcher.
+        row_patches: patches, or tokens, in a row; ``None`` with neither.
         rows_per_step: rows in a step, over all ranks.
         patcher: the patching rule; ``None`` for models without patches.
+        tokenizer: of models of tokens.
         mixture: share of bytes by source name; ``None`` for what the data holds.
         seed: of the order.
         rank: this process, which produces rows ``rank, rank + world_size, ...``.
@@ -99,6 +101,7 @@ class Loader:
         row_patches: int | None,
         rows_per_step: int,
         patcher: Patcher | None,
+        tokenizer: Tokenizer | None = None,
         mixture: dict[str, float] | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -115,7 +118,8 @@ class Loader:
                 "data.rows_per_step"
             )
         self._dataset = dataset
-        self._row_bytes, self._row_patches, self._patcher = row_bytes, row_patches, patcher
+        self._row_bytes, self._row_patches = row_bytes, row_patches
+        self._patcher, self._tokenizer = patcher, tokenizer
         self._seed = seed
         self._num_streams = rows_per_step
         self._rows = range(rank, rows_per_step, world_size)
@@ -151,7 +155,7 @@ class Loader:
         return drawn / sum(map(len, self._components))
 
     def _fill(self, number: int) -> Row:
-        row = Row(self._row_bytes, self._row_patches, self._patcher)
+        row = Row(self._row_bytes, self._row_patches, self._patcher, self._tokenizer)
         state = self._streams[number]
         while not row.is_full:
             if state.begin >= state.end:

@@ -5,6 +5,9 @@ shapes are fixed and the global transformer, which is paid per patch, is padded 
 that does not fit is cut; what follows the cut is a document of its own to the model (its first
 byte has nothing before it), whose first id is an ordinary byte and not BOS. Every id of every
 document but the first is a target exactly once.
+
+A model with a tokenizer gets the same stretches of the same documents, as tokens: its context is
+equal in bytes, its text in the same order, and the budget of tokens takes the place of patches.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from bytelm import codec
 from bytelm.patching import PADDING, Patcher
+from bytelm.tokens import Tokenizer
 
 IGNORED = -100
 """Target of padding: the value that cross-entropy leaves out."""
@@ -46,19 +50,24 @@ class Stretch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of equal size, ready for a model."""
+    """Rows of equal size, ready for a model; of a model with a tokenizer, its tokens."""
 
     ids: Int[Tensor, "batch bytes"]
     targets: Int[Tensor, "batch bytes"]
     """Id after each; ``IGNORED`` on padding."""
+    target_bytes: Int[Tensor, "batch bytes"]
+    """Bytes of text in each target: 1, or 0 for the end of a document and on padding; the length
+    of a token."""
     documents: Int[Tensor, "batch bytes"]
     """Stretch of each byte within its row; ``PADDING`` on padding."""
     next_boundary: Bool[Tensor, "batch bytes"] | None
     """Where the model has patches: whether the byte after each starts one."""
     num_patches: int | None
-    """Where the model has patches: the patch budget of a row."""
+    """Where the model has patches, or tokens: the budget of a row."""
     patch_counts: Int[Tensor, " batch"] | None
-    """Where the model has patches: how many each row uses."""
+    """Where the model has patches, or tokens: how many each row uses."""
+    byte_counts: Int[Tensor, " batch"]
+    """How many positions of text (bytes, ends and beginnings of documents) each row uses."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
@@ -74,11 +83,29 @@ class Batch(NamedTuple):
         return Batch(
             function(self.ids),
             function(self.targets),
+            function(self.target_bytes),
             function(self.documents),
             None if boundary is None else function(boundary),
             self.num_patches,
             None if counts is None else function(counts),
+            function(self.byte_counts),
         )
+
+
+class Units(NamedTuple):
+    """What a model reads of one stretch, and predicts: bytes, or tokens."""
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    num_positions: NDArray[np.int64]
+    """How many of the stretch's ids each target stands for."""
+    next_boundary: NDArray[np.bool_] | None
+    """Where the model has patches: whether the byte after each starts one."""
+
+    @property
+    def target_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text in each target: none in the end of a document."""
+        return np.where(self.targets == codec.EOS, 0, self.num_positions)
 
 
 @dataclass
@@ -87,9 +114,13 @@ class Row:
 
     max_bytes: int
     max_patches: int | None
-    patcher: Patcher | None
+    """Patches, or tokens, that there is room for."""
+    patcher: Patcher | None = None
+    tokenizer: Tokenizer | None = None
     stretches: list[Stretch] = field(default_factory=list)
-    boundaries: list[NDArray[np.bool_]] = field(default_factory=list)
+    """What was put in of each stretch."""
+    units: list[Units] = field(default_factory=list)
+    """Of each stretch."""
     num_bytes: int = 0
     num_patches: int = 0
 
@@ -99,9 +130,26 @@ class Row:
         no_patches_left = self.max_patches is not None and self.num_patches >= self.max_patches
         return self.num_bytes >= self.max_bytes or no_patches_left
 
-    def add(self, stretch: Stretch) -> int:
-        """Put in as much of a stretch as fits, at least one position, and say how much."""
+    def add(self, stretch: Stretch, cut: int = 0) -> int:
+        """Put in as much of a stretch as fits, at least one position, and say how much.
+
+        Args:
+            stretch: what to put in.
+            cut: where above 0, no token stands for positions on both sides of this one.
+        """
         stretch = stretch.head(self.max_bytes - self.num_bytes)
+        if self.tokenizer is not None:
+            units = self._tokens(stretch, self.tokenizer, cut)
+        else:
+            units = self._bytes(stretch)
+        self.units.append(units)
+        added = int(units.num_positions.sum())
+        self.stretches.append(stretch.head(added))
+        self.num_bytes += added
+        return added
+
+    def _bytes(self, stretch: Stretch) -> Units:
+        boundary = None
         if self.patcher is not None:
             boundary = stretch_boundaries(self.patcher, stretch)
             starts = np.flatnonzero(boundary[:-1]) + 1
@@ -110,10 +158,20 @@ class Row:
                 if len(starts) >= room:
                     stretch, starts = stretch.head(int(starts[room - 1])), starts[: room - 1]
             self.num_patches += 1 + len(starts)
-            self.boundaries.append(boundary[: stretch.num_positions])
-        self.stretches.append(stretch)
-        self.num_bytes += stretch.num_positions
-        return stretch.num_positions
+            boundary = boundary[: stretch.num_positions]
+        ones = np.ones(stretch.num_positions, np.int64)
+        return Units(stretch.ids[:-1], stretch.ids[1:], ones, boundary)
+
+    def _tokens(self, stretch: Stretch, tokenizer: Tokenizer, cut: int) -> Units:
+        # The tokens of what is predicted; the byte before it, whatever token that was part of, is
+        # all that is known of the text before.
+        parts = [stretch.ids[1 : 1 + cut], stretch.ids[1 + cut :]]
+        targets = np.concatenate([tokenizer.encode(part) for part in parts])
+        if self.max_patches is not None:
+            targets = targets[: self.max_patches - self.num_patches]
+        self.num_patches += len(targets)
+        ids = np.concatenate([stretch.ids[:1], targets[:-1]])
+        return Units(ids, targets, tokenizer.num_ids(targets), None)
 
 
 def stretch_boundaries(patcher: Patcher, stretch: Stretch) -> NDArray[np.bool_]:
@@ -129,34 +187,33 @@ def stretch_boundaries(patcher: Patcher, stretch: Stretch) -> NDArray[np.bool_]:
 def make_batch(rows: Sequence[Row]) -> Batch:
     """Pad rows to their budgets and stack them."""
     first = rows[0]
-    shape = (len(rows), first.max_bytes)
+    counts = torch.tensor([row.num_patches for row in rows])
+    budget = first.max_patches or int(counts.max())
+    shape = (len(rows), first.max_bytes if first.tokenizer is None else budget)
     ids = np.full(shape, codec.BOE, np.int64)
     targets = np.full(shape, IGNORED, np.int64)
+    target_bytes = np.zeros(shape, np.int64)
     documents = np.full(shape, PADDING, np.int64)
-    next_boundary = np.zeros(shape, np.bool_) if first.patcher is not None else None
+    next_boundary = np.zeros(shape, np.bool_)
     for r, row in enumerate(rows):
         at = 0
-        for number, stretch in enumerate(row.stretches):
-            end = at + stretch.num_positions
-            ids[r, at:end] = stretch.ids[:-1]
-            targets[r, at:end] = stretch.ids[1:]
+        for number, units in enumerate(row.units):
+            end = at + len(units.ids)
+            ids[r, at:end] = units.ids
+            targets[r, at:end] = units.targets
+            target_bytes[r, at:end] = units.target_bytes
             documents[r, at:end] = number
-            if next_boundary is not None:
-                next_boundary[r, at:end] = row.boundaries[number]
+            if units.next_boundary is not None:
+                next_boundary[r, at:end] = units.next_boundary
             at = end
-    batch = Batch(
+    has_units = first.patcher is not None or first.tokenizer is not None
+    return Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
+        target_bytes=torch.from_numpy(target_bytes),
         documents=torch.from_numpy(documents),
-        next_boundary=None,
-        num_patches=None,
-        patch_counts=None,
-    )
-    if next_boundary is None:
-        return batch
-    counts = torch.tensor([row.num_patches for row in rows])
-    return batch._replace(
-        next_boundary=torch.from_numpy(next_boundary),
-        num_patches=first.max_patches or int(counts.max()),
-        patch_counts=counts,
+        next_boundary=torch.from_numpy(next_boundary) if first.patcher is not None else None,
+        num_patches=budget if has_units else None,
+        patch_counts=counts if has_units else None,
+        byte_counts=torch.tensor([row.num_bytes for row in rows]),
     )

@@ -4,6 +4,7 @@
 
     bpb = sum over bytes of -log2 p(byte | what comes before it)  /  number of bytes
 
+The bytes are those of the text, whatever a model reads: a token's nats are those of all its bytes.
 Predicting the end of a document is not counted. Text longer than the context is cut into pieces of
 ``context_bytes`` that begin every ``stride`` bytes; each byte is scored once, in the earliest piece
 that holds it, so with a stride below the context every byte but the first few has at least
@@ -26,11 +27,12 @@ from torch.nn import functional
 from bytelm import codec
 from bytelm.data.dataset import Dataset
 from bytelm.data.loader import Pieces
-from bytelm.data.packing import IGNORED, Batch, Row, Stretch, make_batch
+from bytelm.data.packing import IGNORED, Batch, Row, Stretch, Units, make_batch
 from bytelm.errors import ConfigError, DataError
 from bytelm.model.build import LanguageModule
 from bytelm.model.patched import PatchedModel
 from bytelm.model.scorers import score_documents
+from bytelm.model.tokenized import TokenModel
 from bytelm.patching import build_patches
 
 ROWS = 8
@@ -47,7 +49,7 @@ class Likelihood:
     """Negative log-likelihood of the bytes."""
     num_bytes: int = 0
     num_patches: int = 0
-    """Patches, overlaps of pieces not counted twice; 0 without patching."""
+    """Patches, or tokens, overlaps of pieces not counted twice; 0 with neither."""
     num_positions: int = 0
     """Positions that make up the patches: bytes, and a BOS for each document."""
 
@@ -58,7 +60,7 @@ class Likelihood:
 
     @property
     def patch_size(self) -> float:
-        """Mean bytes per patch; not a number without patching."""
+        """Mean bytes per patch, or token; not a number with neither."""
         return self.num_positions / self.num_patches if self.num_patches else math.nan
 
 
@@ -156,24 +158,29 @@ def evaluate_pieces(
         on_host = make_batch([row for row, _ in rows])
         batch = on_host.to(device)
         nats = position_nats(batch_logits(model, batch), batch).double().cpu()
-        for (row, contents), row_nats, targets in zip(rows, nats, on_host.targets, strict=True):
+        for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
             begin = 0
-            for number, piece in enumerate(contents):
-                end = begin + piece.stretch.num_positions
-                counted = slice(begin + piece.num_seen, end)
-                is_byte = targets[counted] >= codec.OFFSET
-                patches = 0
-                if row.boundaries:
-                    # A patch is counted where it begins.
-                    starts = row.boundaries[number][max(piece.num_seen - 1, 0) : -1]
-                    patches = int(starts.sum()) + (piece.num_seen == 0)
+            for units, piece in zip(row.units, contents, strict=True):
+                end = begin + len(units.targets)
+                # Exact for tokens too: none stands for positions on both sides of the seam.
+                seen = int(np.searchsorted(units.num_positions.cumsum(), piece.num_seen, "right"))
+                num_bytes = units.target_bytes[seen:]
                 total = totals.setdefault(piece.label, Likelihood())
-                total.nats += float(row_nats[counted][is_byte].sum())
-                total.num_bytes += int(is_byte.sum())
-                total.num_patches += patches
+                total.nats += float(row_nats[begin + seen : end][num_bytes > 0].sum())
+                total.num_bytes += int(num_bytes.sum())
+                total.num_patches += _num_patches(row, units, seen)
                 total.num_positions += piece.stretch.num_positions - piece.num_seen
                 begin = end
     return totals
+
+
+def _num_patches(row: Row, units: Units, seen: int) -> int:
+    """Patches, or tokens, among the units not seen before; a patch counts where it begins."""
+    if row.tokenizer is not None:
+        return len(units.targets) - seen
+    if units.next_boundary is None:
+        return 0
+    return int(units.next_boundary[max(seen - 1, 0) : -1].sum()) + (seen == 0)
 
 
 def total(likelihoods: Iterable[Likelihood]) -> Likelihood:
@@ -237,14 +244,15 @@ def _pack(
 ) -> Iterator[list[tuple[Row, list[Piece]]]]:
     """Whole pieces in rows, rows in groups no longer than they need; a piece is never cut."""
     patcher = model.patcher if isinstance(model, PatchedModel) else None
+    tokenizer = model.tokenizer if isinstance(model, TokenModel) else None
     rows: list[tuple[Row, list[Piece]]] = []
     for piece in pieces:
         if not rows or rows[-1][0].num_bytes + piece.stretch.num_positions > context_bytes:
             if len(rows) == ROWS:
                 yield _trimmed(rows)
                 rows = []
-            rows.append((Row(context_bytes, None, patcher), []))
-        rows[-1][0].add(piece.stretch)
+            rows.append((Row(context_bytes, None, patcher, tokenizer), []))
+        rows[-1][0].add(piece.stretch, piece.num_seen)
         rows[-1][1].append(piece)
     if rows:
         yield _trimmed(rows)

@@ -5,10 +5,11 @@ from bytelm.model.blt import BLT
 from bytelm.model.ngram import NgramScorer
 from bytelm.model.patched import PatchedModel
 from bytelm.model.scorers import TransformerScorer
+from bytelm.model.tokenized import TokenModel
 from bytelm.model.transformer import Transformer
 from bytelm.patching import build_patcher
 
-LanguageModule = PatchedModel | Transformer
+LanguageModule = PatchedModel | Transformer | TokenModel
 """What can be asked for logits."""
 ScorerModule = TransformerScorer | NgramScorer
 """What can be asked for entropies."""

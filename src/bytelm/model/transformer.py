@@ -1,10 +1,10 @@
-"""The plain byte-level transformer: entropy model and baseline are this one class."""
+"""The plain transformer: entropy model and both baselines are this one class."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm import codec, kernels
+from bytelm import kernels
 from bytelm.config import StackConfig, TransformerConfig
 from bytelm.model.attention import Context, StackSpec
 from bytelm.model.layers import Block, init_linear
@@ -30,10 +30,10 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.spec = stack_spec(config, config.window)
-        self.embedding = nn.Embedding(codec.VOCAB_SIZE, config.dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = build_blocks(config)
         self.norm = nn.RMSNorm(config.dim, eps=kernels.NORM_EPS)
-        self.output = nn.Linear(config.dim, codec.VOCAB_SIZE, bias=False)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Every matrix truncated normal at fan-in ** -0.5, norms 1."""

@@ -24,6 +24,7 @@ RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
 # another device rounds differently).
 RESUME_FREELY = {
     "data.path",
+    "data.tokenizer",
     "data.verify",
     "train.device",
     "train.compile",

@@ -10,23 +10,34 @@ from bytelm.checkpoint import load_scorer
 from bytelm.config import (
     BLTConfig,
     CalibratedConfig,
+    DataConfig,
     ModelDescription,
     Recipe,
     ScorerConfig,
     TrainConfig,
     TransformerConfig,
 )
-from bytelm.data import Dataset, calibrate_sample, mean_patch_size, sample_dataset
+from bytelm.data import (
+    Dataset,
+    calibrate_sample,
+    mean_patch_size,
+    mean_token_bytes,
+    sample_dataset,
+)
 from bytelm.data.dataset import SCORER
 from bytelm.errors import ConfigError, DataError, PatchingError
 from bytelm.model.blt import BLT
 from bytelm.model.build import LanguageModule, ScorerModule
 from bytelm.model.patched import PatchedModel
+from bytelm.model.tokenized import TokenModel
 from bytelm.model.transformer import Transformer
 from bytelm.patching import build_patcher
+from bytelm.tokens import Tokenizer, load_tokenizer
 
 PATCH_MARGIN = 1.1
 """Patches a row has room for, over what its bytes need on average."""
+TOKEN_SAMPLE_BYTES = 1_000_000
+"""Text whose tokens are counted to know their mean length."""
 
 
 class Setup(NamedTuple):
@@ -40,6 +51,8 @@ class Setup(NamedTuple):
     """The complete model, initialised, on its device."""
     trained: BLT | Transformer
     """The part of it that learns."""
+    tokenizer: Tokenizer | None
+    """Of a model of tokens."""
 
 
 def set_up(recipe: Recipe, device: torch.device) -> Setup:
@@ -55,7 +68,12 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
             "data.path is missing: add data.path=FOLDER, made by `bytelm data prepare`"
         )
     dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
-    scorer, scorer_config = None, None
+    scorer, scorer_config, tokenizer = None, None, None
+    if recipe.data.tokenizer is not None:
+        tokenizer = _tokenizer(recipe, Path(recipe.data.tokenizer))
+        if recipe.data.row_patches is None:
+            mean = mean_token_bytes(tokenizer, sample_dataset(dataset, TOKEN_SAMPLE_BYTES))
+            recipe = recipe.model_copy(update={"data": _with_room(recipe.data, mean)})
     if isinstance(recipe.model, BLTConfig):
         recipe = _settle_patches(recipe, dataset)
         scorer, scorer_config = _scorer(recipe, dataset, device)
@@ -64,10 +82,11 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
         model=recipe.model,
         patching=recipe.patching,
         scorer=scorer_config,
+        tokens=tokenizer is not None,
         context_bytes=recipe.data.row_bytes,
     )
-    module, trained = _initialise(recipe, scorer, device)
-    return Setup(recipe, description, dataset, module, trained)
+    module, trained = _initialise(recipe, scorer, tokenizer, device)
+    return Setup(recipe, description, dataset, module, trained, tokenizer)
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -102,11 +121,27 @@ def _settle_patches(recipe: Recipe, dataset: Dataset) -> Recipe:
                 )
             patching = calibrate_sample(patching, sample, patching.patch_size)
     if data.row_patches is None:
-        mean = mean_patch_size(patching, sample)
-        # No row holds more patches than bytes.
-        wanted = min(math.ceil(PATCH_MARGIN * data.row_bytes / mean), data.row_bytes)
-        data = data.model_copy(update={"row_patches": wanted})
+        data = _with_room(data, mean_patch_size(patching, sample))
     return recipe.model_copy(update={"patching": patching, "data": data})
+
+
+def _with_room(data: DataConfig, mean_size: float) -> DataConfig:
+    """Room for patches (or tokens) of a mean size."""
+    # No row holds more of them than bytes.
+    wanted = min(math.ceil(PATCH_MARGIN * data.row_bytes / mean_size), data.row_bytes)
+    return data.model_copy(update={"row_patches": wanted})
+
+
+def _tokenizer(recipe: Recipe, path: Path) -> Tokenizer:
+    """The tokenizer of a recipe whose model is of its size."""
+    tokenizer = load_tokenizer(path)
+    assert isinstance(recipe.model, TransformerConfig)
+    if recipe.model.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {recipe.model.vocab_size}, but {path} has "
+            f"{tokenizer.vocab_size} tokens: set model.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
 
 
 def _scorer(
@@ -124,7 +159,10 @@ def _scorer(
 
 
 def _initialise(
-    recipe: Recipe, scorer: ScorerModule | None, device: torch.device
+    recipe: Recipe,
+    scorer: ScorerModule | None,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
 ) -> tuple[LanguageModule, BLT | Transformer]:
     generator = torch.Generator().manual_seed(recipe.train.seed)
     if isinstance(recipe.model, BLTConfig):
@@ -135,4 +173,5 @@ def _initialise(
     assert isinstance(recipe.model, TransformerConfig)
     transformer = Transformer(recipe.model)
     transformer.init_weights(generator)
-    return transformer.to(device), transformer
+    transformer.to(device)
+    return (TokenModel(transformer, tokenizer) if tokenizer else transformer), transformer

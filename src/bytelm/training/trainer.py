@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from bytelm import codec
 from bytelm.accounting import training_flops
 from bytelm.config import BLTConfig, Recipe, TransformerConfig
 from bytelm.data import IGNORED, Batch, Dataset, Loader
@@ -34,6 +33,7 @@ class _Interval:
     target_nats: float = 0.0
     num_bytes: int = 0
     num_targets: int = 0
+    num_positions: int = 0
     num_patches: int = 0
     room_bytes: int = 0
     room_patches: int = 0
@@ -45,10 +45,10 @@ class _Interval:
             "loss": self.target_nats / self.num_targets,
             "bpb": self.byte_nats / math.log(2) / max(self.num_bytes, 1),
             "bytes_per_second": self.num_bytes / self.seconds,
-            "padded_bytes": 1 - self.num_targets / self.room_bytes,
+            "padded_bytes": 1 - self.num_positions / self.room_bytes,
         }
         if self.num_patches:
-            figures["patch_size"] = self.num_targets / self.num_patches
+            figures["patch_size"] = self.num_positions / self.num_patches
             figures["padded_patches"] = 1 - self.num_patches / self.room_patches
         return figures
 
@@ -68,9 +68,10 @@ class Trainer:
         self.loader = Loader(
             self.setup.dataset,
             row_bytes=data.row_bytes,
-            row_patches=data.row_patches if patching else None,
+            row_patches=data.row_patches if patching or self.setup.tokenizer else None,
             rows_per_step=data.rows_per_step,
             patcher=build_patcher(patching) if patching else None,
+            tokenizer=self.setup.tokenizer,
             mixture=data.mixture,
             seed=self.recipe.train.seed,
         )
@@ -78,6 +79,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.setup.trained, self.recipe.optimizer)
         self.step_flops = _step_flops(self.setup)
         self.data_fingerprint = self.setup.dataset.manifest.fingerprint
+        if self.setup.tokenizer:
+            self.data_fingerprint += f"/{self.setup.tokenizer.fingerprint}"
         self.num_steps = 0
         """Steps taken."""
         self.bytes_seen = 0
@@ -109,7 +112,7 @@ class Trainer:
             (nats.sum() / num_targets).backward()
             with torch.no_grad():
                 all_nats += nats.sum()
-                byte_nats += (nats * (micro.targets >= codec.OFFSET)).sum()
+                byte_nats += (nats * (micro.target_bytes > 0)).sum()
         settings = self.recipe.optimizer
         self._norm = float(clip_grad_norm_(self.setup.trained.parameters(), settings.clip_norm))
         if not math.isfinite(self._norm):
@@ -127,12 +130,13 @@ class Trainer:
 
     def _count(self, batch: Batch, num_targets: int, all_nats: float, byte_nats: float) -> None:
         interval = self.interval
-        num_bytes = int((batch.targets >= codec.OFFSET).sum())
+        num_bytes = int(batch.target_bytes.sum())
         interval.target_nats += all_nats
         interval.byte_nats += byte_nats
         interval.num_bytes += num_bytes
         interval.num_targets += num_targets
-        interval.room_bytes += batch.ids.numel()
+        interval.num_positions += int(batch.byte_counts.sum())
+        interval.room_bytes += self.recipe.data.row_bytes * len(batch.ids)
         if batch.patch_counts is not None and batch.num_patches is not None:
             interval.num_patches += int(batch.patch_counts.sum())
             interval.room_patches += batch.num_patches * len(batch.ids)
@@ -195,5 +199,7 @@ class Trainer:
 def _step_flops(setup: Setup) -> float:
     data = setup.recipe.data
     assert isinstance(setup.recipe.model, BLTConfig | TransformerConfig)
-    row = training_flops(setup.recipe.model, data.row_bytes, data.row_patches or 0)
+    num_units = data.row_patches or 0
+    num_positions = num_units if setup.tokenizer else data.row_bytes
+    row = training_flops(setup.recipe.model, num_positions, num_units)
     return float(row * data.rows_per_step)
