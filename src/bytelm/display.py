@@ -1,7 +1,7 @@
 """What the command line shows: tables of data and of likelihood, coloured patches."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.text import Text
 from bytelm.data import Manifest
 from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
+from bytelm.study import Cost, Plan
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
 
@@ -108,3 +109,42 @@ def patches_json(patched: PatchedText) -> str:
             "entropies": None if patched.entropies is None else patched.entropies.tolist(),
         }
     )
+
+
+def show_costs(console: Console, plan: Plan, costs: Sequence[Cost]) -> None:
+    """What the runs of a study cost, before they are made."""
+    table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
+    for name in ("run", "parameters", "+ tables", "FLOPs/byte", "steps", "MB read", "epochs"):
+        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+    for name in ("FLOPs", "off by", "+ scorer", "time", "disk", "state"):
+        table.add_column(name, justify="right")
+    for cost in costs:
+        table.add_row(
+            cost.name,
+            f"{cost.parameters:,}",
+            f"{cost.table_parameters:,}",
+            f"{cost.inference_flops:.3g}",
+            f"{cost.steps:,}",
+            f"{cost.train_bytes / 1e6:,.1f}",
+            "-" if cost.epochs is None else f"{cost.epochs:.2f}",
+            f"{cost.flops:.3g}",
+            "-" if cost.deviation is None else f"{cost.deviation:+.2%}",
+            f"{cost.scorer_flops:.2g}",
+            _duration(cost.seconds),
+            f"{cost.disk_bytes / 1e6:,.0f} MB",
+            "done" if cost.is_finished else f"{cost.done:.0%}",
+        )
+    console.print(table)
+    left = [cost for cost in costs if not cost.is_finished]
+    console.print(
+        f"{len(costs)} runs, {len(costs) - len(left)} done; left: "
+        f"{sum(c.flops * (1 - c.done) for c in left):.3g} FLOPs, "
+        f"{_duration(sum(c.seconds * (1 - c.done) for c in left))} on one worker, "
+        f"{sum(c.disk_bytes for c in left) / 1e9:.1f} GB"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{seconds / 60:,.1f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 172_800 else f"{seconds / 86400:,.0f} days"

@@ -13,7 +13,18 @@ from typer.core import TyperGroup
 from bytelm.errors import BytelmError
 from bytelm.version import __version__
 
-VERBS = ["quickstart", "data", "train", "eval", "patch", "generate", "import", "export", "recipes"]
+VERBS = [
+    "quickstart",
+    "data",
+    "train",
+    "eval",
+    "patch",
+    "generate",
+    "study",
+    "import",
+    "export",
+    "recipes",
+]
 
 
 class _InOrder(TyperGroup):

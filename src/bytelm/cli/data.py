@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from bytelm.cli.app import app, console
-from bytelm.cli.rules import build_rule
+from bytelm.cli.options import build_rule
 from bytelm.config import EntropyPatching
 from bytelm.errors import PatchingError
 from bytelm.tracking import preparation_bar

@@ -1,7 +1,6 @@
 """Verbs that make models and use them: train, eval, patch, generate."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from bytelm.cli.app import app, console
-from bytelm.cli.rules import Rule, build_rule
+from bytelm.cli.options import Rule, build_rule, seconds
 from bytelm.config import PatchingConfig, SpacePatching, StaticPatching, TableRecipe, load_recipe
-from bytelm.errors import ConfigError, DataError
+from bytelm.errors import DataError
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
@@ -55,7 +54,7 @@ def train(
             scorer = fit_table(settled, folder)
         console.print(f"{len(scorer.keys):,} contexts in {folder}", highlight=False)
         return
-    limit = _seconds(time_limit) if time_limit else None
+    limit = seconds(time_limit) if time_limit else None
     result = train(settled, folder, console=console, title=folder.name, time_limit=limit)
     if not result.finished:
         console.print(
@@ -216,10 +215,3 @@ def generate(
     for text in lm.stream_text(data, **options):
         print(text, end="", flush=True)
     print()
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
-    if not match:
-        raise ConfigError(f"time limit {text!r} must look like 90s, 9m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

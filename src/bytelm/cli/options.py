@@ -1,5 +1,6 @@
-"""Patching rules from options."""
+"""Values of options: patching rules, durations."""
 
+import re
 from typing import Literal
 
 from bytelm.config import (
@@ -49,3 +50,15 @@ def build_rule(
     if kind == "combined" and "increase" not in values:
         raise ConfigError("the combined rule needs --increase")
     return parse(node, values, f"the {kind} rule")
+
+
+def seconds(text: str) -> float:
+    """Seconds of a duration such as ``90s``, ``9m`` or ``2h``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
+    if not match:
+        raise ConfigError(f"time limit {text!r} must look like 90s, 9m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

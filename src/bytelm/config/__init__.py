@@ -33,7 +33,9 @@ from bytelm.config.reading import (
     differences,
     dump_yaml,
     load_recipe,
+    nearest,
     parse,
+    read_mapping,
     recipe_names,
     recipe_text,
 )
@@ -69,7 +71,9 @@ __all__ = [
     "differences",
     "dump_yaml",
     "load_recipe",
+    "nearest",
     "parse",
+    "read_mapping",
     "recipe_names",
     "recipe_text",
 ]

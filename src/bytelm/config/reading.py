@@ -77,7 +77,7 @@ def recipe_text(name: str) -> str:
         return Path(name).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
-            hint = _nearest(name, recipe_names())
+            hint = nearest(name, recipe_names())
             raise ConfigError(
                 f"no recipe {name!r}: not a file, and not among the shipped ones{hint} "
                 "(`bytelm recipes` lists them)"
@@ -95,18 +95,28 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | TableRecip
     Raises:
         ConfigError: the recipe or an override cannot be used.
     """
-    try:
-        data = yaml.load(recipe_text(name), _YamlLoader)
-    except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise ConfigError(f"recipe {name!r} is not valid YAML: {what}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"recipe {name!r} must hold a mapping, not {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
+    data = read_mapping(recipe_text(name), f"recipe {name!r}", overrides)
     model = data.get("model")
     is_table = isinstance(model, dict) and model.get("kind") == "ngram"
     return parse(TableRecipe if is_table else Recipe, data, f"recipe {name!r}")
+
+
+def read_mapping(text: str, where: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping that a YAML text holds, with ``key.path=value`` overrides applied in order.
+
+    Raises:
+        ConfigError: the text is no YAML, holds something else, or an override cannot be used.
+    """
+    try:
+        data = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not valid YAML: {what}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must hold a mapping, not {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return data
 
 
 def dump_yaml(node: BaseModel) -> str:
@@ -151,7 +161,7 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         *_, candidates = _walk(node, location[:-1])
         valid = [name for candidate in candidates for name in candidate.model_fields]
-        hint = _nearest(str(location[-1]), valid)
+        hint = nearest(str(location[-1]), valid)
         return f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
@@ -166,7 +176,8 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
     return f"{path}: {message}, not {first['input']!r}"
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint at the valid name most like ``name``, if one is."""
     matches = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 

@@ -68,14 +68,11 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
             "data.path is missing: add data.path=FOLDER, made by `bytelm data prepare`"
         )
     dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
+    recipe = settle(recipe, dataset)
     scorer, scorer_config, tokenizer = None, None, None
     if recipe.data.tokenizer is not None:
         tokenizer = _tokenizer(recipe, Path(recipe.data.tokenizer))
-        if recipe.data.row_patches is None:
-            mean = mean_token_bytes(tokenizer, sample_dataset(dataset, TOKEN_SAMPLE_BYTES))
-            recipe = recipe.model_copy(update={"data": _with_room(recipe.data, mean)})
     if isinstance(recipe.model, BLTConfig):
-        recipe = _settle_patches(recipe, dataset)
         scorer, scorer_config = _scorer(recipe, dataset, device)
     assert isinstance(recipe.model, BLTConfig | TransformerConfig)
     description = ModelDescription(
@@ -87,6 +84,23 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
     )
     module, trained = _initialise(recipe, scorer, tokenizer, device)
     return Setup(recipe, description, dataset, module, trained, tokenizer)
+
+
+def settle(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Fill in what a recipe leaves to its data: the threshold, and the room for patches or tokens.
+
+    Raises:
+        ConfigError: the tokenizer does not fit the model.
+        DataError: the data, or the tokenizer, is damaged or unfit.
+        PatchingError: the wanted patch size cannot be reached.
+    """
+    if isinstance(recipe.model, BLTConfig):
+        return _settle_patches(recipe, dataset)
+    if recipe.data.tokenizer is None or recipe.data.row_patches is not None:
+        return recipe
+    tokenizer = _tokenizer(recipe, Path(recipe.data.tokenizer))
+    mean = mean_token_bytes(tokenizer, sample_dataset(dataset, TOKEN_SAMPLE_BYTES))
+    return recipe.model_copy(update={"data": with_room(recipe.data, mean)})
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -121,11 +135,11 @@ def _settle_patches(recipe: Recipe, dataset: Dataset) -> Recipe:
                 )
             patching = calibrate_sample(patching, sample, patching.patch_size)
     if data.row_patches is None:
-        data = _with_room(data, mean_patch_size(patching, sample))
+        data = with_room(data, mean_patch_size(patching, sample))
     return recipe.model_copy(update={"patching": patching, "data": data})
 
 
-def _with_room(data: DataConfig, mean_size: float) -> DataConfig:
+def with_room(data: DataConfig, mean_size: float) -> DataConfig:
     """Room for patches (or tokens) of a mean size."""
     # No row holds more of them than bytes.
     wanted = min(math.ceil(PATCH_MARGIN * data.row_bytes / mean_size), data.row_bytes)

@@ -21,7 +21,7 @@ from bytelm.evaluation import (
 )
 from bytelm.patching import build_patcher
 from bytelm.training.optim import build_optimizer, learning_rate
-from bytelm.training.setup import Setup, choose_device, set_up
+from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
 
 
@@ -77,7 +77,7 @@ class Trainer:
         )
         self.held_out = Dataset(self.setup.dataset.folder, "validation", verify=data.verify)
         self.optimizer = build_optimizer(self.setup.trained, self.recipe.optimizer)
-        self.step_flops = _step_flops(self.setup)
+        self.step_flops = step_flops(self.recipe)
         self.data_fingerprint = self.setup.dataset.manifest.fingerprint
         if self.setup.tokenizer:
             self.data_fingerprint += f"/{self.setup.tokenizer.fingerprint}"
@@ -196,10 +196,10 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _step_flops(setup: Setup) -> float:
-    data = setup.recipe.data
-    assert isinstance(setup.recipe.model, BLTConfig | TransformerConfig)
+def step_flops(recipe: Recipe) -> float:
+    """FLOPs of one optimiser step of a settled recipe, padding included."""
+    data = recipe.data
+    assert isinstance(recipe.model, BLTConfig | TransformerConfig)
     num_units = data.row_patches or 0
-    num_positions = num_units if setup.tokenizer else data.row_bytes
-    row = training_flops(setup.recipe.model, num_positions, num_units)
-    return float(row * data.rows_per_step)
+    num_positions = data.row_bytes if data.tokenizer is None else num_units
+    return float(training_flops(recipe.model, num_positions, num_units) * data.rows_per_step)

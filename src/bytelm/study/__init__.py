@@ -1,0 +1,18 @@
+"""Studies: families of models compared at equal FLOPs, planned, run in slices, fitted and drawn."""
+
+from bytelm.study.plan import Plan, Run, load_plan, plan_names, plan_runs
+from bytelm.study.runs import Cost, run_all, run_cost, settle_run
+from bytelm.study.text import prepare_text
+
+__all__ = [
+    "Cost",
+    "Plan",
+    "Run",
+    "load_plan",
+    "plan_names",
+    "plan_runs",
+    "prepare_text",
+    "run_all",
+    "run_cost",
+    "settle_run",
+]

@@ -1,0 +1,133 @@
+"""The text of a study: prepared once, scored by each entropy model, tokenized for baselines.
+
+::
+
+    STUDY/text/               documents
+    STUDY/scorers/NAME/       entropy models
+    STUDY/scored/NAME/        the same documents with entropies
+    STUDY/tokenizers/N.json   byte-pair merges
+
+Every part is made whole or not at all; the same plan finds it there.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from bytelm.checkpoint import locked
+from bytelm.config import Recipe, TableRecipe, load_recipe
+from bytelm.data import Dataset, PrepareOptions, ReadOptions, prepare, train_dataset_tokenizer
+from bytelm.errors import DataError
+from bytelm.study.plan import STDLIB, Plan, TextConfig
+from bytelm.tracking import preparation_bar
+from bytelm.training import fit_table, train
+
+TOKENIZER_BYTES = 16_000_000
+"""Training text whose pairs are counted for a tokenizer."""
+
+
+def prepare_text(plan: Plan, out: Path, console: Console, time_limit: float | None = None) -> bool:
+    """Make everything that the runs of a plan read.
+
+    Returns:
+        Whether all is there; false where the training of an entropy model ran out of time.
+
+    Raises:
+        BytelmError: as ``bytelm data prepare``, ``bytelm train`` and ``bytelm data tokenizer``.
+    """
+    with locked(out / "text-lock"):
+        _prepare(plan.text, out, console)
+        for name, scorer in plan.scorers.items():
+            recipe = load_recipe(
+                scorer.recipe, [f"data.path={out / 'text'}", "data.verify=false", *scorer.overrides]
+            )
+            if isinstance(recipe, TableRecipe):
+                with console.status(f"counting for scorer {name}"):
+                    fit_table(recipe, scorer_folder(out, name))
+            elif not _train_scorer(name, recipe, out, console, time_limit):
+                return False
+            _score(name, out, console)
+        for vocab_size in sorted({f.vocab_size for f in plan.families.values() if f.vocab_size}):
+            _tokenizer(vocab_size, out, console)
+    return True
+
+
+def text_folder(plan: Plan, family: str, out: Path) -> Path:
+    """Where the prepared text of a family lies."""
+    scorer = plan.family(family).scorer
+    return out / "text" if scorer is None else out / "scored" / scorer
+
+
+def scorer_folder(out: Path, name: str) -> Path:
+    """Where an entropy model lies."""
+    return out / "scorers" / name
+
+
+def tokenizer_path(out: Path, vocab_size: int) -> Path:
+    """Where a tokenizer lies."""
+    return out / "tokenizers" / f"{vocab_size}.json"
+
+
+def leaked_documents(folder: Path) -> set[int]:
+    """Held-out documents, by number, whose bytes are also those of a training document."""
+    train, held_out = (Dataset(folder, split) for split in ("train", "validation"))
+    lengths = set(np.unique(held_out.lengths).tolist())
+    seen = {train.document(n) for n in range(len(train)) if int(train.lengths[n]) in lengths}
+    return {n for n in range(len(held_out)) if held_out.document(n) in seen}
+
+
+def _prepare(text: TextConfig, out: Path, console: Console) -> None:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    # Installed packages may lie inside the library's folder, and differ between machines.
+    packages = tuple(library.glob("*-packages"))
+
+    def resolved(arguments: tuple[str, ...]) -> list[str]:
+        return [one.replace(STDLIB, str(library)) for one in arguments]
+
+    options = PrepareOptions(
+        read=ReadOptions(include="*.py") if any(STDLIB in t for t in text.train) else ReadOptions(),
+        validation=tuple(resolved(text.validation)),
+        validation_share=text.validation_share,
+        leave_out=(out, *packages),
+    )
+    with preparation_bar(console) as report:
+        manifest = prepare(resolved(text.train), out / "text", options, report)
+    if not manifest.sources("validation"):
+        raise DataError(
+            "nothing is held out, so the study could measure nothing: set text.validation or "
+            "text.validation_share"
+        )
+
+
+def _train_scorer(
+    name: str, recipe: Recipe, out: Path, console: Console, time_limit: float | None
+) -> bool:
+    result = train(
+        recipe,
+        scorer_folder(out, name),
+        console=console,
+        title=f"scorer {name}",
+        time_limit=time_limit,
+    )
+    return result.finished
+
+
+def _score(name: str, out: Path, console: Console) -> None:
+    options = PrepareOptions(scorer=scorer_folder(out, name))
+    with preparation_bar(console) as report:
+        prepare([str(out / "text")], out / "scored" / name, options, report)
+
+
+def _tokenizer(vocab_size: int, out: Path, console: Console) -> None:
+    path = tokenizer_path(out, vocab_size)
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    with console.status(f"training a tokenizer of {vocab_size} tokens"):
+        dataset = Dataset(out / "text", "train")
+        tokenizer = train_dataset_tokenizer(dataset, vocab_size, TOKENIZER_BYTES)
+    temporary = path.with_suffix(".writing")
+    tokenizer.save(temporary)
+    temporary.replace(path)
