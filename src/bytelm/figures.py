@@ -43,14 +43,24 @@ def check_matplotlib() -> None:
         raise ConfigError("figures need matplotlib: install bytelm[figures]") from None
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     check_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure; the format follows from the name.
+
+    Raises:
+        ConfigError: the format is unknown, or the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
@@ -73,7 +83,7 @@ def draw_entropies(patched: PatchedText, path: Path) -> None:
     length = len(patched.data)
     panels = max(-(-length // BYTES_PER_LINE), 1)
     width = 1.5 + 0.135 * min(length, BYTES_PER_LINE)
-    figure = _new_figure(max(width, 4.0), 2.2 * panels + 0.4)
+    figure = new_figure(max(width, 4.0), 2.2 * panels + 0.4)
     axes = np.atleast_1d(figure.subplots(panels, 1, sharey=True))
     labels = byte_labels(patched.data)
     for panel, axis in enumerate(axes):
@@ -99,7 +109,7 @@ def draw_entropies(patched: PatchedText, path: Path) -> None:
         fontsize=9,
         loc="left",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_rules(patched: Sequence[PatchedText], path: Path) -> None:
@@ -110,7 +120,7 @@ def draw_rules(patched: Sequence[PatchedText], path: Path) -> None:
     """
     data = patched[0].data[:BYTES_PER_LINE]
     labels = byte_labels(data)
-    figure = _new_figure(2.0 + 0.135 * len(data), 0.5 + 0.42 * len(patched))
+    figure = new_figure(2.0 + 0.135 * len(data), 0.5 + 0.42 * len(patched))
     axis = figure.subplots()
     for line, text in enumerate(patched):
         _draw_boxes(axis, text, line, len(data))
@@ -126,7 +136,7 @@ def draw_rules(patched: Sequence[PatchedText], path: Path) -> None:
     axis.set_ylim(len(patched) - 0.4, -0.6)
     axis.spines[:].set_visible(False)
     axis.set_title("bytes per patch in brackets", fontsize=8, loc="right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(
@@ -141,7 +151,7 @@ def draw_curves(
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be made.
     """
-    figure = _new_figure(6.0, 3.6)
+    figure = new_figure(6.0, 3.6)
     axis = figure.subplots()
     for name, (x, y) in curves.items():
         axis.plot(x, y, "o-", ms=3.5, lw=1.4, label=name)
@@ -151,7 +161,7 @@ def draw_curves(
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_boxes(axis: "Axes", text: PatchedText, line: int, length: int) -> None:

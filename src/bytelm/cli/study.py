@@ -29,6 +29,10 @@ def study(
         str | None,
         typer.Option(help="Stop after this long (90s, 9m, 2h); the same command goes on."),
     ] = None,
+    redraw: Annotated[
+        Path | None,
+        typer.Option(help="Train nothing: draw the table in this folder again, into --out."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Only runs whose name holds this text.")] = None,
     speed: Annotated[
         float, typer.Option(min=1.0, help="FLOPs per second of a worker, to estimate time.")
@@ -40,16 +44,28 @@ def study(
     finished is tabled, fitted and drawn each time.
 
     [dim]bytelm study cpu-corpus --dry-run
-    bytelm study cpu-corpus --workers 2 --time-limit 9m[/]
+    bytelm study cpu-corpus --workers 2 --time-limit 9m
+    bytelm study cpu-corpus --redraw docs/study --out docs/study[/]
     """
     from bytelm.display import show_costs
-    from bytelm.study import load_plan, plan_runs, prepare_text, run_all, run_cost
+    from bytelm.study import (
+        load_plan,
+        plan_runs,
+        prepare_text,
+        run_all,
+        run_cost,
+        write_page,
+        write_table,
+    )
 
     settled = load_plan(plan, overrides or ())
     folder = out or Path("studies") / settled.name
     runs = [run for run in plan_runs(settled) if only is None or only in run.name]
     if dry_run:
         show_costs(console, settled, [run_cost(settled, run, folder, speed) for run in runs])
+        return
+    if redraw is not None:
+        console.print(f"{write_page(settled, redraw, folder)}")
         return
     deadline = time.time() + seconds(time_limit) if time_limit else None
     signal.signal(signal.SIGTERM, _interrupt)
@@ -65,6 +81,9 @@ def study(
     except KeyboardInterrupt:
         console.print("stopped: the same command goes on")
         raise typer.Exit(130) from None
+    finished = write_table(plan_runs(settled), folder)
+    if finished:
+        console.print(f"{finished} runs finished: {write_page(settled, folder, folder)}")
     if problems:
         raise TrainingError("; ".join(problems))
 

@@ -1,7 +1,9 @@
 """Studies: families of models compared at equal FLOPs, planned, run in slices, fitted and drawn."""
 
+from bytelm.study.page import write_page
 from bytelm.study.plan import Plan, Run, load_plan, plan_names, plan_runs
 from bytelm.study.runs import Cost, run_all, run_cost, settle_run
+from bytelm.study.table import write_table
 from bytelm.study.text import prepare_text
 
 __all__ = [
@@ -15,4 +17,6 @@ __all__ = [
     "run_all",
     "run_cost",
     "settle_run",
+    "write_page",
+    "write_table",
 ]

@@ -37,7 +37,7 @@ def prepare_text(plan: Plan, out: Path, console: Console, time_limit: float | No
     Raises:
         BytelmError: as ``bytelm data prepare``, ``bytelm train`` and ``bytelm data tokenizer``.
     """
-    with locked(out / "text-lock"):
+    with locked(out):
         _prepare(plan.text, out, console)
         for name, scorer in plan.scorers.items():
             recipe = load_recipe(

@@ -1,0 +1,231 @@
+"""The page of a study: tables, fits, crossovers and figures, made from the table alone."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bytelm.study.comparison import Comparison, compare
+from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
+from bytelm.study.fit import Bootstrap, Crossover, Curve
+from bytelm.study.plan import Plan
+from bytelm.study.table import read_table
+
+PAGE = "results.md"
+AXES = {"training": "training FLOPs", "inference": "training bytes"}
+
+
+def write_page(plan: Plan, tables: Path, out: Path) -> Path:
+    """Fit, draw and describe what a study's table holds.
+
+    Args:
+        plan: what is compared.
+        tables: folder of the two Parquet files.
+        out: where the page and its figures go.
+
+    Raises:
+        DataError: there is no table, or it holds no run of the plan.
+        ConfigError: matplotlib is missing.
+    """
+    results = read_table(tables, plan)
+    bootstrap = Bootstrap(results)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = results.rows
+    lines = [f"# {plan.title}", "", *_preamble(plan, bootstrap), ""]
+    for name, config in plan.comparisons.items():
+        comparison = compare(name, plan, bootstrap)
+        if not comparison.rows:
+            lines += [f"## {config.title}", "", "No run of it is finished yet.", ""]
+            continue
+        lines += [f"## {config.title}", ""]
+        if comparison.curves:
+            draw_comparison(comparison, out / f"{name}.svg", AXES[config.kind])
+            lines += [f"![{config.title}]({name}.svg)", ""]
+        lines += [*_runs(comparison, bootstrap), ""]
+        if comparison.curves:
+            lines += [*_laws(comparison), *_crossovers(comparison.crossovers), ""]
+        lines += [f"- left out: {why}" for why in comparison.left_out]
+    plain = [row for row in rows if row["settings"] == "{}"] or rows
+    draw_units(plain, out / "units.svg")
+    draw_costs(plain, out / "costs.svg")
+    lines += ["## Bytes per patch and quality", "", "![bytes per patch](units.svg)", ""]
+    lines += ["## Time and memory", "", "![time and memory](costs.svg)", "", *_costs(plain), ""]
+    lines += ["## By source", "", *_sources(bootstrap), ""]
+    (out / PAGE).write_text("\n".join(lines), "utf-8")
+    return out / PAGE
+
+
+def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
+    rows = bootstrap.results.rows
+    machines = Counter(_machine(row) for row in rows)
+    worst = max(
+        (abs(r["flops"] / r["budget_flops"] - 1) for r in rows if r["budget_flops"]), default=0
+    )
+    leaked = max((row["leaked_documents"] for row in rows), default=0)
+    counted = "counted in" if plan.include_scorer else "left out of"
+    spread = (
+        f"Seeds of one configuration differ by {bootstrap.seed_noise:.4f} bpb (standard deviation)."
+        if bootstrap.seed_noise
+        else "No configuration has several seeds, so intervals hold no noise of seeds."
+    )
+    return [
+        f"Plan `{plan.name}`: {len(rows)} runs, {sum(r['flops'] for r in rows):.3g} training FLOPs "
+        f"in all. Each run's FLOPs, padding included, are within {worst:.2%} of its budget; the "
+        f"entropy model's are {counted} it and given beside. Measured on "
+        f"{int(bootstrap.results.num_bytes.sum()):,} bytes of {len(bootstrap.results.num_bytes):,} "
+        f"held-out documents ({leaked} more left out because they also stand in the training "
+        f"text). {spread}",
+        "",
+        "Machines: "
+        + "; ".join(f"{name} ({count} runs)" for name, count in machines.items())
+        + ".",
+        "Brackets are 95% intervals, of held-out documents drawn anew and of seeds.",
+    ]
+
+
+def _machine(row: dict[str, Any]) -> str:
+    one = json.loads(row["machine"]) or {}
+    return (
+        f"{one.get('device')}, {one.get('threads')} thread(s), torch {one.get('torch')}, bytelm "
+        f"{one.get('bytelm')}"
+    )
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+        *("| " + " | ".join(line) + " |" for line in lines),
+    ]
+
+
+def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
+    low, high = np.quantile(bootstrap.replicates, (0.025, 0.975), axis=0)
+    lines = []
+    for number in comparison.rows:
+        row = bootstrap.results.rows[number]
+        settings = json.loads(row["settings"])
+        lines.append(
+            [
+                row["label"],
+                row["size"],
+                ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in settings.items()),
+                str(row["seed"]),
+                f"{row['flops']:.3g}",
+                f"{row['parameters']:,}",
+                f"{row['table_parameters']:,}",
+                f"{row['inference_flops']:.3g}",
+                f"{row['unit_bytes']:.2f}" if row["unit_bytes"] else "1",
+                f"{row['train_bytes'] / 1e6:.2f}",
+                f"{row['epochs']:.2f}",
+                f"{bootstrap.bpb[number]:.3f} [{low[number]:.3f}, {high[number]:.3f}]",
+            ]
+        )
+    if not any(line[2] for line in lines):
+        return _table(*_without(lines, 2))
+    return _table(HEADS, lines)
+
+
+HEADS = [
+    "family",
+    "size",
+    "settings",
+    "seed",
+    "training FLOPs",
+    "parameters",
+    "in tables",
+    "FLOPs/byte",
+    "bytes/unit",
+    "MB read",
+    "epochs",
+    "bits per byte",
+]
+
+
+def _without(lines: list[list[str]], column: int) -> tuple[list[str], list[list[str]]]:
+    def cut(line: list[str]) -> list[str]:
+        return [one for number, one in enumerate(line) if number != column]
+
+    return cut(HEADS), [cut(line) for line in lines]
+
+
+def _laws(comparison: Comparison) -> list[str]:
+    def line(curve: Curve) -> list[str]:
+        if curve.law is None:
+            return [curve.name, str(len(curve.x)), "-", "-", "-"]
+        low, high = curve.exponent_interval()
+        return [
+            curve.name,
+            str(len(curve.x)),
+            f"{np.exp(curve.law.log_scale):.4g}",
+            f"{curve.law.exponent:.4f} [{low:.4f}, {high:.4f}]",
+            f"{curve.law.floor:.3f}" if curve.law.floor else "0 (too few budgets)",
+        ]
+
+    heads = ["family", "budgets", "A", "exponent", "floor"]
+    return ["bpb = floor + A x^-exponent:", "", *_table(heads, map(line, comparison.curves)), ""]
+
+
+def _crossovers(crossovers: Sequence[Crossover]) -> list[str]:
+    lines = []
+    for one in crossovers:
+        where = one.verdict
+        if one.x is not None:
+            where = f"crosses at {one.x:.3g} [{one.low:.3g}, {one.high:.3g}]"
+        lines.append(f"- {one.name} and {one.baseline}: {where}")
+    return lines
+
+
+def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    def line(row: dict[str, Any]) -> list[str]:
+        return [
+            row["label"],
+            row["size"],
+            f"{row['flops']:.3g}",
+            f"{row['scorer_flops']:.2g}",
+            f"{row['seconds']:.0f}",
+            f"{row['flops'] / row['seconds'] / 1e9:.1f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['padded_bytes']:.1%}",
+            f"{row['padded_patches']:.1%}",
+            str(row["slices"]),
+        ]
+
+    heads = [
+        "family",
+        "size",
+        "training FLOPs",
+        "+ scorer",
+        "seconds",
+        "GFLOP/s",
+        "peak GB",
+        "padded bytes",
+        "padded units",
+        "slices",
+    ]
+    ordered = sorted(rows, key=lambda row: (row["flops"], row["label"]))
+    return _table(heads, map(line, ordered))
+
+
+def _sources(bootstrap: Bootstrap) -> list[str]:
+    """Bits per byte by source, of every family's run at its largest budget."""
+    largest: dict[str, int] = {}
+    rows = bootstrap.results.rows
+    for number, row in enumerate(rows):
+        if row["settings"] != "{}":
+            continue
+        best = largest.get(row["family"])
+        key = (row["flops"], -bootstrap.bpb[number])
+        if best is None or key > (rows[best]["flops"], -bootstrap.bpb[best]):
+            largest[row["family"]] = number
+    if not largest:
+        return ["No run without settings of its own is finished."]
+    columns = {name: bootstrap.results.by_source(number) for name, number in largest.items()}
+    names = sorted(next(iter(columns.values())))
+    heads = ["source", *(rows[n]["label"] for n in largest.values())]
+    first = ["training FLOPs", *(f"{rows[n]['flops']:.2g}" for n in largest.values())]
+    lines = [[name, *(f"{columns[f][name]:.3f}" for f in largest)] for name in names]
+    return _table(heads, [first, *lines])
