@@ -82,7 +82,8 @@ def _unlike(
         if abs(flops / wanted - 1) > config.tolerance:
             found[member] = (
                 f"{member} costs {flops:.3g} FLOPs per byte at inference, "
-                f"{flops / wanted - 1:+.1%} from {first}'s {wanted:.3g}: beyond the tolerance of {config.tolerance:.0%}"
+                f"{flops / wanted - 1:+.1%} from {first}'s {wanted:.3g}: "
+                f"beyond the tolerance of {config.tolerance:.0%}"
             )
     return found
 

@@ -60,10 +60,10 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
 
 def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     rows = bootstrap.results.rows
-    machines = Counter(_machine(row) for row in rows)
-    worst = max(
-        (abs(r["flops"] / r["budget_flops"] - 1) for r in rows if r["budget_flops"]), default=0
-    )
+    counts = Counter(_machine(row) for row in rows)
+    machines = "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
+    off = [abs(row["flops"] / row["budget_flops"] - 1) for row in rows if row["budget_flops"]]
+    worst = max(off, default=0.0)
     leaked = max((row["leaked_documents"] for row in rows), default=0)
     counted = "counted in" if plan.include_scorer else "left out of"
     spread = (
@@ -79,9 +79,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
         f"held-out documents ({leaked} more left out because they also stand in the training "
         f"text). {spread}",
         "",
-        "Machines: "
-        + "; ".join(f"{name} ({count} runs)" for name, count in machines.items())
-        + ".",
+        f"Machines: {machines}.",
         "Brackets are 95% intervals, of held-out documents drawn anew and of seeds.",
     ]
 
