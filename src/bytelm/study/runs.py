@@ -5,6 +5,7 @@
     STUDY/runs/NAME/                a training run, as `bytelm train` makes it
     STUDY/runs/NAME/slices.jsonl    a line for each time it was worked on
     STUDY/runs/NAME/result.json     written last, when it is trained and measured
+    STUDY/settled.json              thresholds and mean patches, found once
 
 A run is a process of its own: one that dies takes nothing with it, and goes on next time from its
 last checkpoint to the same numbers.
@@ -28,7 +29,14 @@ from rich.console import Console
 
 from bytelm.accounting import forward_flops, parameter_counts
 from bytelm.checkpoint import load_model, read_config, read_json, write_json
-from bytelm.config import BLTConfig, CalibratedPatching, Recipe, StaticPatching, TransformerConfig
+from bytelm.config import (
+    BLTConfig,
+    CalibratedPatching,
+    Recipe,
+    StaticPatching,
+    TransformerConfig,
+    parse,
+)
 from bytelm.data import Dataset
 from bytelm.errors import BytelmError, ConfigError, TrainingError
 from bytelm.evaluation import Likelihood, dataset_pieces, evaluate_pieces, total
@@ -50,7 +58,7 @@ from bytelm.version import __version__
 
 TOLERANCE = 0.01
 """How far a run's FLOPs may be from its budget."""
-RESULT, SLICES, ERROR = "result.json", "slices.jsonl", ".error.txt"
+RESULT, SLICES, ERROR, SETTLED = "result.json", "slices.jsonl", ".error.txt", "settled.json"
 FAILED = 3
 """Exit status of a run's process that wrote down why it could not go on."""
 POLL_SECONDS = 1.0
@@ -138,7 +146,7 @@ def settle_run(plan: Plan, run: Run, out: Path) -> Settled:
     scorer = 0.0
     if (folder / "manifest.json").exists():
         data = data.model_copy(update={"path": str(folder)})
-        recipe = settle(recipe.model_copy(update={"data": data}), Dataset(folder, "train"))
+        recipe = _settle_once(recipe.model_copy(update={"data": data}), folder, out)
         if family.scorer is not None:
             scorer = scorer_flops(out, family.scorer, data.row_bytes * data.rows_per_step)
     else:
@@ -245,6 +253,33 @@ def scorer_training_flops(out: Path, name: str) -> float:
         return 0.0
     training = read_config(folders[-1]).training or {}
     return float(training.get("flops", 0.0))
+
+
+def _settle_once(recipe: Recipe, folder: Path, out: Path) -> Recipe:
+    """Settle a recipe, or find what was settled for the same rows of the same data."""
+    path = out / SETTLED
+    known = read_json(path) if path.exists() else {}
+    what = {
+        "patching": recipe.patching.model_dump(mode="json") if recipe.patching else None,
+        "text": str(folder.relative_to(out)),
+        "tokenizer": Path(recipe.data.tokenizer).name if recipe.data.tokenizer else None,
+        "row_bytes": recipe.data.row_bytes,
+        "row_patches": recipe.data.row_patches,
+    }
+    key = json.dumps(what, sort_keys=True)
+    if key not in known:
+        settled = settle(recipe, Dataset(folder, "train")).model_dump(mode="json")
+        known[key] = {
+            "patching": settled["patching"],
+            "row_patches": settled["data"]["row_patches"],
+        }
+        temporary = path.with_name(f".{SETTLED}-{os.getpid()}")
+        write_json(temporary, known)
+        temporary.replace(path)
+    found = known[key]
+    data = {**recipe.data.model_dump(mode="json"), "row_patches": found["row_patches"]}
+    changed = {**recipe.model_dump(mode="json"), "patching": found["patching"], "data": data}
+    return parse(Recipe, changed, str(path))
 
 
 def _assumed_unit(plan: Plan, run: Run, recipe: Recipe) -> float | None:

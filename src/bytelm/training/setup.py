@@ -121,7 +121,8 @@ def _settle_patches(recipe: Recipe, dataset: Dataset) -> Recipe:
     """Find the threshold and the patch budget that the recipe leaves open."""
     patching, data = recipe.patching, recipe.data
     assert patching is not None
-    sample = sample_dataset(dataset)
+    is_open = isinstance(patching, CalibratedConfig) and patching.needs_calibration
+    sample = sample_dataset(dataset) if is_open or data.row_patches is None else {}
     if isinstance(patching, CalibratedConfig):
         if not dataset.has_entropies:
             raise DataError(
