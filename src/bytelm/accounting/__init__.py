@@ -6,7 +6,14 @@
 """
 
 from bytelm.accounting import published
-from bytelm.accounting.breakdown import PartCost, break_down, total
+from bytelm.accounting.breakdown import (
+    SCORER,
+    Breakdown,
+    PartCost,
+    break_down,
+    break_down_recipe,
+    total,
+)
 from bytelm.accounting.exact import (
     TRAINING_BYTES,
     TRAINING_FACTOR,
@@ -21,12 +28,15 @@ from bytelm.accounting.exact import (
 )
 
 __all__ = [
+    "SCORER",
     "TRAINING_BYTES",
     "TRAINING_FACTOR",
+    "Breakdown",
     "DecodeCost",
     "Flops",
     "PartCost",
     "break_down",
+    "break_down_recipe",
     "cache_sizes",
     "decode_costs",
     "forward_flops",

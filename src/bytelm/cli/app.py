@@ -13,7 +13,18 @@ from typer.core import TyperGroup
 from bytelm.errors import BytelmError
 from bytelm.version import __version__
 
-VERBS = ["quickstart", "data", "train", "eval", "patch", "generate", "import", "export", "recipes"]
+VERBS = [
+    "quickstart",
+    "data",
+    "train",
+    "eval",
+    "patch",
+    "generate",
+    "import",
+    "export",
+    "recipes",
+    "flops",
+]
 
 
 class _InOrder(TyperGroup):
