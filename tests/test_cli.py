@@ -74,7 +74,7 @@ def world(tmp_path_factory):
 def test_help_and_version(run):
     status, out, _ = run("--help")
     assert status == 0
-    for verb in ("quickstart", "data", "train", "eval", "patch", "generate", "recipes"):
+    for verb in ("quickstart", "data", "train", "eval", "patch", "generate", "recipes", "flops"):
         assert verb in out
     from bytelm.version import __version__
 
@@ -83,7 +83,7 @@ def test_help_and_version(run):
 
 @pytest.mark.parametrize(
     "verb",
-    ["quickstart", "train", "eval", "patch", "generate", "recipes", "data prepare",
+    ["quickstart", "train", "eval", "patch", "generate", "recipes", "flops", "data prepare",
      "data calibrate", "data info"],
 )  # fmt: skip
 def test_every_verb_has_help(run, verb):
@@ -224,6 +224,55 @@ def test_recipes_are_listed_and_printed(run):
     assert out.startswith("# A scorer that is a table")
 
 
+def cells(out, name):
+    """Numbers of the rows of a table that begin with a name."""
+    rows = [line for line in out.splitlines() if re.match(rf"{name}  +\S", line)]
+    return [re.split(r"  +", row)[1:] for row in rows]
+
+
+def test_flops_shows_every_part_beside_the_published_formula(run):
+    status, out, _ = run("flops", "blt-400m", "--patch-size", 6, "--context", 8192)
+    assert status == 0
+    assert "rows of 8,192 bytes, 1,365 patches of 6 bytes" in out
+    forward, decode = cells(out, "global")
+    assert forward == ["488 M", "162 M", "14 M", "176 M", "54%", "177 M"]
+    assert decode == ["190 M", "325 MB", "55.9 MB", "335 MB"]
+    assert cells(out, "total")[0] == ["2.87 G", "303 M", "26.2 M", "329 M", "100%", "322 M"]
+    assert "987 M FLOPs per byte; 4.93e+19 for the 50 G bytes of 11,921 steps" in out
+    assert "46 GB of parameters" in out
+    assert "not counted: --scorer entropy-100m adds" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_flops_counts_the_scorer_where_it_is_named(run):
+    _, without, _ = run("flops", "blt-400m")
+    _, out, _ = run("flops", "blt-400m", "--scorer", "entropy-100m")
+    assert cells(out, "scorer")[0][:4] == ["99.5 M", "199 M", "21.3 M", "220 M"]
+    assert cells(out, "total")[0][:4] == cells(without, "total")[0][:4]
+    assert "total with scorer" in out
+    _, out, _ = run("flops", "blt-400m", "--scorer", "entropy-ngram")
+    assert cells(out, "scorer")[0][:4] == ["0", "0", "0", "0"]
+
+
+def test_flops_of_transformers_tables_and_overrides(run, world):
+    _, out, _ = run("flops", "byte-1m", "--precision", "bfloat16")
+    assert cells(out, "output")[1][1] == "66.6 kB"
+    assert "scorer" not in out
+    assert cells(run("flops", "entropy-100m")[1], "total")[0][0] == "99.5 M"
+    assert "no FLOPs" in run("flops", "entropy-ngram")[1]
+    _, deeper, _ = run("flops", "byte-1m", "model.num_layers=10")
+    assert cells(deeper, "transformer")[0][0] == "2.01 M"
+    status, out, _ = run("flops", world / "blt.yaml")
+    assert status == 0
+    assert out.startswith("blt: rows of 128 bytes")
+
+
+@pytest.mark.parametrize("recipe", [["blt-8b", "--scorer", "entropy-100m"], ["byte-1m"]])
+def test_flops_draws_a_figure(run, tmp_path, recipe):
+    assert run("flops", *recipe, "--figure", tmp_path / "a.svg")[0] == 0
+    assert "</svg>" in (tmp_path / "a.svg").read_text()
+
+
 def test_a_finished_run_says_so_again(run, world):
     status, out, err = run("train", world / "blt.yaml", f"data.path={world / 'scored'}",
                            "--out", world / "blt")  # fmt: skip
@@ -251,6 +300,18 @@ def test_a_finished_run_says_so_again(run, world):
         (["generate", "{world}/blt", "--top-p", "3"], "top_p must be above 0 and at most 1, not 3"),
         (["generate", "{world}/blt", "--temperature", "-1"], "temperature must be 0"),
         (["patch", "{world}/blt", "x", "--figure", "{tmp}/x.nonsense"], "cannot draw"),
+        (["flops", "blt-9b"], "did you mean 'blt-8b'?"),
+        (["flops", "blt-1m", "--patch-size", "0.5"], "patches of 0.5 bytes are not possible"),
+        (["flops", "blt-1m", "--patch-size", "nan"], "between 1 and the context, 1,024 bytes"),
+        (["flops", "byte-1m", "--patch-size", "4"], "no patches: leave out --patch-size"),
+        (["flops", "byte-1m", "--scorer", "entropy-tiny"], "no patches: leave out --scorer"),
+        (["flops", "blt-1m", "--scorer", "blt-1m"], "blt-1m is a BLT, not a scorer"),
+        (["flops", "blt-1m", "patching={{kind: space}}"], "say it, such as --patch-size 6"),
+        (
+            ["flops", "blt-1m", "patching={{kind: static, length: 4}}", "--scorer", "entropy-tiny"],
+            "static patches need no scorer",
+        ),
+        (["flops", "blt-1m", "--figure", "{tmp}/x.nonsense"], "cannot draw"),
         (["recipes", "nothing"], "'nothing' is not a shipped recipe"),
         (["data", "prepare", "", "--out", "{tmp}/d"], "an input is empty"),
         (["data", "prepare", "{world}/text.jsonl", "--out", "{world}/text.jsonl"], "is not empty"),

@@ -3,7 +3,7 @@ import pytest
 
 from bytelm.config import EntropyPatching, SpacePatching
 from bytelm.errors import ConfigError
-from bytelm.figures import byte_labels, draw_curves, draw_entropies, draw_rules
+from bytelm.figures import byte_labels, draw_curves, draw_entropies, draw_rules, draw_shares
 from bytelm.language_model import PatchedText
 
 
@@ -33,6 +33,12 @@ def test_figures_of_any_bytes(tmp_path, data):
 def test_curves(tmp_path):
     draw_curves({"a": ([1.0, 10.0], [2.0, 1.0])}, tmp_path / "c.png", x_label="FLOPs")
     assert (tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_shares_of_nothing_and_of_something(tmp_path):
+    costs = {"FLOPs\n3": {"encoder": 1.0, "global": 2.0}, "none": {"encoder": 0.0, "global": 0.0}}
+    draw_shares(costs, tmp_path / "s.svg", title="some model")
+    assert "</svg>" in (tmp_path / "s.svg").read_text()
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):

@@ -1,6 +1,7 @@
-"""What the command line shows: tables of data and of likelihood, coloured patches."""
+"""What the command line shows: tables of data, likelihood and costs, coloured patches."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,12 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bytelm.accounting import SCORER, TRAINING_BYTES, Breakdown, PartCost
+from bytelm.config import CalibratedPatching, Recipe
 from bytelm.data import Manifest
 from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
 from bytelm.study import Cost, Plan
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
+PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
@@ -111,7 +115,7 @@ def patches_json(patched: PatchedText) -> str:
     )
 
 
-def show_costs(console: Console, plan: Plan, costs: Sequence[Cost]) -> None:
+def show_study_costs(console: Console, plan: Plan, costs: Sequence[Cost]) -> None:
     """What the runs of a study cost, before they are made."""
     table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
     for name in ("run", "parameters", "+ tables", "FLOPs/byte", "steps", "MB read", "epochs"):
@@ -148,3 +152,129 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:,.1f} min"
     return f"{seconds / 3600:,.1f} h" if seconds < 172_800 else f"{seconds / 86400:,.0f} days"
+
+
+def show_costs(
+    console: Console, costs: Breakdown, recipe: Recipe, *, name: str, precision: str
+) -> None:
+    """What a model costs by part, forward and while generating, and what that comes to."""
+    console.print(f"{costs_title(costs, name)}\n")
+    console.print("forward, FLOPs per byte", style="bold")
+    console.print(_forward_table(costs))
+    console.print(f"\ngenerating byte {costs.num_bytes:,}, in {precision}", style="bold")
+    console.print(_generation_table(costs))
+    console.print()
+    console.print(_summary(costs, recipe))
+
+
+def costs_title(costs: Breakdown, name: str) -> str:
+    """Of what recipe the costs are, and for what rows."""
+    title = f"{name}: rows of {costs.num_bytes:,} bytes"
+    if not costs.num_patches:
+        return title
+    size = costs.num_bytes / costs.num_patches
+    return f"{title}, {costs.num_patches:,} patches of {size:.3g} bytes"
+
+
+def _forward_table(costs: Breakdown) -> Table:
+    table = _part_table("parameters", "linear", "attention", "both", "share", "published")
+    everything = costs.everything.forward
+    for name, one in _rows_with_totals(costs):
+        formula = costs.published.get(name)
+        if name == "total":
+            formula = sum(costs.published.values())
+        table.add_row(
+            name,
+            *(si(x) for x in (one.parameters, one.linear, one.attention, one.forward)),
+            f"{one.forward / everything:.0%}",
+            "-" if formula is None else si(formula),
+            style="bold" if name.startswith("total") else None,
+        )
+    return table
+
+
+def _generation_table(costs: Breakdown) -> Table:
+    table = _part_table("FLOPs", "weights read", "cache read", "cache kept")
+    for name, one in _rows_with_totals(costs):
+        memory = (one.decode.weights_read, one.decode.cache_read, one.cache)
+        table.add_row(
+            name,
+            si(one.decode.flops),
+            *(f"{si(x)}B" for x in memory),
+            style="bold" if name.startswith("total") else None,
+        )
+    return table
+
+
+def _part_table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("part", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _rows_with_totals(costs: Breakdown) -> list[tuple[str, PartCost]]:
+    """The model's parts and their total; then the scorer, where it is counted, and all."""
+    rows = [(name, one) for name, one in costs.parts.items() if name != SCORER]
+    rows.append(("total", costs.model))
+    if SCORER in costs.parts:
+        rows += [(SCORER, costs.parts[SCORER]), ("total with scorer", costs.everything)]
+    return rows
+
+
+def _summary(costs: Breakdown, recipe: Recipe) -> Table:
+    """What training, a prompt, and generation come to."""
+    every, data = costs.everything, recipe.data
+    num_bytes = recipe.train.steps * data.rows_per_step * data.row_bytes
+    state = TRAINING_BYTES * costs.model.parameters
+    read = every.decode.weights_read + every.decode.cache_read
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row(
+        "training",
+        f"{si(every.training)} FLOPs per byte; {every.training * num_bytes:.3g} for the "
+        f"{si(num_bytes)} bytes of {recipe.train.steps:,} steps",
+    )
+    table.add_row("", f"{si(state)}B of parameters, gradients and AdamW's moments in fp32")
+    table.add_row(
+        "prefill",
+        f"{si(every.forward)} FLOPs per byte; {si(every.forward * costs.num_bytes)} for "
+        f"{costs.num_bytes:,} bytes",
+    )
+    table.add_row(
+        "decode",
+        f"{si(every.decode.flops)} FLOPs and {si(read)}B of memory read per byte; "
+        f"{si(every.cache)}B of caches",
+    )
+    if SCORER in costs.parts:
+        table.add_row(SCORER, "counted in these; forward only in training")
+    elif isinstance(recipe.patching, CalibratedPatching):
+        table.add_row(SCORER, "not counted: --scorer entropy-100m adds the paper's")
+    return table
+
+
+def cost_shares(costs: Breakdown) -> dict[str, dict[str, float]]:
+    """Every cost by part, under a label that says what it comes to: what a figure shows."""
+    quantities = {
+        "parameters": lambda one: one.parameters,
+        "training, FLOPs/byte": lambda one: one.training,
+        "prefill, FLOPs/byte": lambda one: one.forward,
+        "decode, FLOPs/byte": lambda one: one.decode.flops,
+        "decode, bytes read": lambda one: one.decode.weights_read + one.decode.cache_read,
+        "caches, bytes kept": lambda one: one.cache,
+    }
+    return {
+        f"{label}\n{si(quantity(costs.everything))}": {
+            name: float(quantity(one)) for name, one in costs.parts.items()
+        }
+        for label, quantity in quantities.items()
+    }
+
+
+def si(value: float | int) -> str:
+    """Three digits and a decimal prefix: ``1.23 G``. A unit may follow it."""
+    rounded = float(f"{value:.3g}")
+    power = min(int(math.log10(rounded)) // 3, len(PREFIXES) - 1) if rounded >= 1 else 0
+    return f"{rounded / 1000**power:.3g} {PREFIXES[power]}"

@@ -1,4 +1,4 @@
-"""Figures: entropies with patches, rules side by side, training curves.
+"""Figures: entropies with patches, rules side by side, training curves, shares of a cost.
 
 Needs matplotlib (``bytelm[figures]``). Each function draws one figure and saves it; the format
 follows from the file's name.
@@ -24,7 +24,24 @@ PATCH_COLOURS = ("#cfe3f7", "#fbe3c5")
 LINE_COLOUR = "#1f5a99"
 BOUNDARY_COLOUR = "#9a9a9a"
 THRESHOLD_COLOUR = "#c2410c"
+PART_COLOURS = {
+    "embedding": "#9a9a9a",
+    "byte embedding": "#9a9a9a",
+    "n-gram embeddings": "#d4d4d4",
+    "encoder": "#8fbce6",
+    "encoder cross-attention": "#c3dcf2",
+    "patch projections": "#8a6fb0",
+    "global": "#5b93cf",
+    "transformer": "#5b93cf",
+    "decoder": "#e8a15c",
+    "decoder cross-attention": "#f5d0a9",
+    "output": "#c2410c",
+    "scorer": "#7fb58a",
+}
+"""Greys for tables, blues for what comes before the latents and oranges for what comes after."""
 BYTES_PER_LINE = 96
+SMALLEST_LABELLED = 0.05
+"""Smallest share of a bar that has room for its number."""
 MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "$": "\\$"}
 """What stands for characters that cannot be drawn as they are; a bare dollar begins a formula."""
 FONTS = ("DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "DejaVu Sans")
@@ -161,6 +178,40 @@ def draw_curves(
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def draw_shares(costs: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
+    """A stacked bar for each quantity: the share of it that each part has.
+
+    Args:
+        costs: by label of the quantity and name of the part; all have the same parts.
+        path: of the file.
+        title: what it is of.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be made.
+    """
+    figure = new_figure(8.0, 1.2 + 0.55 * len(costs))
+    axis = figure.subplots()
+    totals = [sum(parts.values()) or 1.0 for parts in costs.values()]
+    begins = np.zeros(len(costs))
+    for name in next(iter(costs.values())):
+        shares = [parts[name] / all_ for parts, all_ in zip(costs.values(), totals, strict=True)]
+        bars = axis.barh(
+            range(len(costs)), shares, left=begins, color=PART_COLOURS[name], label=name
+        )
+        labels = [f"{share:.0%}" if share >= SMALLEST_LABELLED else "" for share in shares]
+        axis.bar_label(bars, labels, label_type="center", fontsize=7)
+        begins += shares
+    axis.set_yticks(range(len(costs)), list(costs), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1)
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.set_title(title, fontsize=9, loc="left")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

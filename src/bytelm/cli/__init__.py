@@ -4,7 +4,7 @@ Heavy modules are imported by the commands that need them: `--help` should not w
 """
 
 # Each of these adds its verbs to the app.
-from bytelm.cli import convert, data, models, study, tour
+from bytelm.cli import convert, costs, data, models, study, tour
 from bytelm.cli.app import app, main
 
-__all__ = ["app", "convert", "data", "main", "models", "study", "tour"]
+__all__ = ["app", "convert", "costs", "data", "main", "models", "study", "tour"]

@@ -24,6 +24,7 @@ VERBS = [
     "import",
     "export",
     "recipes",
+    "flops",
 ]
 
 

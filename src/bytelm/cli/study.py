@@ -47,7 +47,7 @@ def study(
     bytelm study cpu-corpus --workers 2 --time-limit 9m
     bytelm study cpu-corpus --redraw docs/study --out docs/study[/]
     """
-    from bytelm.display import show_costs
+    from bytelm.display import show_study_costs
     from bytelm.study import (
         load_plan,
         plan_runs,
@@ -62,7 +62,7 @@ def study(
     folder = out or Path("studies") / settled.name
     runs = [run for run in plan_runs(settled) if only is None or only in run.name]
     if dry_run:
-        show_costs(console, settled, [run_cost(settled, run, folder, speed) for run in runs])
+        show_study_costs(console, settled, [run_cost(settled, run, folder, speed) for run in runs])
         return
     if redraw is not None:
         console.print(f"{write_page(settled, redraw, folder)}")

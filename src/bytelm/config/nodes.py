@@ -117,6 +117,18 @@ class BLTConfig(Node):
     cross_attention: CrossAttentionConfig
     ngrams: NgramEmbeddingConfig = NgramEmbeddingConfig()
 
+    @property
+    def encoder_cross_layers(self) -> int:
+        """Encoder layers that have cross-attention."""
+        layers = {"none": 0, "last": 1, "all": self.local.encoder_layers}
+        return layers[self.cross_attention.encoder]
+
+    @property
+    def decoder_cross_layers(self) -> int:
+        """Decoder layers that have cross-attention."""
+        layers = {"none": 0, "first": 1, "all": self.local.decoder_layers}
+        return layers[self.cross_attention.decoder]
+
     @model_validator(mode="after")
     def _local_heads_divide(self) -> "BLTConfig":
         self.local.stack(1)

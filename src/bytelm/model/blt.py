@@ -51,10 +51,9 @@ class LocalEncoder(nn.Module):
             combine=config.ngrams.combine,
         )
         self.blocks = build_blocks(stack)
-        num_cross = {"none": 0, "last": 1, "all": local.encoder_layers}[cross.encoder]
         self.cross_attention = nn.ModuleList(
             EncoderCrossAttention(dim=local.dim, num_heads=cross.num_heads, residual=cross.residual)
-            for _ in range(num_cross)
+            for _ in range(config.encoder_cross_layers)
         )
         width = self.slots * local.dim
         if cross.queries == "learned":
@@ -134,14 +133,13 @@ class LocalDecoder(nn.Module):
         local, cross = config.local, config.cross_attention
         stack = local.stack(local.decoder_layers)
         self.spec = stack_spec(stack, local.window)
-        num_cross = {"none": 0, "first": 1, "all": local.decoder_layers}[cross.decoder]
-        self.slots = cross.slots if num_cross else 1
+        self.slots = cross.slots if config.decoder_cross_layers else 1
         self.latent_projection = nn.Linear(
             config.global_model.dim, self.slots * local.dim, bias=False
         )
         self.cross_attention = nn.ModuleList(
             DecoderCrossAttention(dim=local.dim, num_heads=cross.num_heads, residual=cross.residual)
-            for _ in range(num_cross)
+            for _ in range(config.decoder_cross_layers)
         )
         self.blocks = build_blocks(stack)
         self.norm = nn.RMSNorm(local.dim, eps=kernels.NORM_EPS)

@@ -1,0 +1,182 @@
+"""What a model's configuration costs, counted exactly and part by part.
+
+A multiply-add is 2 FLOPs; only matrix products and attention are counted (embedding and n-gram
+look-ups are not arithmetic; norms, rotations and softmax are below 1%). Attention counts the pairs
+that the mask admits in a row that is one document: position ``i`` of a window ``w`` sees
+``min(i + 1, w)`` keys. Training costs three times the forward pass.
+
+The scorer is not part of a model's count: it is a model of its own.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from bytelm.accounting.parts import Matrix, Part, SelfAttention, model_parts
+from bytelm.config import BLTConfig, TransformerConfig
+from bytelm.model.blt import BLT
+from bytelm.model.transformer import Transformer
+
+TRAINING_FACTOR = 3
+"""A backward pass costs two forward passes (paper, section 4.5)."""
+TRAINING_BYTES = 16
+"""Memory per parameter while training: itself, its gradient and AdamW's two moments, in fp32."""
+
+
+class Flops(NamedTuple):
+    """Forward FLOPs of one part over a row."""
+
+    linear: int
+    """Matrix products with weights."""
+    attention: int
+    """Products of queries with keys and of weights with values."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.linear + self.attention
+
+
+class DecodeCost(NamedTuple):
+    """What generating one byte costs in one part: the mean over the bytes of a patch."""
+
+    flops: float
+    weights_read: float
+    """Bytes of memory: every matrix that is run, and the rows of tables that are looked up."""
+    cache_read: float
+    """Bytes of memory: keys and values of the positions that are visible."""
+
+
+def forward_flops(
+    config: BLTConfig | TransformerConfig, num_bytes: int, num_patches: int = 0
+) -> dict[str, Flops]:
+    """Forward FLOPs of one row by part: what training, or reading a prompt, runs forward.
+
+    Args:
+        config: of the model.
+        num_bytes: bytes in the row, padding included where it is computed.
+        num_patches: patches in the row, likewise; not used by a plain transformer.
+    """
+    return {
+        name: _forward(part, num_bytes, num_patches) for name, part in model_parts(config).items()
+    }
+
+
+def training_flops(
+    config: BLTConfig | TransformerConfig, num_bytes: int, num_patches: int = 0
+) -> int:
+    """FLOPs of a forward and a backward pass over one row."""
+    parts = forward_flops(config, num_bytes, num_patches)
+    return TRAINING_FACTOR * sum(part.total for part in parts.values())
+
+
+def decode_costs(
+    config: BLTConfig | TransformerConfig,
+    num_bytes: int,
+    num_patches: int = 0,
+    *,
+    element_size: int,
+) -> dict[str, DecodeCost]:
+    """Cost by part of feeding the last of ``num_bytes`` to a session, for one text alone.
+
+    What runs once per patch counts ``num_patches / num_bytes`` times for each byte. Activations,
+    and what is written to caches, are not counted.
+
+    Args:
+        config: of the model.
+        num_bytes: position of the byte, from 1: it sees itself and those before it.
+        num_patches: patches among them; not used by a plain transformer.
+        element_size: bytes of memory of a weight or an element of a cache, such as 2 for bfloat16.
+    """
+    return {
+        name: _decode(part, num_bytes, num_patches, element_size)
+        for name, part in model_parts(config).items()
+    }
+
+
+def cache_sizes(
+    config: BLTConfig | TransformerConfig,
+    num_bytes: int,
+    num_patches: int = 0,
+    *,
+    element_size: int,
+) -> dict[str, int]:
+    """Bytes of memory by part that a session keeps after ``num_bytes``.
+
+    Keys and values of all positions that later ones can see, and of the last latent; room that is
+    reserved for growth is not counted. Arguments are those of :func:`decode_costs`.
+    """
+    sizes = {}
+    for name, part in model_parts(config).items():
+        attention = part.self_attention
+        kept = _cached(attention, num_bytes, num_patches) if attention else 0
+        sizes[name] = element_size * (kept + part.latent)
+    return sizes
+
+
+def parameters_by_part(config: BLTConfig | TransformerConfig) -> dict[str, int]:
+    """Parameters of the parts that :func:`forward_flops` counts, without building the model."""
+    return {name: part.parameters for name, part in model_parts(config).items()}
+
+
+def parameter_counts(model: BLT | Transformer) -> dict[str, int]:
+    """Parameters of a model by its modules; embeddings apart, since they cost no FLOPs."""
+    if isinstance(model, Transformer):
+        return {
+            "embedding": _count(model.embedding),
+            "transformer": _count(model.blocks) + _count(model.norm),
+            "output": _count(model.output),
+        }
+    embedding = model.encoder.embedding
+    return {
+        "byte embedding": _count(embedding.bytes),
+        "n-gram embeddings": 0 if embedding.ngrams is None else _count(embedding.ngrams),
+        "encoder": _count(model.encoder) - _count(embedding),
+        "global": _count(model.global_model),
+        "decoder": _count(model.decoder),
+    }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _forward(part: Part, num_bytes: int, num_patches: int) -> Flops:
+    lengths = {"byte": num_bytes, "patch": num_patches}
+    linear = sum(2 * m.parameters * m.vectors * lengths[m.per] for m in part.matrices)
+    attention = 4 * num_bytes * part.cross_width
+    if stack := part.self_attention:
+        pairs = _visible_pairs(lengths[stack.per], stack.window)
+        attention += 4 * stack.num_layers * stack.dim * pairs
+    return Flops(linear, attention)
+
+
+def _decode(part: Part, num_bytes: int, num_patches: int, element_size: int) -> DecodeCost:
+    # Times per byte that something is done which is done once per byte, or once per patch.
+    rates = {"byte": 1.0, "patch": num_patches / num_bytes}
+
+    def elements_read(matrix: Matrix) -> float:
+        return matrix.parameters * rates[matrix.read_per]
+
+    flops = sum(2 * m.parameters * m.vectors * rates[m.per] for m in part.matrices)
+    flops += 4 * part.cross_width
+    weights = sum(elements_read(m) for m in part.matrices) + part.looked_up
+    cache = float(part.latent)
+    if stack := part.self_attention:
+        seen = _cached(stack, num_bytes, num_patches) * rates[stack.per]
+        # A key costs a multiply-add for each of its elements, and so does a value.
+        flops += 2 * seen
+        cache += seen
+    return DecodeCost(flops, element_size * weights, element_size * cache)
+
+
+def _cached(stack: SelfAttention, num_bytes: int, num_patches: int) -> int:
+    """Elements of the keys and values that are visible to the last position."""
+    length = {"byte": num_bytes, "patch": num_patches}[stack.per]
+    return 2 * stack.num_layers * stack.dim * min(length, stack.window or length)
+
+
+def _visible_pairs(length: int, window: int | None) -> int:
+    """``sum_i min(i + 1, window)`` over a row."""
+    ramp = min(length, window or length)
+    return ramp * (ramp + 1) // 2 + (length - ramp) * ramp

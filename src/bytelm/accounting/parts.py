@@ -1,0 +1,160 @@
+"""A model's configuration as parts: the matrices, attention and tables that counts are made from.
+
+What a part costs depends on how often it is run. Vectors pass through a matrix once per byte or
+once per patch; while a text is generated a matrix is read from memory once per byte, or only when a
+patch closes. FLOPs, parameters, memory traffic and caches all follow from these descriptions.
+"""
+
+from typing import Literal, NamedTuple
+
+from bytelm.codec import VOCAB_SIZE
+from bytelm.config import BLTConfig, StackConfig, TransformerConfig
+
+Axis = Literal["byte", "patch"]
+
+
+class Matrix(NamedTuple):
+    """Matrices of one shape."""
+
+    inputs: int
+    outputs: int
+    copies: int
+    per: Axis
+    """What vectors pass through them for,"""
+    vectors: int = 1
+    """and how many for each."""
+    read_per: Axis = "byte"
+    """How often they are read while a text is generated."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all of them."""
+        return self.inputs * self.outputs * self.copies
+
+
+class SelfAttention(NamedTuple):
+    """Causal self-attention of a stack of layers."""
+
+    num_layers: int
+    dim: int
+    per: Axis
+    window: int | None
+    """Positions visible to a position, itself included; ``None`` for all before it."""
+
+
+class Part(NamedTuple):
+    """What one part of a model is made of."""
+
+    matrices: tuple[Matrix, ...] = ()
+    self_attention: SelfAttention | None = None
+    cross_width: int = 0
+    """Elements of the slots that each byte meets in cross-attention, over all layers."""
+    other_parameters: int = 0
+    """Tables, norms and learned queries: no arithmetic is counted for them."""
+    looked_up: int = 0
+    """Elements of tables read for each byte."""
+    latent: int = 0
+    """Elements kept of the last complete patch for the bytes after it to read."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the part."""
+        return sum(matrix.parameters for matrix in self.matrices) + self.other_parameters
+
+
+def model_parts(config: BLTConfig | TransformerConfig) -> dict[str, Part]:
+    """The parts of a model, in the order in which a byte passes through them."""
+    return _transformer(config) if isinstance(config, TransformerConfig) else _blt(config)
+
+
+def _transformer(config: TransformerConfig) -> dict[str, Part]:
+    vocab, dim = config.vocab_size, config.dim
+    return {
+        "embedding": Part(other_parameters=vocab * dim, looked_up=dim),
+        "transformer": _stack(config, "byte", config.window),
+        "output": Part((Matrix(dim, vocab, 1, "byte"),), other_parameters=dim),
+    }
+
+
+def _blt(config: BLTConfig) -> dict[str, Part]:
+    local, dim = config.local, config.local.dim
+    tables = len(config.ngrams.sizes) * config.ngrams.functions
+    return {
+        "byte embedding": Part(other_parameters=VOCAB_SIZE * dim, looked_up=dim),
+        "n-gram embeddings": Part(
+            other_parameters=tables * config.ngrams.rows * dim, looked_up=tables * dim
+        ),
+        "encoder": _stack(local.stack(local.encoder_layers), "byte", local.window),
+        "encoder cross-attention": _encoder_cross_attention(config),
+        "patch projections": _patch_projections(config),
+        "global": _stack(config.global_model, "patch", None),
+        "decoder": _stack(local.stack(local.decoder_layers), "byte", local.window),
+        "decoder cross-attention": _decoder_cross_attention(config),
+        "output": Part((Matrix(dim, VOCAB_SIZE, 1, "byte"),), other_parameters=dim),
+    }
+
+
+def _stack(config: StackConfig, per: Axis, window: int | None) -> Part:
+    """Blocks: queries, keys, values and output; gate, up and down; two norms."""
+    dim, layers = config.dim, config.num_layers
+    return Part(
+        matrices=(
+            Matrix(dim, dim, 4 * layers, per, read_per=per),
+            Matrix(dim, config.ffn_dim, 3 * layers, per, read_per=per),
+        ),
+        self_attention=SelfAttention(layers, dim, per, window),
+        other_parameters=2 * dim * layers,
+    )
+
+
+def _inner_dim(config: BLTConfig) -> int:
+    """Width of the heads of cross-attention together: below the local width if not divisible."""
+    heads = config.cross_attention.num_heads
+    return heads * (config.local.dim // heads)
+
+
+def _encoder_cross_attention(config: BLTConfig) -> Part:
+    """Slots ask, the bytes of their patch answer; all of it happens when the patch closes."""
+    dim, inner, layers = config.local.dim, _inner_dim(config), config.encoder_cross_layers
+    slots = config.cross_attention.slots
+    return Part(
+        matrices=(
+            Matrix(dim, inner, 2 * layers, "patch", slots, read_per="patch"),
+            Matrix(dim, inner, 2 * layers, "byte", read_per="patch"),
+        ),
+        cross_width=layers * slots * inner,
+        other_parameters=2 * dim * layers,
+    )
+
+
+def _decoder_cross_attention(config: BLTConfig) -> Part:
+    """Bytes ask, the slots of one latent answer, whose keys and values are made once per patch."""
+    dim, inner, layers = config.local.dim, _inner_dim(config), config.decoder_cross_layers
+    slots = config.cross_attention.slots
+    return Part(
+        matrices=(
+            Matrix(dim, inner, 2 * layers, "byte"),
+            Matrix(dim, inner, 2 * layers, "patch", slots, read_per="patch"),
+        ),
+        cross_width=layers * slots * inner,
+        other_parameters=2 * dim * layers,
+        latent=2 * layers * slots * inner,
+    )
+
+
+def _patch_projections(config: BLTConfig) -> Part:
+    """Pooled byte states to slots, slots to the global width, latents back to slots."""
+    dim, global_dim = config.local.dim, config.global_model.dim
+    slots = config.cross_attention.slots
+    width = slots * dim
+    is_pooled = config.cross_attention.queries == "pooled"
+    reads_slots = config.decoder_cross_layers > 0
+    shapes = [(dim, width)] if is_pooled else []
+    if width != global_dim:
+        shapes.append((width, global_dim))
+    shapes.append((global_dim, width if reads_slots else dim))
+    return Part(
+        matrices=tuple(Matrix(*shape, 1, "patch", read_per="patch") for shape in shapes),
+        other_parameters=0 if is_pooled else width,
+        latent=0 if reads_slots else dim,
+    )

@@ -1,0 +1,127 @@
+"""The FLOPs that the paper publishes: the formulas of section 4.5 and appendix B (Table 11).
+
+They are estimates for comparing models, and the exact counts are close to them, not equal. A window
+counts as half used; the projections between bytes and patches and the scorer are left out; bytes
+have 256 ids. For the paper's models at a context of 8,192 bytes :mod:`bytelm.accounting.exact`
+comes to 0.6 to 2.5% more.
+
+Everything is the forward pass, of one token, byte or patch unless named otherwise; training costs
+:data:`~bytelm.accounting.exact.TRAINING_FACTOR` times as much.
+
+Symbols of the paper: ``l`` layers, ``h = h_k n_heads`` width, ``m`` context, ``V`` vocabulary,
+``n_p`` patch size, ``k`` slots.
+"""
+
+from bytelm.config import BLTConfig, StackConfig, TransformerConfig
+
+D_FF = 4.0
+"""Width of the feed-forward over that of the model, for two matrices. SwiGLU has three of two
+thirds that width: it costs the same."""
+NUM_BYTES = 256
+"""The paper's vocabulary of bytes, without special ids."""
+
+
+def attention(num_layers: int, dim: int, context: float) -> float:
+    """``Attention(l, h_k, n_heads, m) = 4 l h_k n_heads (m + 1) / 2``."""
+    return 4 * num_layers * dim * (context + 1) / 2
+
+
+def qkvo(num_layers: int, dim: int, ratio: float = 1.0) -> float:
+    """``QKVO(l, h, r) = (2 r + 2) 2 l h^2``, with ``r`` keys for each query.
+
+    (The paper's words say queries to keys; its BLT formula needs the inverse.)
+    """
+    return (2 * ratio + 2) * 2 * num_layers * dim**2
+
+
+def feed_forward(num_layers: int, dim: int, d_ff: float = D_FF) -> float:
+    """``FeedForward(l, h, d_ff) = 2 l 2 h (d_ff h)``."""
+    return 2 * num_layers * 2 * dim * d_ff * dim
+
+
+def de_embedding(dim: int, vocab_size: int) -> int:
+    """``DeEmbedding(h, V) = 2 h V``; embedding, by look-up, is free."""
+    return 2 * dim * vocab_size
+
+
+def cross_attention(num_layers: int, dim: int, keys: float, ratio: float) -> float:
+    """``CrossAttn(l, h_k, n_heads, p, r) = Attention(l, h_k, n_heads, p) + QKVO(l, h, r)``.
+
+    Args:
+        num_layers: layers that have it.
+        dim: width.
+        keys: keys visible to a query (``p``).
+        ratio: keys for each query (``r``).
+    """
+    return attention(num_layers, dim, keys) + qkvo(num_layers, dim, ratio)
+
+
+def transformer(
+    num_layers: int, dim: int, context: float, vocab_size: int, d_ff: float = D_FF
+) -> float:
+    """``Transformer = FeedForward + QKVO(r = 1) + Attention + DeEmbedding``, per token.
+
+    With ``d_ff = 4`` this is ``24 l h^2 + 2 l h (m + 1) + 2 h V``.
+    """
+    blocks = feed_forward(num_layers, dim, d_ff) + qkvo(num_layers, dim)
+    return blocks + attention(num_layers, dim, context) + de_embedding(dim, vocab_size)
+
+
+def transformer_per_byte(
+    config: TransformerConfig,
+    context: int,
+    *,
+    bytes_per_token: float = 1.0,
+) -> dict[str, float]:
+    """Forward FLOPs per byte of a transformer over tokens or bytes, by part.
+
+    Args:
+        config: of the transformer; a window is in tokens.
+        context: bytes.
+        bytes_per_token: mean, by which the cost of a token is divided.
+    """
+    per_byte = 1 / bytes_per_token
+    return {
+        "transformer": per_byte * _stack(config, context * per_byte, config.window),
+        "output": per_byte * de_embedding(config.dim, config.vocab_size),
+    }
+
+
+def blt_per_byte(config: BLTConfig, context: int, patch_size: float) -> dict[str, float]:
+    """Forward FLOPs per byte of a BLT, by part.
+
+    ::
+
+        BLT =  Transformer(h_G, l_G, m = n_ctx / n_p, V = 0) / n_p
+             + Transformer(h_E, l_E, m = w_E, V = 0)
+             + Transformer(h_D, l_D, m = w_D, V = 256)
+             + CrossAttn(h_E, l_E, p = n_p, r = n_p / k) k / n_p
+             + CrossAttn(h_D, l_D, p = k, r = k / n_p)
+
+    Args:
+        config: of the model; layers without cross-attention are left out.
+        context: bytes (``n_ctx``).
+        patch_size: mean bytes per patch (``n_p``).
+    """
+    local, dim = config.local, config.local.dim
+    slots_per_byte = config.cross_attention.slots / patch_size
+    encoder_cross = cross_attention(
+        config.encoder_cross_layers, dim, patch_size, 1 / slots_per_byte
+    )
+    return {
+        "encoder": _stack(local.stack(local.encoder_layers), float(context), local.window),
+        "encoder cross-attention": encoder_cross * slots_per_byte,
+        "global": _stack(config.global_model, context / patch_size, None) / patch_size,
+        "decoder": _stack(local.stack(local.decoder_layers), float(context), local.window),
+        "decoder cross-attention": cross_attention(
+            config.decoder_cross_layers, dim, float(config.cross_attention.slots), slots_per_byte
+        ),
+        "output": float(de_embedding(dim, NUM_BYTES)),
+    }
+
+
+def _stack(config: StackConfig, context: float, window: int | None) -> float:
+    """A stack of blocks, with its own feed-forward width in place of the paper's."""
+    d_ff = 1.5 * config.ffn_dim / config.dim
+    visible = min(context, float(window or context))
+    return transformer(config.num_layers, config.dim, visible, 0, d_ff)

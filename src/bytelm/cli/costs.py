@@ -1,0 +1,76 @@
+"""What a model costs, before it is built: flops."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bytelm.cli.app import app, console
+from bytelm.config import BLTConfig, NgramConfig, TableRecipe, TransformerConfig, load_recipe
+from bytelm.errors import ConfigError
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def flops(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (see `bytelm recipes`) or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, such as model.local.dim=256.")
+    ] = None,
+    patch_size: Annotated[
+        float | None, typer.Option(help="Mean bytes per patch. (default: the recipe's)")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes in a row, and before the one generated. (default: data's)"),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Recipe of the scorer, to be counted too. (default: not counted)"),
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of weights and caches in generation.")
+    ] = "float32",
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the shares of the parts: SVG, PDF or PNG.")
+    ] = None,
+) -> None:
+    """What a model costs, part by part: parameters, FLOPs, memory; beside the paper's formula.
+
+    Nothing is built or run. FLOPs are per byte, a multiply-add is 2, and training is three forward
+    passes; a scorer's entropies are made once, so it is run forward only.
+
+    [dim]bytelm flops blt-400m --patch-size 6 --context 8192
+    bytelm flops blt-8b --scorer entropy-100m --precision bfloat16 --figure costs.svg
+    bytelm flops blt-1m model.global_model.num_layers=8
+    bytelm flops byte-1m[/]
+    """
+    from bytelm.accounting import break_down_recipe
+    from bytelm.display import cost_shares, costs_title, show_costs
+
+    settled = load_recipe(recipe, overrides or ())
+    if isinstance(settled, TableRecipe):
+        contexts = settled.model.max_order * settled.model.max_contexts
+        console.print(f"a table of at most {contexts:,} contexts, which are looked up: no FLOPs")
+        return
+    costs = break_down_recipe(
+        settled,
+        context=context,
+        patch_size=patch_size,
+        element_size={"float32": 4, "bfloat16": 2}[precision],
+        scorer=None if scorer is None else _scorer_config(scorer),
+    )
+    name = Path(recipe).stem
+    show_costs(console, costs, settled, name=name, precision=precision)
+    if figure is not None:
+        from bytelm.figures import draw_shares
+
+        draw_shares(cost_shares(costs), figure, title=costs_title(costs, name))
+
+
+def _scorer_config(name: str) -> TransformerConfig | NgramConfig:
+    model = load_recipe(name).model
+    if isinstance(model, BLTConfig):
+        raise ConfigError(f"{name} is a BLT, not a scorer: name one such as entropy-100m")
+    return model
