@@ -115,36 +115,42 @@ def patches_json(patched: PatchedText) -> str:
     )
 
 
-def show_study_costs(console: Console, plan: Plan, costs: Sequence[Cost]) -> None:
-    """What the runs of a study cost, before they are made."""
+def show_study_costs(
+    console: Console, plan: Plan, costs: Sequence[Cost], done: list[float]
+) -> None:
+    """What the runs of a study cost, and which share of each is done."""
     table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
-    for name in ("run", "parameters", "+ tables", "FLOPs/byte", "steps", "MB read", "epochs"):
-        table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
-    for name in ("FLOPs", "off by", "+ scorer", "time", "disk", "state"):
+    table.add_column("run", overflow="fold", min_width=16)
+    for name in ("parameters", "tables", "inference", "steps", "read", "epochs"):
         table.add_column(name, justify="right")
-    for cost in costs:
+    for name in ("FLOPs", "off by", "scorer", "time", "disk", "done"):
+        table.add_column(name, justify="right")
+    for cost, share in zip(costs, done, strict=True):
         table.add_row(
             cost.name,
-            f"{cost.parameters:,}",
-            f"{cost.table_parameters:,}",
-            f"{cost.inference_flops:.3g}",
+            *(si(x) for x in (cost.parameters, cost.table_parameters, cost.inference_flops)),
             f"{cost.steps:,}",
-            f"{cost.train_bytes / 1e6:,.1f}",
+            f"{si(cost.train_bytes)}B",
             "-" if cost.epochs is None else f"{cost.epochs:.2f}",
             f"{cost.flops:.3g}",
             "-" if cost.deviation is None else f"{cost.deviation:+.2%}",
-            f"{cost.scorer_flops:.2g}",
+            si(cost.scorer_flops),
             _duration(cost.seconds),
-            f"{cost.disk_bytes / 1e6:,.0f} MB",
-            "done" if cost.is_finished else f"{cost.done:.0%}",
+            f"{si(cost.disk_bytes)}B",
+            f"{share:.0%}",
         )
     console.print(table)
-    left = [cost for cost in costs if not cost.is_finished]
+    left = [1 - share for share in done]
+    flops = sum(cost.flops * share for cost, share in zip(costs, left, strict=True))
+    time = sum(cost.seconds * share for cost, share in zip(costs, left, strict=True))
+    disk = sum(cost.disk_bytes for cost in costs)
     console.print(
-        f"{len(costs)} runs, {len(costs) - len(left)} done; left: "
-        f"{sum(c.flops * (1 - c.done) for c in left):.3g} FLOPs, "
-        f"{_duration(sum(c.seconds * (1 - c.done) for c in left))} on one worker, "
-        f"{sum(c.disk_bytes for c in left) / 1e9:.1f} GB"
+        "parameters without look-up tables; inference in FLOPs per byte; off by: from the budget",
+        style="dim",
+    )
+    console.print(
+        f"{len(costs)} runs, {done.count(1.0)} done; left: {flops:.3g} FLOPs, "
+        f"{_duration(time)} on one worker; {si(disk)}B on disk for all"
     )
 
 

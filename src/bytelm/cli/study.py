@@ -49,11 +49,13 @@ def study(
     """
     from bytelm.display import show_study_costs
     from bytelm.study import (
+        is_finished,
         load_plan,
         plan_runs,
         prepare_text,
         run_all,
         run_cost,
+        spent_flops,
         write_page,
         write_table,
     )
@@ -62,7 +64,12 @@ def study(
     folder = out or Path("studies") / settled.name
     runs = [run for run in plan_runs(settled) if only is None or only in run.name]
     if dry_run:
-        show_study_costs(console, settled, [run_cost(settled, run, folder, speed) for run in runs])
+        costs = [run_cost(settled, run, folder, speed) for run in runs]
+        done = [
+            1.0 if is_finished(folder, run) else min(spent_flops(folder, run) / cost.flops, 0.99)
+            for run, cost in zip(runs, costs, strict=True)
+        ]
+        show_study_costs(console, settled, costs, done)
         return
     if redraw is not None:
         console.print(f"{write_page(settled, redraw, folder)}")

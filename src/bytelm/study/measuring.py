@@ -1,0 +1,126 @@
+"""What a trained run has reached: likelihood of the held-out documents, and what it took."""
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bytelm.checkpoint import load_model
+from bytelm.data import Dataset
+from bytelm.evaluation import Likelihood, dataset_pieces, evaluate_pieces, total
+from bytelm.model.ngram import NgramScorer
+from bytelm.study.plan import Plan
+from bytelm.study.settling import Settled, inference_flops, scorer_training_flops
+from bytelm.study.text import leaked_documents
+from bytelm.tracking import read_jsonl
+from bytelm.training.run import METRICS
+from bytelm.version import __version__
+
+SLICES = "slices.jsonl"
+"""In a run's folder, a line for each time it was worked on."""
+
+
+def measure(
+    plan: Plan, settled: Settled, out: Path, folder: Path, train_bytes: int
+) -> dict[str, Any]:
+    """All there is to say of a trained run, JSON-ready.
+
+    Args:
+        plan: of the study.
+        settled: the run.
+        out: folder of the study.
+        folder: of the run, with its metrics and slices.
+        train_bytes: text it has read.
+    """
+    about = describe(plan, settled, out)
+    by_document, sources, leaked = held_out_likelihood(plan, settled, out)
+    whole = total(by_document.values())
+    unit = whole.patch_size if whole.num_patches else None
+    slices = read_jsonl(folder / SLICES)
+    padded = [row for row in read_jsonl(folder / METRICS) if "padded_bytes" in row]
+    return {
+        **about,
+        "train_bytes": train_bytes,
+        "epochs": train_bytes / about["text_bytes"],
+        "bpb": whole.bits_per_byte,
+        "unit_bytes": unit,
+        "inference_flops": inference_flops(settled.recipe, unit),
+        "evaluated_bytes": whole.num_bytes,
+        "leaked_documents": leaked,
+        "padded_bytes": _mean([row["padded_bytes"] for row in padded]),
+        "padded_patches": _mean([row.get("padded_patches", 0.0) for row in padded]),
+        "seconds": sum(one["seconds"] for one in slices),
+        "peak_bytes": max(one["peak_bytes"] for one in slices),
+        "slices": len(slices),
+        "machine": slices[-1]["machine"],
+        "failure": None,
+        "documents": [
+            {"document": n, "source": sources[n], "nats": one.nats, "bytes": one.num_bytes}
+            for n, one in sorted(by_document.items())
+        ],
+    }
+
+
+def held_out_likelihood(
+    plan: Plan, settled: Settled, out: Path
+) -> tuple[dict[int, Likelihood], dict[int, str], int]:
+    """Likelihood of held-out documents by number, their sources, and how many were left out.
+
+    Left out are documents that also stand in the training text. The pieces are the same for all
+    runs of a study whose rows have the same length.
+    """
+    data = settled.recipe.data
+    assert data.path is not None
+    held_out = Dataset(Path(data.path), "validation")
+    module, _ = load_model(out / "runs" / settled.run.name)
+    assert not isinstance(module, NgramScorer)
+    leaked = leaked_documents(Path(data.path))
+    pieces = (
+        piece._replace(label=str(piece.stretch.document))
+        for piece in dataset_pieces(
+            held_out, max_bytes=plan.text.evaluated_bytes, context_bytes=data.row_bytes
+        )
+        if piece.stretch.document not in leaked
+    )
+    found = evaluate_pieces(module, pieces, context_bytes=data.row_bytes)
+    by_document = {int(label): one for label, one in found.items()}
+    names, ids = held_out.source_names, held_out.source_ids
+    sources = {number: names[int(ids[number])] for number in by_document}
+    return by_document, sources, len(leaked)
+
+
+def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
+    """What a run is, trained or not."""
+    run, recipe = settled.run, settled.recipe
+    family = plan.family(run.family)
+    text_bytes = int(Dataset(out / "text", "train").lengths.sum())
+    scorer_training = scorer_training_flops(out, family.scorer) if family.scorer else 0.0
+    return {
+        "run": asdict(run),
+        "label": family.label,
+        "steps": settled.steps,
+        "flops": settled.flops,
+        "scorer_flops": settled.steps * settled.scorer_step_flops,
+        "scorer_training_flops": scorer_training,
+        "parameters": settled.parameters(),
+        "text_bytes": text_bytes,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where a slice ran."""
+    on_cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bytelm": __version__,
+        "python": platform.python_version(),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

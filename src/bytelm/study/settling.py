@@ -1,0 +1,269 @@
+"""What a run is and costs, before anything is trained: thresholds, room in rows, steps.
+
+::
+
+    STUDY/settled.json    thresholds and mean patches, found once
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bytelm.accounting import forward_flops, parameter_counts
+from bytelm.checkpoint import load_model, read_config, read_json, write_json
+from bytelm.config import (
+    BLTConfig,
+    CalibratedPatching,
+    Recipe,
+    StaticPatching,
+    TransformerConfig,
+    parse,
+)
+from bytelm.data import Dataset
+from bytelm.errors import ConfigError
+from bytelm.model.blt import BLT
+from bytelm.model.ngram import NgramScorer
+from bytelm.model.transformer import Transformer
+from bytelm.study.plan import Plan, Run, run_recipe
+from bytelm.study.text import scorer_folder, text_folder, tokenizer_path
+from bytelm.training import settle, step_flops, with_room
+from bytelm.training.setup import PATCH_MARGIN
+
+TOLERANCE = 0.01
+"""How far a run's FLOPs may be from its budget."""
+SETTLED = "settled.json"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run whose recipe is complete."""
+
+    run: Run
+    recipe: Recipe
+    step_flops: float
+    """Of training, padding included; see :mod:`bytelm.accounting`."""
+    scorer_step_flops: float
+    """Of scoring the rows of a step, once, by the entropy model."""
+    counts_scorer: bool
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.recipe.train.steps
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs; the entropy model's among them where the plan says so."""
+        scorer = self.scorer_step_flops if self.counts_scorer else 0.0
+        return self.steps * (self.step_flops + scorer)
+
+    @property
+    def row_bytes(self) -> float:
+        """Room for text in all rows."""
+        data = self.recipe.data
+        return float(self.steps * data.rows_per_step * data.row_bytes)
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters by part."""
+        with torch.device("meta"):
+            if isinstance(self.recipe.model, BLTConfig):
+                return parameter_counts(BLT(self.recipe.model))
+            assert isinstance(self.recipe.model, TransformerConfig)
+            return parameter_counts(Transformer(self.recipe.model))
+
+
+def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
+    """Forward FLOPs per byte over a row without padding."""
+    row = recipe.data.row_bytes
+    units = round(row / unit_bytes) if unit_bytes else 0
+    assert isinstance(recipe.model, BLTConfig | TransformerConfig)
+    length = row if recipe.data.tokenizer is None else units
+    parts = forward_flops(recipe.model, length, units)
+    return sum(part.total for part in parts.values()) / row
+
+
+def settle_run(plan: Plan, run: Run, out: Path) -> Settled:
+    """Complete a run's recipe: thresholds, room, steps.
+
+    With the study's text in ``out`` patches and tokens are measured; without it, for a dry run,
+    their mean length is what the plan says.
+
+    Raises:
+        ConfigError: the budget is too small for its steps to meet it, or the plan does not say how
+            long patches or tokens are.
+        DataError, PatchingError: as :func:`bytelm.training.setup.settle`.
+    """
+    family = plan.family(run.family)
+    recipe = run_recipe(plan, run)
+    data = recipe.data.model_copy(update={"verify": False})
+    folder = text_folder(plan, run.family, out)
+    if family.vocab_size is not None:
+        tokenizer = tokenizer_path(out, family.vocab_size)
+        data = data.model_copy(update={"tokenizer": str(tokenizer)})
+    scorer = 0.0
+    if (folder / "manifest.json").exists():
+        data = data.model_copy(update={"path": str(folder)})
+        recipe = _settle_once(recipe.model_copy(update={"data": data}), folder, out)
+        if family.scorer is not None:
+            scorer = scorer_flops(out, family.scorer, data.row_bytes * data.rows_per_step)
+    else:
+        unit = _assumed_unit(plan, run, recipe)
+        data = with_room(data, unit) if unit else data
+        recipe = recipe.model_copy(update={"data": data})
+    one = step_flops(recipe)
+    counted = one + (scorer if plan.include_scorer else 0.0)
+    if run.flops is not None:
+        steps = round(run.flops / counted)
+        if not steps or abs(steps * counted / run.flops - 1) > TOLERANCE:
+            raise ConfigError(
+                f"run {run.name!r}: {run.flops:.3g} FLOPs are {run.flops / counted:.2f} steps of "
+                f"{counted:.3g}, so no number of steps comes within {TOLERANCE:.0%}: raise the "
+                "budget, or make rows or data.rows_per_step smaller"
+            )
+    else:
+        assert run.bytes is not None
+        steps = max(round(run.bytes / (data.row_bytes * data.rows_per_step)), 1)
+    return Settled(run, _with_steps(plan, recipe, steps), one, scorer, plan.include_scorer)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes, as a dry run shows it."""
+
+    name: str
+    parameters: int
+    """Without look-up tables: embeddings of bytes, n-grams and tokens."""
+    table_parameters: int
+    inference_flops: float
+    """Forward, per byte, the entropy model left out."""
+    steps: int
+    train_bytes: float
+    epochs: float | None
+    flops: float
+    deviation: float | None
+    """From the budget, where that is in FLOPs."""
+    scorer_flops: float
+    """Of scoring the text that is read, once."""
+    seconds: float
+    disk_bytes: int
+
+
+def run_cost(plan: Plan, run: Run, out: Path, speed: float) -> Cost:
+    """What a run takes.
+
+    Args:
+        plan: of the study.
+        run: which.
+        out: folder of the study, with or without text.
+        speed: FLOPs per second.
+
+    Raises:
+        ConfigError, DataError, PatchingError: as :func:`settle_run`.
+    """
+    settled = settle_run(plan, run, out)
+    recipe, data = settled.recipe, settled.recipe.data
+    parameters = settled.parameters()
+    tables = sum(count for part, count in parameters.items() if "embedding" in part)
+    read = settled.row_bytes
+    text = None
+    if data.path is not None:
+        text = int(Dataset(Path(data.path), "train").lengths.sum())
+    unit = PATCH_MARGIN * data.row_bytes / data.row_patches if data.row_patches else None
+    stored = sum(parameters.values())
+    return Cost(
+        name=run.name,
+        parameters=stored - tables,
+        table_parameters=tables,
+        inference_flops=inference_flops(recipe, unit),
+        steps=settled.steps,
+        train_bytes=read,
+        epochs=None if text is None else read / text,
+        flops=settled.flops,
+        deviation=None if run.flops is None else settled.flops / run.flops - 1,
+        scorer_flops=settled.steps * settled.scorer_step_flops,
+        seconds=settled.flops / speed,
+        # Weights and two moments in fp32, and as much again while a checkpoint replaces another.
+        disk_bytes=4 * 3 * 2 * stored,
+    )
+
+
+def scorer_flops(out: Path, name: str, num_bytes: int) -> float:
+    """FLOPs of an entropy model's forward pass over some bytes; a table has none."""
+    module, config = load_model(scorer_folder(out, name))
+    if isinstance(module, NgramScorer):
+        return 0.0
+    assert isinstance(config.model, TransformerConfig)
+    length = config.context_bytes or 8192
+    parts = forward_flops(config.model, length)
+    return sum(part.total for part in parts.values()) / length * num_bytes
+
+
+def scorer_training_flops(out: Path, name: str) -> float:
+    """What training an entropy model has cost; nothing for a table."""
+    folders = sorted((scorer_folder(out, name) / "checkpoints").glob("step-*"))
+    if not folders:
+        return 0.0
+    training = read_config(folders[-1]).training or {}
+    return float(training.get("flops", 0.0))
+
+
+def _settle_once(recipe: Recipe, folder: Path, out: Path) -> Recipe:
+    """Settle a recipe, or find what was settled for the same rows of the same data."""
+    path = out / SETTLED
+    known = read_json(path) if path.exists() else {}
+    what = {
+        "patching": recipe.patching.model_dump(mode="json") if recipe.patching else None,
+        "text": str(folder.relative_to(out)),
+        "tokenizer": Path(recipe.data.tokenizer).name if recipe.data.tokenizer else None,
+        "row_bytes": recipe.data.row_bytes,
+        "row_patches": recipe.data.row_patches,
+    }
+    key = json.dumps(what, sort_keys=True)
+    if key not in known:
+        settled = settle(recipe, Dataset(folder, "train")).model_dump(mode="json")
+        known[key] = {
+            "patching": settled["patching"],
+            "row_patches": settled["data"]["row_patches"],
+        }
+        temporary = path.with_name(f".{SETTLED}-{os.getpid()}")
+        write_json(temporary, known)
+        temporary.replace(path)
+    found = known[key]
+    data = {**recipe.data.model_dump(mode="json"), "row_patches": found["row_patches"]}
+    changed = {**recipe.model_dump(mode="json"), "patching": found["patching"], "data": data}
+    return parse(Recipe, changed, str(path))
+
+
+def _assumed_unit(plan: Plan, run: Run, recipe: Recipe) -> float | None:
+    """Bytes per patch or token without data to measure; ``None`` for a model of bytes."""
+    family, patching = plan.family(run.family), recipe.patching
+    if family.unit_bytes is not None:
+        return family.unit_bytes
+    if isinstance(patching, CalibratedPatching) and patching.patch_size is not None:
+        return patching.patch_size
+    if isinstance(patching, StaticPatching):
+        return float(patching.length)
+    if patching is None and family.vocab_size is None:
+        return None
+    raise ConfigError(
+        f"family {run.family!r} does not say how long its patches or tokens are: add "
+        f"families.{run.family}.unit_bytes, or run without --dry-run first so that text is there"
+    )
+
+
+def _with_steps(plan: Plan, recipe: Recipe, steps: int) -> Recipe:
+    often = max(steps // 8, 1)
+    settings = {
+        "steps": steps,
+        "log_every": max(steps // 200, 1),
+        "validate_every": often,
+        "checkpoint_every": often,
+        "keep_checkpoints": 1,
+    }
+    train_config = recipe.train.model_copy(update=settings)
+    warmup = {"warmup_steps": round(plan.warmup_share * steps)}
+    optimizer = recipe.optimizer.model_copy(update=warmup)
+    return recipe.model_copy(update={"train": train_config, "optimizer": optimizer})
