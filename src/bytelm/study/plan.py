@@ -9,8 +9,9 @@
     runs        families x sizes x budgets x seeds x settings, each entry a grid
     comparisons which runs are set beside each other, and against which baseline
 
-A recipe of a run is the base, then the family's, then the size's, merged section by section, then
-the run's own settings. Its number of steps follows from its budget.
+A recipe of a run is the shipped one that its size names with ``recipe``, if it does, then the base,
+then the family's, then the size's, merged section by section, then the run's own settings. Its
+number of steps follows from its budget.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from bytelm.config import Node, Recipe, nearest, parse, read_mapping
+from bytelm.config import Node, Recipe, nearest, parse, read_mapping, recipe_text
 from bytelm.config.nodes import Fraction, Positive, Seed
 from bytelm.errors import ConfigError
 
@@ -62,6 +63,7 @@ class Family(Node):
     """A family whose recipe and sizes this one's go over."""
     recipe: Partial = Field(default_factory=dict)
     sizes: dict[str, Partial] = Field(default_factory=dict)
+    """By name; a size may hold ``recipe: NAME`` beside sections, for a shipped recipe below all."""
     scorer: str | None = None
     """Entropy model whose entropies cut the patches."""
     vocab_size: Annotated[int, Field(ge=260)] | None = None
@@ -247,7 +249,10 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
         ConfigError: it is not valid.
     """
     family = plan.family(run.family)
-    data = merge(merge(plan.base, family.recipe), family.sizes[run.size])
+    size = dict(family.sizes[run.size])
+    data = _shipped(size.pop("recipe", None))
+    for part in (plan.base, family.recipe, size):
+        data = merge(data, part)
     if family.vocab_size is not None:
         data = merge(data, {"model": {"vocab_size": family.vocab_size}})
     for path, value in run.settings:
@@ -262,6 +267,11 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
     data = merge({"train": {"steps": 1}}, data)
     data = merge(data, {"train": {"seed": run.seed}})
     return parse(Recipe, data, f"run {run.name!r} of plan {plan.name!r}")
+
+
+def _shipped(recipe: object) -> Partial:
+    """The sections of a shipped recipe that go below a plan's; none where none is named."""
+    return {} if recipe is None else read_mapping(recipe_text(str(recipe)), f"recipe {recipe!r}")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from bytelm.accounting import forward_flops, parameter_counts
-from bytelm.checkpoint import load_model, read_config, read_json, write_json
+from bytelm.checkpoint import read_config, read_json, write_json
 from bytelm.config import (
     BLTConfig,
     CalibratedPatching,
     Recipe,
     StaticPatching,
     TransformerConfig,
+    load_recipe,
     parse,
 )
 from bytelm.data import Dataset
 from bytelm.errors import ConfigError
 from bytelm.model.blt import BLT
-from bytelm.model.ngram import NgramScorer
 from bytelm.model.transformer import Transformer
 from bytelm.study.plan import Plan, Run, run_recipe
 from bytelm.study.text import scorer_folder, text_folder, tokenizer_path
@@ -35,6 +35,9 @@ from bytelm.training.setup import PATCH_MARGIN
 TOLERANCE = 0.01
 """How far a run's FLOPs may be from its budget."""
 SETTLED = "settled.json"
+SCORED_CONTEXT = 8192
+"""Bytes of a document over which the cost of an entropy model is averaged: it reads them whole,
+through its window."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,15 @@ def settle_run(plan: Plan, run: Run, out: Path) -> Settled:
     if family.vocab_size is not None:
         tokenizer = tokenizer_path(out, family.vocab_size)
         data = data.model_copy(update={"tokenizer": str(tokenizer)})
-    scorer = 0.0
     if (folder / "manifest.json").exists():
         data = data.model_copy(update={"path": str(folder)})
         recipe = _settle_once(recipe.model_copy(update={"data": data}), folder, out)
-        if family.scorer is not None:
-            scorer = scorer_flops(out, family.scorer, data.row_bytes * data.rows_per_step)
     else:
         unit = _assumed_unit(plan, run, recipe)
         data = with_room(data, unit) if unit else data
         recipe = recipe.model_copy(update={"data": data})
     one = step_flops(recipe)
+    scorer = scorer_flops(plan, run.family, data.row_bytes * data.rows_per_step)
     counted = one + (scorer if plan.include_scorer else 0.0)
     if run.flops is not None:
         steps = round(run.flops / counted)
@@ -190,14 +191,16 @@ def run_cost(plan: Plan, run: Run, out: Path, speed: float) -> Cost:
     )
 
 
-def scorer_flops(out: Path, name: str, num_bytes: int) -> float:
-    """FLOPs of an entropy model's forward pass over some bytes; a table has none."""
-    module, config = load_model(scorer_folder(out, name))
-    if isinstance(module, NgramScorer):
+def scorer_flops(plan: Plan, family: str, num_bytes: int) -> float:
+    """FLOPs of the forward pass over some bytes of a family's entropy model; a table has none."""
+    name = plan.family(family).scorer
+    if name is None:
         return 0.0
-    assert isinstance(config.model, TransformerConfig)
-    length = config.context_bytes or 8192
-    parts = forward_flops(config.model, length)
+    recipe = load_recipe(plan.scorers[name].recipe, plan.scorers[name].overrides)
+    if not isinstance(recipe.model, TransformerConfig):
+        return 0.0
+    length = SCORED_CONTEXT
+    parts = forward_flops(recipe.model, length)
     return sum(part.total for part in parts.values()) / length * num_bytes
 
 
