@@ -49,7 +49,8 @@ def model(request):
 
 
 def test_a_session_fed_in_any_pieces_equals_one_full_forward(model):
-    @given(byte_strings, piece_sizes)
+    # Pieces of one byte have a path of their own on the CPU: also many of them, among others.
+    @given(byte_strings, piece_sizes | st.lists(st.sampled_from([0, 1, 1, 1, 4]), max_size=40))
     def check(document, sizes):
         ids = ids_of(document)
         session = start_session(model)

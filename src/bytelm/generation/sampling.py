@@ -41,6 +41,10 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0.0)
 
+# Added to logits: minus infinity for ids that are never chosen.
+_ALLOWED = torch.zeros(codec.VOCAB_SIZE, dtype=torch.float64)
+_ALLOWED[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
+
 
 class Sampler:
     """Chooses ids one after another, on the CPU: the same logits and seed, the same choices."""
@@ -55,15 +59,15 @@ class Sampler:
         Raises:
             BytelmError: the logits are not numbers.
         """
-        allowed = logits.double().cpu().clone()
-        if allowed.isnan().any():
+        allowed = logits.cpu() + _ALLOWED
+        highest, index = allowed.max(0)  # not a number if any of them is not
+        if math.isnan(highest):
             raise BytelmError(
                 "the model's predictions are not numbers: its weights are damaged, or its training "
                 "diverged; use an earlier checkpoint"
             )
-        allowed[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
         if self._sampling.temperature == 0:
-            return int(allowed.argmax())
+            return int(index)
         probabilities = filtered_probabilities(allowed, self._sampling)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 

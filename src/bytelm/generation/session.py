@@ -20,6 +20,7 @@ from bytelm.model.patched import PatchedModel
 from bytelm.model.step import (
     DecoderStep,
     EncoderStep,
+    PatchStep,
     StackStep,
     TransformerStep,
     can_step,
@@ -67,6 +68,7 @@ class _Steps(NamedTuple):
     """What takes a single byte, or a single patch, on the CPU."""
 
     encoder: EncoderStep
+    patch: PatchStep
     global_model: StackStep
     decoder: DecoderStep
 
@@ -84,13 +86,14 @@ class PatchedSession:
         self._decoder_cache = model.blt.decoder.spec.cache()
         self._embedding = model.blt.encoder.embedding.stream()
         # For each state that patches read, the pieces of it that belong to the open patch.
-        self._open_states: list[list[Tensor]] = []
-        self._num_open = 0
+        num_read = max(len(model.blt.encoder.cross_attention), 1)
+        self._open_states: list[list[Tensor]] = [[] for _ in range(num_read)]
         self._last: Readable | None = None
         self._step: _Steps | None = None
         if can_step(model.blt):
             self._step = _Steps(
                 EncoderStep(model.blt.encoder, self._encoder_cache),
+                PatchStep(model.blt.encoder),
                 StackStep(model.blt.global_model.blocks, self._global_cache),
                 DecoderStep(model.blt.decoder, self._decoder_cache),
             )
@@ -103,14 +106,25 @@ class PatchedSession:
         entropies = self._scorer.feed(ids) if self._scorer else None
         next_boundary = self._patcher.feed(ids, entropies)
         if len(ids) == 1 and self._step:
-            states = self._step.encoder(self._embedding.feed(ids))
-            self._read(states, next_boundary)
-            return self._step.decoder(states[-1]).clone()
+            return self._feed_one(self._step, int(ids), bool(next_boundary))
         context = self._encoder_cache.extend(len(ids), ids.device)
         states = self._blt.encoder.byte_states(self._embedding.feed(ids), context)
         readable, decoder_ids = self._read(states, next_boundary)
         context = self._decoder_cache.extend(len(ids), ids.device)
         return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+
+    def _feed_one(self, step: _Steps, byte_id: int, is_last: bool) -> Float[Tensor, "1 vocab"]:
+        """The rest of :meth:`feed` for a single byte, the last of its patch or not."""
+        states = step.encoder(self._embedding.feed_one(byte_id))
+        for pieces, state in zip(self._open_states, states, strict=True):
+            pieces.append(state)
+        if is_last:
+            vector = step.patch([torch.cat(pieces, 1) for pieces in self._open_states])
+            self._open_states = [[] for _ in states]
+            latent = step.global_model(vector)[-1]
+            self._last = self._blt.decoder.read_latents(latent[None])
+            step.decoder.read(self._last)
+        return step.decoder(states[-1]).clone()
 
     def _read(
         self, states: list[Float[Tensor, "1 bytes dim"]], next_boundary: Bool[Tensor, " bytes"]
@@ -124,7 +138,7 @@ class PatchedSession:
         if new is None:
             assert self._last is not None
             return self._last, closed
-        if self._last is None or len(closed) == 1:
+        if self._last is None:
             readable, decoder_ids = new, closed - 1
         else:
             pairs = zip(self._last, new, strict=True)
@@ -142,28 +156,22 @@ class PatchedSession:
         closed: Int[Tensor, " bytes"],
     ) -> Float[Tensor, "1 patches global_dim"] | None:
         """Vectors of the patches that end among the new bytes; the rest stays open."""
-        if not self._open_states:
-            self._open_states = [[] for _ in states]
+        num_open = sum(piece.shape[1] for piece in self._open_states[0])
         for pieces, state in zip(self._open_states, states, strict=True):
             pieces.append(state)
-        num_open = self._num_open
-        self._num_open += len(closed)
         num_closed = int(closed[-1])
         if not num_closed:
             return None
         joined = [torch.cat(pieces, 1) for pieces in self._open_states]
         closed_before = closed - next_boundary.long()
         encoder_ids = torch.cat((closed_before.new_zeros(num_open), closed_before))
-        self._num_open = int((closed_before == num_closed).sum())
-        self._open_states = [[x[:, x.shape[1] - self._num_open :]] for x in joined]
+        rest = int((closed_before < num_closed).sum()) + num_open
+        self._open_states = [[x[:, rest:]] for x in joined]
         return self._blt.encoder.patch_vectors(joined, encoder_ids[None], num_closed)
 
     def _run_global(self, vectors: Float[Tensor, "1 patches global_dim"] | None) -> Readable | None:
         """What can be read of newly closed patches."""
         if vectors is None:
             return None
-        if vectors.shape[1] == 1 and self._step:
-            latents = self._step.global_model(vectors[0].clone())[-1][None]
-            return self._blt.decoder.read_latents(latents)
         context = self._global_cache.extend(vectors.shape[1], vectors.device)
         return self._blt.decoder.read_latents(self._blt.global_model(vectors, context))

@@ -199,8 +199,8 @@ class AttentionCache:
         """Keep the key and value of one more position; all that it sees, in no certain order."""
         keys, values = self._reserve(key, 1)
         slot = self.length if self.window is None else self.length % self.window
-        keys[:, :, slot] = key
-        values[:, slot] = value
+        keys.select(2, slot).copy_(key)
+        values.select(1, slot).copy_(value)
         self.length += 1
         if self._seen is None or self.window is None or self.length <= self.window:
             self._seen = keys[:, :, : self.length], values[:, : self.length]

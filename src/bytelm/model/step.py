@@ -6,6 +6,8 @@ matrix product that follows; what remains is about twenty calls for a block. The
 own forward with the same caches, to which the tests compare every step.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from bytelm.kernels import NORM_EPS
 from bytelm.model.attention import AttentionCache, StackCache
 from bytelm.model.blt import LocalDecoder, LocalEncoder, Readable
-from bytelm.model.layers import Block, DecoderCrossAttention
+from bytelm.model.layers import Block, DecoderCrossAttention, EncoderCrossAttention
 from bytelm.model.transformer import Transformer
 
 
@@ -65,8 +67,7 @@ class _BlockStep:
         self._project(x)
         self._rotated.mul_(factors)
         keys, values = cache.append(self._key, self._value)
-        weights = torch.bmm(self._queries, keys).mul_(self._scale).softmax(-1)
-        torch.bmm(weights, values, out=self._mixed)
+        torch.bmm(_weights(self._queries, keys, self._scale), values, out=self._mixed)
         torch.addmm(x, self._flat, self._out, out=x)
         self._gate_up(x)
         torch.addmm(x, nn.functional.silu(self._gate).mul_(self._up), self._down, out=x)
@@ -117,6 +118,36 @@ class EncoderStep:
         """States that patches read, as ``LocalEncoder.byte_states``."""
         states = self._blocks(x[0].clone())
         return [state[None] for state in states[-self._num_read :]]
+
+
+class PatchStep:
+    """The bytes of one patch to its vector."""
+
+    def __init__(self, encoder: LocalEncoder) -> None:
+        self._slots = encoder.slots
+        self._learned = encoder.learned_queries
+        self._pool = encoder.pool_projection
+        self._crosses = [c for c in encoder.cross_attention if isinstance(c, EncoderCrossAttention)]
+        self._projection = encoder.patch_projection
+
+    def __call__(
+        self, states: Sequence[Float[Tensor, "1 bytes dim"]]
+    ) -> Float[Tensor, "1 global_dim"]:
+        """``LocalEncoder.patch_vectors`` of bytes that are one patch."""
+        slots = self._learned
+        if self._pool:
+            slots = self._pool(states[0].amax(1)).view(self._slots, -1)
+        assert slots is not None
+        for cross, state in zip(self._crosses, states, strict=False):
+            keys, values = cross.project_keys_values(state[0])
+            queries = cross.project_queries(slots).transpose(0, 1)
+            scale = queries.shape[-1] ** -0.5
+            weights = _weights(queries, keys.permute(1, 2, 0), scale)
+            out = torch.bmm(weights, values.transpose(0, 1))
+            slots = cross.add_residual(slots, out.transpose(0, 1))
+        vector = slots.reshape(1, -1)
+        # What follows overwrites it, and without any layer it could be the learned queries.
+        return vector.clone() if self._projection is None else self._projection(vector)
 
 
 class DecoderStep:
@@ -172,6 +203,15 @@ class _CrossStep:
 
     def __call__(self, x: Float[Tensor, "1 dim"]) -> None:
         self._project(x)
-        weights = torch.bmm(self._queries, self._keys).mul_(self._scale).softmax(-1)
-        torch.bmm(weights, self._values, out=self._mixed)
+        torch.bmm(_weights(self._queries, self._keys, self._scale), self._values, out=self._mixed)
         torch.addmm(x, self._flat, self._out, beta=self._residual_scale, out=x)
+
+
+def _weights(
+    queries: Float[Tensor, "heads some head_dim"],
+    keys: Float[Tensor, "heads head_dim seen"],
+    scale: float,
+) -> Float[Tensor, "heads some seen"]:
+    """Attention weights; the scale is a factor of the product."""
+    scores = queries.new_empty(len(queries), queries.shape[1], keys.shape[2])
+    return torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores).softmax(-1)
