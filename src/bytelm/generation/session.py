@@ -15,16 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm import codec
-from bytelm.model.blt import Readable
-from bytelm.model.patched import PatchedModel
-from bytelm.model.step import (
-    DecoderStep,
-    EncoderStep,
-    PatchStep,
-    StackStep,
-    TransformerStep,
-    can_step,
+from bytelm.model.attention import StackCache
+from bytelm.model.blt import BLT, Readable
+from bytelm.model.graphs import (
+    DecoderGraph,
+    EncoderGraph,
+    PatchGraph,
+    can_capture,
+    transformer_step,
 )
+from bytelm.model.patched import PatchedModel
+from bytelm.model.step import DecoderStep, EncoderStep, PatchStep, can_step
 from bytelm.model.transformer import Transformer
 
 
@@ -52,25 +53,47 @@ class TransformerSession:
     def __init__(self, model: Transformer) -> None:
         self._model = model
         self._cache = model.spec.cache()
-        self._step = TransformerStep(model, self._cache) if can_step(model) else None
+        self._step = transformer_step(model, self._cache)
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
         """Logits of the id after each of the document's next ``ids``."""
         if not len(ids):
             return _no_logits(ids)
-        if len(ids) == 1 and self._step:
+        if len(ids) == 1 and self._step and self._cache.position:
             return self._step(int(ids)).clone()
         return self._model.run(ids[None], self._cache.extend(len(ids), ids.device))[0]
 
 
-class _Steps(NamedTuple):
-    """What takes a single byte, or a single patch, on the CPU."""
+class _Caches(NamedTuple):
+    encoder: StackCache
+    global_model: StackCache
+    decoder: StackCache
 
-    encoder: EncoderStep
-    patch: PatchStep
-    global_model: StackStep
-    decoder: DecoderStep
+
+class _Steps(NamedTuple):
+    """What takes a single byte, or a single patch."""
+
+    encoder: EncoderStep | EncoderGraph
+    patch: PatchStep | PatchGraph
+    decoder: DecoderStep | DecoderGraph
+
+
+def _steps(blt: BLT, caches: _Caches) -> _Steps | None:
+    """Steps for the model's device and precision, where they are written."""
+    if can_step(blt):
+        return _Steps(
+            EncoderStep(blt.encoder, caches.encoder),
+            PatchStep(blt, caches.global_model),
+            DecoderStep(blt.decoder, caches.decoder),
+        )
+    if can_capture(blt):
+        return _Steps(
+            EncoderGraph(blt.encoder, caches.encoder),
+            PatchGraph(blt, caches.global_model),
+            DecoderGraph(blt.decoder, caches.decoder),
+        )
+    return None
 
 
 class PatchedSession:
@@ -81,22 +104,14 @@ class PatchedSession:
         needs_entropies = model.patcher.needs_entropies
         self._scorer = model.scorer.stream() if model.scorer and needs_entropies else None
         self._patcher = model.patcher.stream()
-        self._encoder_cache = model.blt.encoder.spec.cache()
-        self._global_cache = model.blt.global_model.spec.cache()
-        self._decoder_cache = model.blt.decoder.spec.cache()
+        modules = (model.blt.encoder, model.blt.global_model, model.blt.decoder)
+        self._caches = _Caches(*(module.spec.cache() for module in modules))
         self._embedding = model.blt.encoder.embedding.stream()
         # For each state that patches read, the pieces of it that belong to the open patch.
         num_read = max(len(model.blt.encoder.cross_attention), 1)
         self._open_states: list[list[Tensor]] = [[] for _ in range(num_read)]
         self._last: Readable | None = None
-        self._step: _Steps | None = None
-        if can_step(model.blt):
-            self._step = _Steps(
-                EncoderStep(model.blt.encoder, self._encoder_cache),
-                PatchStep(model.blt.encoder),
-                StackStep(model.blt.global_model.blocks, self._global_cache),
-                DecoderStep(model.blt.decoder, self._decoder_cache),
-            )
+        self._step = _steps(model.blt, self._caches)
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
@@ -104,25 +119,26 @@ class PatchedSession:
         if not len(ids):
             return _no_logits(ids)
         entropies = self._scorer.feed(ids) if self._scorer else None
-        next_boundary = self._patcher.feed(ids, entropies)
-        if len(ids) == 1 and self._step:
+        # The rule is applied where the answer is read.
+        on_host = None if entropies is None else entropies.cpu()
+        next_boundary = self._patcher.feed(ids.cpu(), on_host)
+        # The first byte, which is a patch, gives the caches the shapes that steps rely on.
+        if len(ids) == 1 and self._step and self._last:
             return self._feed_one(self._step, int(ids), bool(next_boundary))
-        context = self._encoder_cache.extend(len(ids), ids.device)
+        context = self._caches.encoder.extend(len(ids), ids.device)
         states = self._blt.encoder.byte_states(self._embedding.feed(ids), context)
-        readable, decoder_ids = self._read(states, next_boundary)
-        context = self._decoder_cache.extend(len(ids), ids.device)
+        readable, decoder_ids = self._read(states, next_boundary.to(ids.device))
+        context = self._caches.decoder.extend(len(ids), ids.device)
         return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
 
     def _feed_one(self, step: _Steps, byte_id: int, is_last: bool) -> Float[Tensor, "1 vocab"]:
         """The rest of :meth:`feed` for a single byte, the last of its patch or not."""
-        states = step.encoder(self._embedding.feed_one(byte_id))
+        states = step.encoder(self._embedding.take(byte_id))
         for pieces, state in zip(self._open_states, states, strict=True):
             pieces.append(state)
         if is_last:
-            vector = step.patch([torch.cat(pieces, 1) for pieces in self._open_states])
+            self._last = step.patch([torch.cat(pieces, 1) for pieces in self._open_states])
             self._open_states = [[] for _ in states]
-            latent = step.global_model(vector)[-1]
-            self._last = self._blt.decoder.read_latents(latent[None])
             step.decoder.read(self._last)
         return step.decoder(states[-1]).clone()
 
@@ -173,5 +189,5 @@ class PatchedSession:
         """What can be read of newly closed patches."""
         if vectors is None:
             return None
-        context = self._global_cache.extend(vectors.shape[1], vectors.device)
+        context = self._caches.global_model.extend(vectors.shape[1], vectors.device)
         return self._blt.decoder.read_latents(self._blt.global_model(vectors, context))

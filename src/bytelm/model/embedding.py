@@ -167,11 +167,14 @@ class EmbeddingStream:
         self._remember(joined[-self._embedding.context - 1 :].tolist(), len(ids))
         return self._embedding(joined[None], positions[None])[:, num_recent:]
 
-    def feed_one(self, byte_id: int) -> Float[Tensor, "1 1 dim"]:
-        """:meth:`feed` of a single id, without the tensors that hashing many takes."""
+    def take(self, byte_id: int) -> list[int]:
+        """The document's next id, after those before it that its embedding depends on.
+
+        For :meth:`ByteEmbedding.embed_last`, in place of :meth:`feed`.
+        """
         ids = [*self._recent, byte_id]
         self._remember(ids, 1)
-        return self._embedding.embed_last(ids)
+        return ids
 
     def _remember(self, ids: list[int], num_new: int) -> None:
         """Keep the last ids that n-grams of later bytes reach back to."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bytelm.kernels import NORM_EPS
 from bytelm.model.attention import AttentionCache, StackCache
-from bytelm.model.blt import LocalDecoder, LocalEncoder, Readable
+from bytelm.model.blt import BLT, LocalDecoder, LocalEncoder, Readable
 from bytelm.model.layers import Block, DecoderCrossAttention, EncoderCrossAttention
 from bytelm.model.transformer import Transformer
 
@@ -108,29 +108,41 @@ class TransformerStep:
 
 
 class EncoderStep:
-    """One embedded byte through a local encoder."""
+    """One byte through a local encoder, its embedding included."""
 
     def __init__(self, encoder: LocalEncoder, cache: StackCache) -> None:
+        self._embedding = encoder.embedding
         self._blocks = StackStep(encoder.blocks, cache)
         self._num_read = max(len(encoder.cross_attention), 1)
 
-    def __call__(self, x: Float[Tensor, "1 1 dim"]) -> list[Float[Tensor, "1 1 dim"]]:
-        """States that patches read, as ``LocalEncoder.byte_states``."""
-        states = self._blocks(x[0].clone())
+    def __call__(self, ids: Sequence[int]) -> list[Float[Tensor, "1 1 dim"]]:
+        """States that patches read, as ``LocalEncoder.byte_states``, of the last of the ids.
+
+        The others are those before it that its embedding depends on.
+        """
+        # Without n-grams it is a row of the table, and the blocks overwrite it.
+        states = self._blocks(self._embedding.embed_last(ids)[0].clone())
         return [state[None] for state in states[-self._num_read :]]
 
 
 class PatchStep:
-    """The bytes of one patch to its vector."""
+    """The bytes of one patch through the encoder's cross-attention and the global transformer."""
 
-    def __init__(self, encoder: LocalEncoder) -> None:
+    def __init__(self, blt: BLT, cache: StackCache) -> None:
+        encoder = blt.encoder
         self._slots = encoder.slots
         self._learned = encoder.learned_queries
         self._pool = encoder.pool_projection
         self._crosses = [c for c in encoder.cross_attention if isinstance(c, EncoderCrossAttention)]
         self._projection = encoder.patch_projection
+        self._blocks = StackStep(blt.global_model.blocks, cache)
+        self._read_latents = blt.decoder.read_latents
 
-    def __call__(
+    def __call__(self, states: Sequence[Float[Tensor, "1 bytes dim"]]) -> Readable:
+        """What bytes read of the patch."""
+        return self._read_latents(self._blocks(self._vector(states))[-1][None])
+
+    def _vector(
         self, states: Sequence[Float[Tensor, "1 bytes dim"]]
     ) -> Float[Tensor, "1 global_dim"]:
         """``LocalEncoder.patch_vectors`` of bytes that are one patch."""
