@@ -1,9 +1,11 @@
+import copy
 import dataclasses
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from builders import (
     BLT_VARIANTS,
@@ -25,7 +27,10 @@ from bytelm.generation import (
     reference_generate,
     start_session,
 )
+from bytelm.generation import session as generation_session
 from bytelm.generation.sampling import filtered_probabilities
+from bytelm.kernels import projections, segments
+from bytelm.model import graphs as model_graphs
 from bytelm.patching import EntropyRule, SpaceRule, StaticRule
 
 MODELS = {
@@ -48,8 +53,34 @@ def model(request):
     return MODELS[request.param]()
 
 
-def test_a_session_fed_in_any_pieces_equals_one_full_forward(model):
-    @given(byte_strings, piece_sizes)
+def traced_once(graph, numbers):
+    """In place of the capture on CUDA: the operators of one call, on whatever its buffers hold.
+
+    Like the capture it fails at a number that is read by the host, and fixes every other choice.
+    """
+    graph._function(numbers)
+    operators = make_fx(graph._function)(numbers)
+    return lambda: operators(numbers)
+
+
+@pytest.fixture
+def single_bytes(request, monkeypatch):
+    """How a session takes a single byte: in steps, or as on CUDA, but for the capture."""
+    if request.param == "traced graphs":
+        monkeypatch.setattr(model_graphs._Graph, "_capture", traced_once)
+        for kernel_module in (projections, segments):
+            monkeypatch.setattr(kernel_module, "is_eager_cpu", lambda _: False)
+    if request.param != "steps":
+        for module in (model_graphs, generation_session):
+            monkeypatch.setattr(module, "can_step", lambda _: False)
+            monkeypatch.setattr(module, "can_capture", lambda _: True)
+        monkeypatch.setattr(model_graphs, "PATCH_BYTES", 4)
+
+
+@pytest.mark.parametrize("single_bytes", ["steps", "graphs"], indirect=True)
+def test_a_session_fed_in_any_pieces_equals_one_full_forward(model, single_bytes):
+    # Pieces of one byte have a path of their own: also many of them, among others.
+    @given(byte_strings, piece_sizes | st.lists(st.sampled_from([0, 1, 1, 1, 4]), max_size=40))
     def check(document, sizes):
         ids = ids_of(document)
         session = start_session(model)
@@ -60,12 +91,25 @@ def test_a_session_fed_in_any_pieces_equals_one_full_forward(model):
     check()
 
 
-def test_feeding_byte_by_byte_equals_one_full_forward(model):
+@pytest.mark.parametrize("single_bytes", ["steps", "traced graphs"], indirect=True)
+def test_feeding_byte_by_byte_equals_one_full_forward(model, single_bytes):
+    # More bytes, and with some rules more patches, than the first buffer of a cache holds.
     ids = ids_of(b"one byte at a time,\nfar beyond every window; " * 3)
     session = start_session(model)
     fed = torch.cat([session.feed(piece) for piece in ids.split(1)])
     with torch.no_grad():
         torch.testing.assert_close(fed, model(ids[None])[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_captured_graphs_equal_one_full_forward(model):
+    on_device = copy.deepcopy(model).cuda()
+    ids = ids_of(b"one byte at a time,\nfar beyond every window; " * 3)
+    session = start_session(on_device)
+    pieces = [ids[:5], *ids[5:70].split(1), ids[70:80], *ids[80:].split(1)]
+    fed = torch.cat([session.feed(piece.cuda()) for piece in pieces]).cpu()
+    with torch.no_grad():
+        torch.testing.assert_close(fed, model(ids[None])[0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_session_runs_under_autocast(model):
@@ -86,7 +130,7 @@ def test_the_global_transformer_runs_once_per_patch():
     for piece, latent in zip(ids.split(1), latents, strict=True):
         session.feed(piece)
         assert (
-            sum(calls) == session._global_cache.position == latent + 1
+            sum(calls) == session._caches.global_model.position == latent + 1
         )  # the global model has seen what is complete, no more
     assert calls == [1] * len(calls)
     assert 1 < len(calls) < len(ids)

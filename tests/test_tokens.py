@@ -7,10 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import random_transformer
-from bytelm import codec
+from bytelm import codec, load
+from bytelm.checkpoint import load_scorer, save_model
+from bytelm.config import ModelDescription, TransformerConfig
 from bytelm.data.packing import Row, Stretch, make_batch
-from bytelm.errors import ConfigError, DataError
+from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.evaluation import evaluate, total
+from bytelm.generation import generate
 from bytelm.model.tokenized import TokenModel
 from bytelm.tokens import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -128,3 +131,44 @@ def test_without_merges_the_model_is_the_byte_model(documents):
     plain = total(evaluate(model.transformer, labelled, context_bytes=64, stride=16).values())
     assert tokens.nats == pytest.approx(plain.nats, rel=1e-5, abs=1e-6)
     assert tokens.num_bytes == plain.num_bytes
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("prompt", [b"", b"the cat sat on", b"\xff\x00"])
+def test_generation_is_that_of_full_forwards(prompt, seed):
+    model = token_model(seed=seed)
+    ids = torch.from_numpy(TOKENIZER.encode(codec.encode(prompt)))
+    expected = b""
+    while len(expected) < 30:
+        logits = model(ids[None])[0, -1].detach()
+        logits[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
+        chosen = int(logits.argmax())
+        if chosen == codec.EOS:
+            break
+        expected += TOKENIZER.decode(chosen)
+        ids = torch.cat((ids, ids.new_tensor([chosen])))
+    assert generate(model, prompt, max_bytes=30) == expected[:30]
+    if len(expected) > 9:
+        cut = expected[5:8]
+        found = generate(model, prompt, max_bytes=30, stop=[cut])
+        assert found == expected[: expected.find(cut)]
+
+
+def test_a_model_of_tokens_that_was_saved_is_the_same(tmp_path):
+    description = ModelDescription(
+        model=TransformerConfig(
+            dim=32, num_layers=2, num_heads=2, ffn_dim=48, vocab_size=TOKENIZER.vocab_size
+        ),
+        tokens=True,
+    )
+    model = token_model()
+    save_model(tmp_path / "m", model, description)
+    lm = load(tmp_path / "m", "cpu")
+    assert lm.bits_per_byte(TEXT[:300]) == pytest.approx(
+        total(evaluate(model, [("", TEXT[:300])], context_bytes=8192).values()).bits_per_byte
+    )
+    assert lm.generate("the ", max_bytes=12) == generate(model, b"the ", max_bytes=12)
+    with pytest.raises(ConfigError, match="no entropies of bytes"):
+        lm.entropies("the")
+    with pytest.raises(CheckpointError, match="a model of tokens"):
+        load_scorer(tmp_path / "m", reset_at_newline=False)

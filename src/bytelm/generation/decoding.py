@@ -1,6 +1,6 @@
 """Generation: a prompt in, a stream of bytes out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from bytelm.errors import ConfigError
 from bytelm.generation.sampling import GREEDY, Sampler, Sampling
 from bytelm.generation.session import Session, start_session
 from bytelm.model.patched import PatchedModel
+from bytelm.model.tokenized import TokenModel
 from bytelm.model.transformer import Transformer
 
 Finish = Literal["length", "end", "stop"]
@@ -28,8 +29,13 @@ class Piece:
     document, or a stop string appeared (which is not part of the output)."""
 
 
+def _byte(chosen: int) -> bytes:
+    """The byte of an id; nothing of a special one."""
+    return codec.decode([chosen])
+
+
 def stream(
-    model: PatchedModel | Transformer,
+    model: PatchedModel | Transformer | TokenModel,
     prompt: bytes,
     *,
     max_bytes: int,
@@ -37,9 +43,18 @@ def stream(
     stop: Sequence[bytes] = (),
 ) -> Iterator[Piece]:
     """Continue ``prompt``, any bytes or none, with a fresh session; see :func:`continue_from`."""
-    ids = torch.from_numpy(codec.encode(prompt)).to(next(model.parameters()).device)
-    session = start_session(model)
-    return continue_from(session, ids, max_bytes=max_bytes, sampling=sampling, stop=stop)
+    ids, decode = codec.encode(prompt), _byte
+    if isinstance(model, TokenModel):
+        ids, decode = model.tokenizer.encode(ids), model.tokenizer.decode
+        model = model.transformer
+    return continue_from(
+        start_session(model),
+        torch.from_numpy(ids).to(next(model.parameters()).device),
+        max_bytes=max_bytes,
+        sampling=sampling,
+        stop=stop,
+        decode=decode,
+    )
 
 
 def continue_from(
@@ -49,6 +64,7 @@ def continue_from(
     max_bytes: int,
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
+    decode: Callable[[int], bytes] = _byte,
 ) -> Iterator[Piece]:
     """Feed ``ids`` to a session and continue, yielding bytes as soon as they are certain.
 
@@ -62,6 +78,7 @@ def continue_from(
         max_bytes: most bytes to generate.
         sampling: how each byte is chosen.
         stop: byte strings that end generation.
+        decode: the bytes of an id; of a model of tokens, its tokenizer's.
 
     Raises:
         ConfigError: ``max_bytes`` is negative or a stop string is empty.
@@ -70,19 +87,27 @@ def continue_from(
         raise ConfigError(f"max_bytes must be at least 0, not {max_bytes}")
     if not all(stop):
         raise ConfigError("a stop string must not be empty")
-    return _continue(session, ids, max_bytes, Sampler(sampling), stop)
+    return _continue(session, ids, max_bytes, Sampler(sampling), stop, decode)
 
 
 def _continue(
-    session: Session, ids: Tensor, max_bytes: int, sampler: Sampler, stop: Sequence[bytes]
+    session: Session,
+    ids: Tensor,
+    max_bytes: int,
+    sampler: Sampler,
+    stop: Sequence[bytes],
+    decode: Callable[[int], bytes],
 ) -> Iterator[Piece]:
-    held = b""
-    for _ in range(max_bytes):
+    held, left = b"", max_bytes
+    while left > 0:
         chosen = sampler.choose(session.feed(ids)[-1])
         if chosen == codec.EOS:
             yield Piece(held, "end")
             return
-        held += codec.decode([chosen])
+        new = decode(chosen)[:left]
+        # A special id is nothing to see, but a model may go on choosing it.
+        left -= max(len(new), 1)
+        held += new
         match = _first_match(held, stop)
         if match is not None:
             yield Piece(held[:match], "stop")
@@ -96,7 +121,7 @@ def _continue(
 
 
 def generate(
-    model: PatchedModel | Transformer,
+    model: PatchedModel | Transformer | TokenModel,
     prompt: bytes,
     *,
     max_bytes: int,

@@ -41,6 +41,10 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0.0)
 
+# Added to the logits of the special ids: minus infinity for those that are never chosen.
+_SPECIAL = torch.zeros(codec.OFFSET, dtype=torch.float64)
+_SPECIAL[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
+
 
 class Sampler:
     """Chooses ids one after another, on the CPU: the same logits and seed, the same choices."""
@@ -55,15 +59,16 @@ class Sampler:
         Raises:
             BytelmError: the logits are not numbers.
         """
-        allowed = logits.double().cpu().clone()
-        if allowed.isnan().any():
+        allowed = logits.to("cpu", torch.float64, copy=True)
+        allowed[: codec.OFFSET] += _SPECIAL
+        highest, index = allowed.max(0)  # not a number if any of them is not
+        if math.isnan(highest):
             raise BytelmError(
                 "the model's predictions are not numbers: its weights are damaged, or its training "
                 "diverged; use an earlier checkpoint"
             )
-        allowed[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
         if self._sampling.temperature == 0:
-            return int(allowed.argmax())
+            return int(index)
         probabilities = filtered_probabilities(allowed, self._sampling)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 

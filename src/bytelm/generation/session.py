@@ -15,15 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm import codec
-from bytelm.model.blt import Readable
-from bytelm.model.patched import PatchedModel
-from bytelm.model.step import (
-    DecoderStep,
-    EncoderStep,
-    StackStep,
-    TransformerStep,
-    can_step,
+from bytelm.model.attention import StackCache
+from bytelm.model.blt import BLT, Readable
+from bytelm.model.graphs import (
+    DecoderGraph,
+    EncoderGraph,
+    PatchGraph,
+    can_capture,
+    transformer_step,
 )
+from bytelm.model.patched import PatchedModel
+from bytelm.model.step import DecoderStep, EncoderStep, PatchStep, can_step
 from bytelm.model.transformer import Transformer
 
 
@@ -51,24 +53,47 @@ class TransformerSession:
     def __init__(self, model: Transformer) -> None:
         self._model = model
         self._cache = model.spec.cache()
-        self._step = TransformerStep(model, self._cache) if can_step(model) else None
+        self._step = transformer_step(model, self._cache)
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
         """Logits of the id after each of the document's next ``ids``."""
         if not len(ids):
             return _no_logits(ids)
-        if len(ids) == 1 and self._step:
+        if len(ids) == 1 and self._step and self._cache.position:
             return self._step(int(ids)).clone()
         return self._model.run(ids[None], self._cache.extend(len(ids), ids.device))[0]
 
 
-class _Steps(NamedTuple):
-    """What takes a single byte, or a single patch, on the CPU."""
+class _Caches(NamedTuple):
+    encoder: StackCache
+    global_model: StackCache
+    decoder: StackCache
 
-    encoder: EncoderStep
-    global_model: StackStep
-    decoder: DecoderStep
+
+class _Steps(NamedTuple):
+    """What takes a single byte, or a single patch."""
+
+    encoder: EncoderStep | EncoderGraph
+    patch: PatchStep | PatchGraph
+    decoder: DecoderStep | DecoderGraph
+
+
+def _steps(blt: BLT, caches: _Caches) -> _Steps | None:
+    """Steps for the model's device and precision, where they are written."""
+    if can_step(blt):
+        return _Steps(
+            EncoderStep(blt.encoder, caches.encoder),
+            PatchStep(blt, caches.global_model),
+            DecoderStep(blt.decoder, caches.decoder),
+        )
+    if can_capture(blt):
+        return _Steps(
+            EncoderGraph(blt.encoder, caches.encoder),
+            PatchGraph(blt, caches.global_model),
+            DecoderGraph(blt.decoder, caches.decoder),
+        )
+    return None
 
 
 class PatchedSession:
@@ -79,21 +104,14 @@ class PatchedSession:
         needs_entropies = model.patcher.needs_entropies
         self._scorer = model.scorer.stream() if model.scorer and needs_entropies else None
         self._patcher = model.patcher.stream()
-        self._encoder_cache = model.blt.encoder.spec.cache()
-        self._global_cache = model.blt.global_model.spec.cache()
-        self._decoder_cache = model.blt.decoder.spec.cache()
+        modules = (model.blt.encoder, model.blt.global_model, model.blt.decoder)
+        self._caches = _Caches(*(module.spec.cache() for module in modules))
         self._embedding = model.blt.encoder.embedding.stream()
         # For each state that patches read, the pieces of it that belong to the open patch.
-        self._open_states: list[list[Tensor]] = []
-        self._num_open = 0
+        num_read = max(len(model.blt.encoder.cross_attention), 1)
+        self._open_states: list[list[Tensor]] = [[] for _ in range(num_read)]
         self._last: Readable | None = None
-        self._step: _Steps | None = None
-        if can_step(model.blt):
-            self._step = _Steps(
-                EncoderStep(model.blt.encoder, self._encoder_cache),
-                StackStep(model.blt.global_model.blocks, self._global_cache),
-                DecoderStep(model.blt.decoder, self._decoder_cache),
-            )
+        self._step = _steps(model.blt, self._caches)
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
@@ -101,16 +119,28 @@ class PatchedSession:
         if not len(ids):
             return _no_logits(ids)
         entropies = self._scorer.feed(ids) if self._scorer else None
-        next_boundary = self._patcher.feed(ids, entropies)
-        if len(ids) == 1 and self._step:
-            states = self._step.encoder(self._embedding.feed(ids))
-            self._read(states, next_boundary)
-            return self._step.decoder(states[-1]).clone()
-        context = self._encoder_cache.extend(len(ids), ids.device)
+        # The rule is applied where the answer is read.
+        on_host = None if entropies is None else entropies.cpu()
+        next_boundary = self._patcher.feed(ids.cpu(), on_host)
+        # The first byte, which is a patch, gives the caches the shapes that steps rely on.
+        if len(ids) == 1 and self._step and self._last:
+            return self._feed_one(self._step, int(ids), bool(next_boundary))
+        context = self._caches.encoder.extend(len(ids), ids.device)
         states = self._blt.encoder.byte_states(self._embedding.feed(ids), context)
-        readable, decoder_ids = self._read(states, next_boundary)
-        context = self._decoder_cache.extend(len(ids), ids.device)
+        readable, decoder_ids = self._read(states, next_boundary.to(ids.device))
+        context = self._caches.decoder.extend(len(ids), ids.device)
         return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+
+    def _feed_one(self, step: _Steps, byte_id: int, is_last: bool) -> Float[Tensor, "1 vocab"]:
+        """The rest of :meth:`feed` for a single byte, the last of its patch or not."""
+        states = step.encoder(self._embedding.take(byte_id))
+        for pieces, state in zip(self._open_states, states, strict=True):
+            pieces.append(state)
+        if is_last:
+            self._last = step.patch([torch.cat(pieces, 1) for pieces in self._open_states])
+            self._open_states = [[] for _ in states]
+            step.decoder.read(self._last)
+        return step.decoder(states[-1]).clone()
 
     def _read(
         self, states: list[Float[Tensor, "1 bytes dim"]], next_boundary: Bool[Tensor, " bytes"]
@@ -124,7 +154,7 @@ class PatchedSession:
         if new is None:
             assert self._last is not None
             return self._last, closed
-        if self._last is None or len(closed) == 1:
+        if self._last is None:
             readable, decoder_ids = new, closed - 1
         else:
             pairs = zip(self._last, new, strict=True)
@@ -142,28 +172,22 @@ class PatchedSession:
         closed: Int[Tensor, " bytes"],
     ) -> Float[Tensor, "1 patches global_dim"] | None:
         """Vectors of the patches that end among the new bytes; the rest stays open."""
-        if not self._open_states:
-            self._open_states = [[] for _ in states]
+        num_open = sum(piece.shape[1] for piece in self._open_states[0])
         for pieces, state in zip(self._open_states, states, strict=True):
             pieces.append(state)
-        num_open = self._num_open
-        self._num_open += len(closed)
         num_closed = int(closed[-1])
         if not num_closed:
             return None
         joined = [torch.cat(pieces, 1) for pieces in self._open_states]
         closed_before = closed - next_boundary.long()
         encoder_ids = torch.cat((closed_before.new_zeros(num_open), closed_before))
-        self._num_open = int((closed_before == num_closed).sum())
-        self._open_states = [[x[:, x.shape[1] - self._num_open :]] for x in joined]
+        rest = int((closed_before < num_closed).sum()) + num_open
+        self._open_states = [[x[:, rest:]] for x in joined]
         return self._blt.encoder.patch_vectors(joined, encoder_ids[None], num_closed)
 
     def _run_global(self, vectors: Float[Tensor, "1 patches global_dim"] | None) -> Readable | None:
         """What can be read of newly closed patches."""
         if vectors is None:
             return None
-        if vectors.shape[1] == 1 and self._step:
-            latents = self._step.global_model(vectors[0].clone())[-1][None]
-            return self._blt.decoder.read_latents(latents)
-        context = self._global_cache.extend(vectors.shape[1], vectors.device)
+        context = self._caches.global_model.extend(vectors.shape[1], vectors.device)
         return self._blt.decoder.read_latents(self._blt.global_model(vectors, context))

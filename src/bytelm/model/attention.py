@@ -100,6 +100,27 @@ class StackCache:
         self.position += 1
         return factors[0, 0], self._layers
 
+    def reserve(self) -> int:
+        """Make room in every layer for one more position; the positions there is room for.
+
+        No layer is empty.
+        """
+        return min(layer.reserve() for layer in self._layers)
+
+    def at(self, position: Int[Tensor, "1"]) -> "StaticContext":
+        """Context for the next position, which only the device knows, in shapes that stay.
+
+        The caches must have room (:meth:`reserve`), and :meth:`advance` once the layers have run.
+        """
+        factors = rotation(position[None], self.spec.head_dim, self.spec.theta)
+        return StaticContext(factors, position, self._layers)
+
+    def advance(self) -> None:
+        """Count the position that was run with :meth:`at`."""
+        self.position += 1
+        for layer in self._layers:
+            layer.advance()
+
     def extend(self, length: int, device: torch.device) -> "CachedContext":
         """Context for the next ``length`` positions."""
         factors = self._factors(self.position, length, device)
@@ -127,6 +148,18 @@ class CachedContext(NamedTuple):
     def attend(self, layer: int) -> Attend:
         """Attention over the layer's cache and the new positions, which are added to it."""
         return self.layers[layer].attend
+
+
+class StaticContext(NamedTuple):
+    """Context for the next position of a cached stack, in shapes that do not depend on it."""
+
+    factors: Complex[Tensor, "1 1 1 half"]
+    position: Int[Tensor, "1"]
+    layers: "list[AttentionCache]"
+
+    def attend(self, layer: int) -> Attend:
+        """Attention over all of the layer's cache, under a mask."""
+        return lambda *heads: self.layers[layer].attend_at(self.position, *heads)
 
 
 def rotation(
@@ -199,12 +232,46 @@ class AttentionCache:
         """Keep the key and value of one more position; all that it sees, in no certain order."""
         keys, values = self._reserve(key, 1)
         slot = self.length if self.window is None else self.length % self.window
-        keys[:, :, slot] = key
-        values[:, slot] = value
+        keys.select(2, slot).copy_(key)
+        values.select(1, slot).copy_(value)
         self.length += 1
         if self._seen is None or self.window is None or self.length <= self.window:
             self._seen = keys[:, :, : self.length], values[:, : self.length]
         return self._seen
+
+    def attend_at(
+        self,
+        position: Int[Tensor, "1"],
+        queries: Float[Tensor, "1 1 heads head_dim"],
+        keys: Float[Tensor, "1 1 heads head_dim"],
+        values: Float[Tensor, "1 1 heads head_dim"],
+    ) -> Float[Tensor, "1 1 heads head_dim"]:
+        """:meth:`attend` of the next position, known to the device alone, in shapes that stay.
+
+        Twice at the same position is as good as once; :meth:`advance` counts it.
+        """
+        assert self._keys is not None
+        assert self._values is not None
+        capacity = self._keys.shape[2]
+        slot = position % capacity
+        self._keys.index_copy_(2, slot, keys[0].permute(1, 2, 0))
+        self._values.index_copy_(1, slot, values[0].transpose(0, 1))
+        # Slots are filled in order, and once round all of them are within the window.
+        is_seen = torch.arange(capacity, device=position.device) <= position
+        scores = (queries[0].transpose(0, 1) @ self._keys).float() * queries.shape[-1] ** -0.5
+        weights = scores.masked_fill(~is_seen, float("-inf")).softmax(-1)
+        return (weights.to(values.dtype) @ self._values).transpose(0, 1)[None]
+
+    def reserve(self) -> int:
+        """Make room for one more position in a cache that is not empty; the capacity."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._reserve(self._keys[:, :, 0], 1)[0].shape[2]
+
+    def advance(self) -> None:
+        """Count a position that was run with :meth:`attend_at`."""
+        self.length += 1
+        self._seen = None
 
     def _slots(self, positions: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
         return positions if self.window is None else positions % self.window
@@ -230,8 +297,9 @@ class AttentionCache:
         if self._keys is None or self._values is None or capacity < needed:
             grown = self.window or max(needed, 2 * capacity, 64)
             heads, head_dim = like.shape
-            keys = like.new_empty(heads, head_dim, grown)
-            values = like.new_empty(heads, grown, head_dim)
+            # Zeros: what is masked must still be a number.
+            keys = like.new_zeros(heads, head_dim, grown)
+            values = like.new_zeros(heads, grown, head_dim)
             if self._keys is not None and self._values is not None:
                 keys[:, :, : self.length] = self._keys[:, :, : self.length]
                 values[:, : self.length] = self._values[:, : self.length]

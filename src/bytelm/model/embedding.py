@@ -29,15 +29,6 @@ PRIMES = (
 Combine = Literal["sum", "mean"]
 
 
-def _ngram_hash(ids: Sequence[int], size: int, prime: int) -> int:
-    """:func:`ngram_hashes` of one n-gram, which begins with zeros where ``ids`` are too few."""
-    value = 0
-    for one in reversed(ids):
-        value = value * prime + one
-    value *= prime ** (size - len(ids))
-    return (value + 2**63) % 2**64 - 2**63
-
-
 def ngram_hashes(
     ids: Int[Tensor, "batch bytes"],
     positions: Int[Tensor, "batch bytes"],
@@ -61,6 +52,17 @@ def ngram_hashes(
         running = oldest + running * prime
         by_size[n] = running
     return torch.stack([by_size[n] for n in sizes], -1)
+
+
+def _last_hashes(ids: Sequence[int], sizes: Sequence[int], prime: int) -> list[int]:
+    """:func:`ngram_hashes` at the last of a document's ids, by integers."""
+    by_size = {}
+    running = 0
+    for n in range(1, max(sizes) + 1):
+        oldest = ids[-n] if n <= len(ids) else codec.BOE
+        running = (oldest + running * prime) % 2**64
+        by_size[n] = running
+    return [by_size[n] - 2**64 * (by_size[n] >= 2**63) for n in sizes]
 
 
 class ByteEmbedding(nn.Module):
@@ -126,14 +128,11 @@ class ByteEmbedding(nn.Module):
         weight = self.bytes.weight
         embedded = weight[ids[-1]]
         if self.ngrams is not None:
-            rows, table = [], 0
-            for prime in PRIMES[: self.ngram_functions]:
-                for n in self.ngram_sizes:
-                    rows.append(_ngram_hash(ids[-n:], n, prime) % self.ngram_rows + table)
-                    table += self.ngram_rows
-            index = torch.tensor(rows, device=weight.device)
-            grams = self.ngrams.weight.index_select(0, index).sum(0)
-            embedded = (embedded + grams) * self.scale
+            primes = PRIMES[: self.ngram_functions]
+            hashes = [h for prime in primes for h in _last_hashes(ids, self.ngram_sizes, prime)]
+            rows = [h % self.ngram_rows + t * self.ngram_rows for t, h in enumerate(hashes)]
+            grams = self.ngrams.weight.index_select(0, torch.tensor(rows, device=weight.device))
+            embedded = (embedded + grams.sum(0)).mul_(self.scale)
         return embedded[None, None]
 
     def ngram_indices(
@@ -156,18 +155,28 @@ class EmbeddingStream:
 
     def __init__(self, embedding: ByteEmbedding) -> None:
         self._embedding = embedding
-        self._recent: Int[Tensor, " recent"] | None = None
+        self._recent: list[int] = []
         self._position = 0
 
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "1 bytes dim"]:
         """Embeddings of the document's next ids."""
-        embedding = self._embedding
-        recent = ids[:0] if self._recent is None else self._recent
-        joined = torch.cat((recent, ids))
-        self._recent = joined[len(joined) - min(embedding.context, len(joined)) :]
-        first = self._position - len(recent)
-        self._position += len(ids)
-        if len(ids) == 1 and ids.device.type == "cpu":
-            return embedding.embed_last(joined.tolist())
+        num_recent = len(self._recent)
+        joined = torch.cat((ids.new_tensor(self._recent), ids))
+        first = self._position - num_recent
         positions = torch.arange(first, first + len(joined), device=ids.device)
-        return embedding(joined[None], positions[None])[:, len(recent) :]
+        self._remember(joined[-self._embedding.context - 1 :].tolist(), len(ids))
+        return self._embedding(joined[None], positions[None])[:, num_recent:]
+
+    def take(self, byte_id: int) -> list[int]:
+        """The document's next id, after those before it that its embedding depends on.
+
+        For :meth:`ByteEmbedding.embed_last`, in place of :meth:`feed`.
+        """
+        ids = [*self._recent, byte_id]
+        self._remember(ids, 1)
+        return ids
+
+    def _remember(self, ids: list[int], num_new: int) -> None:
+        """Keep the last ids that n-grams of later bytes reach back to."""
+        self._recent = ids[max(len(ids) - self._embedding.context, 0) :]
+        self._position += num_new

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bytelm import codec
-from bytelm.model.step import TransformerStep, can_step
+from bytelm.model.graphs import transformer_step
 from bytelm.model.transformer import Transformer
 
 STREAM_CHUNK = 8192
@@ -125,8 +125,7 @@ class TransformerScorerStream:
     def __init__(self, scorer: TransformerScorer) -> None:
         self._scorer = scorer
         self._cache = scorer.transformer.spec.cache()
-        transformer = scorer.transformer
-        self._step = TransformerStep(transformer, self._cache) if can_step(transformer) else None
+        self._step = transformer_step(scorer.transformer, self._cache)
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
@@ -148,7 +147,7 @@ class TransformerScorerStream:
     def _continue(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
         if not len(ids):
             return torch.zeros(0, device=ids.device)
-        if len(ids) == 1 and self._step:
+        if len(ids) == 1 and self._step and self._cache.position:
             return entropy(self._step(int(ids)))
         context = self._cache.extend(len(ids), ids.device)
         return entropy(self._scorer.transformer.run(ids[None], context))[0]

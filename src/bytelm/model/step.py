@@ -6,14 +6,16 @@ matrix product that follows; what remains is about twenty calls for a block. The
 own forward with the same caches, to which the tests compare every step.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from bytelm.kernels import NORM_EPS
 from bytelm.model.attention import AttentionCache, StackCache
-from bytelm.model.blt import LocalDecoder, LocalEncoder, Readable
-from bytelm.model.layers import Block, DecoderCrossAttention
+from bytelm.model.blt import BLT, LocalDecoder, LocalEncoder, Readable
+from bytelm.model.layers import Block, DecoderCrossAttention, EncoderCrossAttention
 from bytelm.model.transformer import Transformer
 
 
@@ -65,8 +67,7 @@ class _BlockStep:
         self._project(x)
         self._rotated.mul_(factors)
         keys, values = cache.append(self._key, self._value)
-        weights = torch.bmm(self._queries, keys).mul_(self._scale).softmax(-1)
-        torch.bmm(weights, values, out=self._mixed)
+        torch.bmm(_weights(self._queries, keys, self._scale), values, out=self._mixed)
         torch.addmm(x, self._flat, self._out, out=x)
         self._gate_up(x)
         torch.addmm(x, nn.functional.silu(self._gate).mul_(self._up), self._down, out=x)
@@ -107,16 +108,58 @@ class TransformerStep:
 
 
 class EncoderStep:
-    """One embedded byte through a local encoder."""
+    """One byte through a local encoder, its embedding included."""
 
     def __init__(self, encoder: LocalEncoder, cache: StackCache) -> None:
+        self._embedding = encoder.embedding
         self._blocks = StackStep(encoder.blocks, cache)
         self._num_read = max(len(encoder.cross_attention), 1)
 
-    def __call__(self, x: Float[Tensor, "1 1 dim"]) -> list[Float[Tensor, "1 1 dim"]]:
-        """States that patches read, as ``LocalEncoder.byte_states``."""
-        states = self._blocks(x[0].clone())
+    def __call__(self, ids: Sequence[int]) -> list[Float[Tensor, "1 1 dim"]]:
+        """States that patches read, as ``LocalEncoder.byte_states``, of the last of the ids.
+
+        The others are those before it that its embedding depends on.
+        """
+        # Without n-grams it is a row of the table, and the blocks overwrite it.
+        states = self._blocks(self._embedding.embed_last(ids)[0].clone())
         return [state[None] for state in states[-self._num_read :]]
+
+
+class PatchStep:
+    """The bytes of one patch through the encoder's cross-attention and the global transformer."""
+
+    def __init__(self, blt: BLT, cache: StackCache) -> None:
+        encoder = blt.encoder
+        self._slots = encoder.slots
+        self._learned = encoder.learned_queries
+        self._pool = encoder.pool_projection
+        self._crosses = [c for c in encoder.cross_attention if isinstance(c, EncoderCrossAttention)]
+        self._projection = encoder.patch_projection
+        self._blocks = StackStep(blt.global_model.blocks, cache)
+        self._read_latents = blt.decoder.read_latents
+
+    def __call__(self, states: Sequence[Float[Tensor, "1 bytes dim"]]) -> Readable:
+        """What bytes read of the patch."""
+        return self._read_latents(self._blocks(self._vector(states))[-1][None])
+
+    def _vector(
+        self, states: Sequence[Float[Tensor, "1 bytes dim"]]
+    ) -> Float[Tensor, "1 global_dim"]:
+        """``LocalEncoder.patch_vectors`` of bytes that are one patch."""
+        slots = self._learned
+        if self._pool:
+            slots = self._pool(states[0].amax(1)).view(self._slots, -1)
+        assert slots is not None
+        for cross, state in zip(self._crosses, states, strict=False):
+            keys, values = cross.project_keys_values(state[0])
+            queries = cross.project_queries(slots).transpose(0, 1)
+            scale = queries.shape[-1] ** -0.5
+            weights = _weights(queries, keys.permute(1, 2, 0), scale)
+            out = torch.bmm(weights, values.transpose(0, 1))
+            slots = cross.add_residual(slots, out.transpose(0, 1))
+        vector = slots.reshape(1, -1)
+        # What follows overwrites it, and without any layer it could be the learned queries.
+        return vector.clone() if self._projection is None else self._projection(vector)
 
 
 class DecoderStep:
@@ -172,6 +215,15 @@ class _CrossStep:
 
     def __call__(self, x: Float[Tensor, "1 dim"]) -> None:
         self._project(x)
-        weights = torch.bmm(self._queries, self._keys).mul_(self._scale).softmax(-1)
-        torch.bmm(weights, self._values, out=self._mixed)
+        torch.bmm(_weights(self._queries, self._keys, self._scale), self._values, out=self._mixed)
         torch.addmm(x, self._flat, self._out, beta=self._residual_scale, out=x)
+
+
+def _weights(
+    queries: Float[Tensor, "heads some head_dim"],
+    keys: Float[Tensor, "heads head_dim seen"],
+    scale: float,
+) -> Float[Tensor, "heads some seen"]:
+    """Attention weights; the scale is a factor of the product."""
+    scores = queries.new_empty(len(queries), queries.shape[1], keys.shape[2])
+    return torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores).softmax(-1)

@@ -120,12 +120,11 @@ class EntropyRule:
         entropies, previous = context.entropies, context.previous_entropies
         if entropies is None or previous is None:
             raise ValueError("an entropy rule needs entropies")
-        decision = torch.ones_like(entropies, dtype=torch.bool)
-        if self.threshold is not None:
-            decision = decision & (entropies > self.threshold)
-        if self.increase is not None:
-            decision = decision & (entropies - previous > self.increase)
-        return decision
+        if self.increase is None:
+            assert self.threshold is not None
+            return entropies > self.threshold
+        rises = entropies - previous > self.increase
+        return rises if self.threshold is None else rises & (entropies > self.threshold)
 
 
 def is_space_like(ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
@@ -210,7 +209,8 @@ class PatcherStream:
         """Whether the byte after each of ``ids``, the document's next bytes, starts a patch."""
         if not len(ids):
             return torch.zeros_like(ids, dtype=torch.bool)
-        positions = torch.arange(len(ids), device=ids.device) + self._position
+        begin = self._position
+        positions = torch.arange(begin, begin + len(ids), device=ids.device)
         context = Context(
             positions,
             ids,
@@ -218,7 +218,9 @@ class PatcherStream:
             entropies,
             None if entropies is None else _shift(entropies, self._previous_entropy),
         )
-        decision = self._patcher.rule(context) | (positions == 0)
+        decision = self._patcher.rule(context)
+        if begin == 0:
+            decision = decision | (positions == 0)
         limited = decision
         if self._patcher.max_length is not None:
             starts = _shift(decision, self._previous_decision) | (positions == 0)
@@ -261,7 +263,8 @@ def _build_rule(config: PatchingConfig) -> Rule:
 
 def _shift(values: Tensor, previous: Tensor | None) -> Tensor:
     """``values`` one position later, ``previous`` (anything, where there is none) in front."""
-    return torch.cat((values[:1] if previous is None else previous, values[:-1]))
+    first = values[:1] if previous is None else previous
+    return first if len(values) == 1 else torch.cat((first, values[:-1]))
 
 
 def _limit_lengths(

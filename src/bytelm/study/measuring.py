@@ -13,7 +13,6 @@ from bytelm.evaluation import Likelihood, dataset_pieces, evaluate_pieces, total
 from bytelm.model.ngram import NgramScorer
 from bytelm.study.plan import Plan
 from bytelm.study.settling import Settled, inference_flops, scorer_training_flops
-from bytelm.study.text import leaked_documents
 from bytelm.tracking import read_jsonl
 from bytelm.training.run import METRICS
 from bytelm.version import __version__
@@ -35,7 +34,7 @@ def measure(
         train_bytes: text it has read.
     """
     about = describe(plan, settled, out)
-    by_document, sources, leaked = held_out_likelihood(plan, settled, out)
+    by_document, sources = held_out_likelihood(plan, settled, folder)
     whole = total(by_document.values())
     unit = whole.patch_size if whole.num_patches else None
     slices = read_jsonl(folder / SLICES)
@@ -48,7 +47,6 @@ def measure(
         "unit_bytes": unit,
         "inference_flops": inference_flops(settled.recipe, unit),
         "evaluated_bytes": whole.num_bytes,
-        "leaked_documents": leaked,
         "padded_bytes": _mean([row["padded_bytes"] for row in padded]),
         "padded_patches": _mean([row.get("padded_patches", 0.0) for row in padded]),
         "seconds": sum(one["seconds"] for one in slices),
@@ -64,31 +62,27 @@ def measure(
 
 
 def held_out_likelihood(
-    plan: Plan, settled: Settled, out: Path
-) -> tuple[dict[int, Likelihood], dict[int, str], int]:
-    """Likelihood of held-out documents by number, their sources, and how many were left out.
+    plan: Plan, settled: Settled, folder: Path
+) -> tuple[dict[int, Likelihood], dict[int, str]]:
+    """Likelihood of held-out documents by number, and their sources.
 
-    Left out are documents that also stand in the training text. The pieces are the same for all
-    runs of a study whose rows have the same length.
+    The pieces are the same for all runs of a study whose rows have the same length.
     """
     data = settled.recipe.data
     assert data.path is not None
     held_out = Dataset(Path(data.path), "validation")
-    module, _ = load_model(out / "runs" / settled.run.name)
+    module, _ = load_model(folder)
     assert not isinstance(module, NgramScorer)
-    leaked = leaked_documents(Path(data.path))
     pieces = (
         piece._replace(label=str(piece.stretch.document))
         for piece in dataset_pieces(
             held_out, max_bytes=plan.text.evaluated_bytes, context_bytes=data.row_bytes
         )
-        if piece.stretch.document not in leaked
     )
     found = evaluate_pieces(module, pieces, context_bytes=data.row_bytes)
     by_document = {int(label): one for label, one in found.items()}
     names, ids = held_out.source_names, held_out.source_ids
-    sources = {number: names[int(ids[number])] for number in by_document}
-    return by_document, sources, len(leaked)
+    return by_document, {number: names[int(ids[number])] for number in by_document}
 
 
 def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:

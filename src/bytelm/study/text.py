@@ -7,13 +7,13 @@
     STUDY/scored/NAME/        the same documents with entropies
     STUDY/tokenizers/N.json   byte-pair merges
 
-Every part is made whole or not at all; the same plan finds it there.
+Every part is made whole or not at all; the same plan finds it there. No document that is held out
+is also in the training text: preparation holds out every copy.
 """
 
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from bytelm.checkpoint import locked
@@ -68,14 +68,6 @@ def scorer_folder(out: Path, name: str) -> Path:
 def tokenizer_path(out: Path, vocab_size: int) -> Path:
     """Where a tokenizer lies."""
     return out / "tokenizers" / f"{vocab_size}.json"
-
-
-def leaked_documents(folder: Path) -> set[int]:
-    """Held-out documents, by number, whose bytes are also those of a training document."""
-    train, held_out = (Dataset(folder, split) for split in ("train", "validation"))
-    lengths = set(np.unique(held_out.lengths).tolist())
-    seen = {train.document(n) for n in range(len(train)) if int(train.lengths[n]) in lengths}
-    return {n for n in range(len(held_out)) if held_out.document(n) in seen}
 
 
 def _prepare(text: TextConfig, out: Path, console: Console) -> None:

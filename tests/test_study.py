@@ -1,0 +1,477 @@
+"""Studies: plans, equal FLOPs, runs in slices, and what is read from the table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from bytelm.accounting import training_flops
+from bytelm.config import TransformerConfig, parse
+from bytelm.data import Dataset
+from bytelm.errors import ConfigError, DataError
+from bytelm.study import (
+    Plan,
+    load_plan,
+    plan_names,
+    plan_runs,
+    prepare_text,
+    run_all,
+    run_cost,
+    settle_run,
+    write_page,
+    write_table,
+)
+from bytelm.study.comparison import best_sizes, compare
+from bytelm.study.fit import Bootstrap, Curve, PowerLaw, find_crossover, fit_power_law, seed_spread
+from bytelm.study.plan import merge, run_recipe
+from bytelm.study.runs import RESULT, run_slice
+from bytelm.study.table import Results, read_table
+
+WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
+TINY = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24}
+PLAN = {
+    "name": "test",
+    "title": "A test",
+    "text": {"train": ["x.jsonl"], "validation": ["held.jsonl"], "evaluated_bytes": 3000},
+    "scorers": {"table": {"recipe": "entropy-ngram", "overrides": ["model.min_count=1"]}},
+    "base": {"data": {"row_bytes": 64, "rows_per_step": 2}, "train": {"validation_bytes": 500}},
+    "families": {
+        "byte": {
+            "label": "bytes",
+            "recipe": {"model": {"kind": "transformer"}},
+            "sizes": {"s": {"model": TINY}},
+        },
+        "tokens": {"label": "tokens", "like": "byte", "vocab_size": 270, "unit_bytes": 2},
+        "space": {
+            "label": "space patches",
+            "unit_bytes": 5,
+            "recipe": {
+                "model": {
+                    "kind": "blt",
+                    "cross_attention": {"num_heads": 2},
+                    "ngrams": {"rows": 53},
+                },
+                "patching": {"kind": "space"},
+            },
+            "sizes": {
+                "s": {
+                    "model": {
+                        "local": {**TINY, "num_layers": None, "decoder_layers": 1, "window": 8},
+                        "global_model": TINY,
+                    }
+                }
+            },
+        },
+        "entropy": {
+            "label": "entropy patches",
+            "like": "space",
+            "scorer": "table",
+            "recipe": {"patching": {"kind": "entropy", "patch_size": 3.0}},
+        },
+    },
+    "runs": [
+        {"sizes": ["s"], "flops": [6.0e8, 1.2e9]},
+        {"families": ["byte"], "sizes": ["s"], "flops": [6.0e8], "seeds": [1]},
+    ],
+    "comparisons": {
+        "training": {
+            "kind": "training",
+            "title": "At equal FLOPs",
+            "families": ["byte", "tokens", "space", "entropy"],
+            "baseline": "byte",
+        },
+        "inference": {
+            "kind": "inference",
+            "title": "At equal inference",
+            "families": ["byte/s", "tokens/s"],
+            "baseline": "byte/s",
+        },
+        "all": {"kind": "table", "title": "All", "families": ["byte", "space"]},
+    },
+}
+del PLAN["families"]["space"]["sizes"]["s"]["model"]["local"]["num_layers"]
+
+
+def plan(**changes) -> Plan:
+    return parse(Plan, merge(PLAN, changes), "test")
+
+
+def changed(path, value):
+    *parents, last = path.split(".")
+    data = json.loads(json.dumps(PLAN))
+    at = data
+    for parent in parents:
+        at = at[int(parent) if parent.isdigit() else parent]
+    at[last] = value
+    return data
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A whole study of made-up sentences, finished."""
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(5, 60))) for _ in range(300)]
+    write = lambda name, some: (folder / name).write_text(  # noqa: E731
+        "\n".join(json.dumps({"text": text}) for text in some)
+    )
+    write("x.jsonl", texts[:260])
+    write("held.jsonl", [*texts[260:], texts[3], texts[7]])
+    paths = {"train": [str(folder / "x.jsonl")], "validation": [str(folder / "held.jsonl")]}
+    one = plan(text=paths)
+    out = folder / "out"
+    assert prepare_text(one, out, Console(quiet=True))
+    problems = run_all(one, plan_runs(one), out, workers=2, console=Console(quiet=True))
+    assert not problems
+    assert write_table(plan_runs(one), out) == 9
+    return one, out
+
+
+@pytest.mark.parametrize("name", plan_names())
+def test_a_shipped_plan_is_costed_without_data(name, tmp_path):
+    one = load_plan(name)
+    runs = plan_runs(one)
+    costs = [run_cost(one, run, tmp_path, 1e10) for run in runs]
+    for run, cost in zip(runs, costs, strict=True):
+        assert cost.deviation is None or abs(cost.deviation) <= 0.01
+        assert (cost.deviation is None) == (run.flops is None)
+        assert cost.seconds == pytest.approx(cost.flops / 1e10)
+
+
+def test_the_papers_inference_classes_cost_the_same():
+    one = load_plan("paper-inference")
+    for size, published in (("small", 3.1e8), ("large", 2.1e9)):
+        runs = [run for run in plan_runs(one) if run.size == size]
+        for run in runs:
+            cost = run_cost(one, run, Path("/no"), 1.0)
+            assert cost.inference_flops == pytest.approx(published, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("families.tokens.like", "bytes", r"none of byte, .*did you mean 'byte'"),
+        ("families.byte.like", "tokens", "is itself like others"),
+        ("families.entropy.scorer", "tables", "did you mean 'table'"),
+        ("comparisons.training.families", ["byte", "spice"], "did you mean 'space'"),
+        ("comparisons.inference.families", ["byte/m"], "'m' is none of s"),
+        ("comparisons.training.baseline", "other", "baseline"),
+        ("runs.0.families", ["blt"], "none of"),
+        ("runs.0.bytes", [1e6], "either flops or bytes"),
+        ("tytle", "x", "unknown key 'tytle'; did you mean 'title'"),
+    ],
+)
+def test_mistakes_in_a_plan_are_named(path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(Plan, changed(path, value), "test")
+
+
+def test_mistakes_in_runs_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="has no size 'xl': it has s"):
+        plan_runs(plan(runs=[{"sizes": ["xl"], "flops": [1e9]}]))
+    with pytest.raises(ConfigError, match="make the same run 'byte_s_1e09flops_s0'"):
+        plan_runs(plan(runs=[{"families": ["byte"], "sizes": ["s", "s"], "flops": [1e9]}]))
+    one = plan(families={"byte": {"recipe": {"model": {"dimm": 3}}}})
+    with pytest.raises(ConfigError, match=r"run 'byte_s_6e08flops_s0' .*model\.dimm"):
+        run_recipe(one, plan_runs(one)[0])
+    one = plan(families={"tokens": {"unit_bytes": None}})
+    with pytest.raises(ConfigError, match=r"add families\.tokens\.unit_bytes"):
+        settle_run(one, plan_runs(one)[2], tmp_path)
+
+
+def test_settings_make_runs_of_their_own():
+    grid = {"families": ["byte"], "sizes": ["s"], "flops": [3e8]}
+    one = plan(runs=[{**grid, "settings": {"optimizer.learning_rate": [0.1, 0.2]}}])
+    runs = plan_runs(one)
+    assert [run_recipe(one, run).optimizer.learning_rate for run in runs] == [0.1, 0.2]
+    assert runs[1].name == "byte_s_3e08flops_learning_rate=0.2_s0"
+
+
+@given(st.floats(1e8, 1e11))
+def test_a_run_meets_its_budget_or_is_refused(flops):
+    one = plan(runs=[{"families": ["byte", "space"], "sizes": ["s"], "flops": [flops]}])
+    for run in plan_runs(one):
+        step = settle_run(plan(), plan_runs(plan())[0 if run.family == "byte" else 4], Path("/no"))
+        steps = flops / step.step_flops
+        if abs(round(steps) / steps - 1) > 0.01:
+            with pytest.raises(ConfigError, match="raise the budget"):
+                settle_run(one, run, Path("/no"))
+        else:
+            settled = settle_run(one, run, Path("/no"))
+            assert abs(settled.flops / flops - 1) <= 0.01
+            assert settled.flops == settled.steps * settled.step_flops
+
+
+def test_the_scorer_counts_where_the_plan_says_so(tmp_path):
+    scorer = {"recipe": "entropy-tiny", "overrides": []}
+    grid = [{"families": ["entropy"], "sizes": ["s"], "flops": [1e11]}]
+    free = plan(scorers={"table": scorer}, runs=grid)
+    counted = plan(scorers={"table": scorer}, runs=grid, include_scorer=True)
+    a, b = (settle_run(one, plan_runs(one)[0], tmp_path) for one in (free, counted))
+    assert a.scorer_step_flops == b.scorer_step_flops > 0
+    assert a.flops == pytest.approx(1e11, rel=0.01)
+    assert b.flops == pytest.approx(1e11, rel=0.01)
+    assert b.steps * (b.step_flops + b.scorer_step_flops) == b.flops
+    assert b.steps < a.steps
+
+
+def test_all_families_read_the_same_text_in_the_same_order(study):
+    _, out = study
+    table = read_table(out).rows
+    budgets = {row["run"]: row for row in table}
+    assert len(budgets) == 9
+    for row in table:
+        assert abs(row["flops"] / row["budget_flops"] - 1) <= 0.01
+        recipe = json.loads(row["recipe"])
+        assert recipe["data"]["row_bytes"] == 64
+        # The table's FLOPs are those of the recipe that is recorded beside them.
+        if row["family"] == "tokens":
+            config = parse(TransformerConfig, recipe["model"], "test")
+            step = 2 * training_flops(config, recipe["data"]["row_patches"])
+            assert row["flops"] == row["steps"] * step
+            assert row["unit_bytes"] > 1
+    evaluated = {row["evaluated_bytes"] for row in table}
+    assert len(evaluated) == 1
+
+
+def test_no_held_out_document_is_in_training(study):
+    _, out = study
+    train, held_out = (Dataset(out / "text", split) for split in ("train", "validation"))
+    trained = {train.document(number) for number in range(len(train))}
+    evaluated = {held_out.document(number) for number in range(len(held_out))}
+    # Two documents stand in both inputs.
+    assert len(train) == 258
+    assert not trained & evaluated
+    table = read_table(out)
+    assert table.num_bytes.sum() == table.rows[0]["evaluated_bytes"]
+
+
+def test_the_table_holds_what_its_documents_say(study):
+    _, out = study
+    results = read_table(out)
+    found = results.bits_per_byte(np.ones(len(results.num_bytes)))
+    assert found == pytest.approx([row["bpb"] for row in results.rows])
+    by_source = results.by_source(0)
+    assert set(by_source) == {"held", "x"}
+    assert min(by_source.values()) <= found[0] <= max(by_source.values())
+
+
+def test_a_run_in_slices_reaches_the_same_numbers(study, tmp_path):
+    one, out = study
+    run = plan_runs(one)[-3]
+    assert run.family == "entropy"
+    for part in ("text", "scored", "scorers", "tokenizers", "settled.json"):
+        (tmp_path / part).symlink_to(out / part)
+    slices = 0
+    while not run_slice(one, run, tmp_path, time_limit=0.0):
+        slices += 1
+    assert slices > 3
+    whole, sliced = (
+        json.loads((folder / "runs" / run.name / RESULT).read_text()) for folder in (out, tmp_path)
+    )
+    assert sliced["slices"] == slices + 1
+    varying = {"seconds", "peak_bytes", "slices", "machine", "recipe"}
+    assert {k: v for k, v in whole.items() if k not in varying} == {
+        k: v for k, v in sliced.items() if k not in varying
+    }
+
+
+def test_a_finished_study_trains_nothing(study, monkeypatch):
+    one, out = study
+    before = sorted(path.stat().st_mtime_ns for path in (out / "runs").rglob("*"))
+    assert not run_all(one, plan_runs(one), out, workers=1, console=Console(quiet=True))
+    assert sorted(path.stat().st_mtime_ns for path in (out / "runs").rglob("*")) == before
+
+
+def test_a_damaged_run_is_reported_and_the_others_go_on(study, tmp_path):
+    one, out = study
+    for part in ("text", "scored", "scorers", "tokenizers", "settled.json"):
+        (tmp_path / part).symlink_to(out / part)
+    runs = plan_runs(one)[:2]
+    (tmp_path / "runs" / runs[0].name).mkdir(parents=True)
+    (tmp_path / "runs" / runs[0].name / "notes.txt").write_text("mine")
+    problems = run_all(one, runs, tmp_path, workers=1, console=Console(quiet=True))
+    assert len(problems) == 1
+    assert "is not empty and holds no run" in problems[0]
+    assert (tmp_path / "runs" / runs[1].name / RESULT).exists()
+
+
+def test_the_page_is_drawn_from_the_table_alone(study, tmp_path):
+    one, out = study
+    for name in ("results.parquet", "documents.parquet"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    page = write_page(one, tmp_path, tmp_path / "page").read_text()
+    for name in ("training.svg", "inference.svg", "units.svg", "costs.svg"):
+        assert (tmp_path / "page" / name).stat().st_size > 1000
+        assert f"({name})" in page
+    assert "9 runs" in page
+    assert "left out: tokens/s costs" in page
+
+
+def test_a_missing_or_mixed_table_is_refused(study, tmp_path):
+    _, out = study
+    with pytest.raises(DataError, match="holds no table"):
+        read_table(tmp_path)
+    rows = pq.read_table(out / "documents.parquet").to_pylist()
+    for name in ("results.parquet", "documents.parquet"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    rows[-1]["bytes"] += 1
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "documents.parquet")
+    with pytest.raises(DataError, match="measured on different text"):
+        read_table(tmp_path)
+
+
+# Fits -------------------------------------------------------------------------------------------
+
+
+def made_up(laws, budgets, seeds=1, noise=0.0, documents=200, seed=0):
+    """A table whose families follow known laws, with documents of uneven length and difficulty."""
+    rng = np.random.default_rng(seed)
+    num_bytes = rng.integers(200, 2000, documents).astype(float)
+    hardness = rng.normal(1, 0.2, documents)
+    hardness *= num_bytes.sum() / (hardness * num_bytes).sum()
+    rows, nats = [], []
+    for family, law in laws.items():
+        for budget in budgets:
+            for number in range(seeds):
+                bpb = float(law(np.array([budget]))[0]) + rng.normal(0, noise)
+                rows.append(
+                    {
+                        "family": family,
+                        "size": "s",
+                        "label": family,
+                        "seed": number,
+                        "flops": budget,
+                        "budget_flops": budget,
+                        "budget_bytes": None,
+                        "settings": "{}",
+                        "run": f"{family}{budget}{number}",
+                    }
+                )
+                nats.append(bpb * np.log(2) * num_bytes * hardness)
+    return Results(rows, np.array(nats), num_bytes, ("a",) * documents)
+
+
+def curves_of(results, families):
+    bootstrap = Bootstrap(results, replicates=300)
+    return [
+        bootstrap.curve(
+            family,
+            [n for n, row in enumerate(results.rows) if row["family"] == family],
+            lambda row: row["flops"],
+        )
+        for family in families
+    ]
+
+
+@given(st.floats(0.02, 0.4), st.floats(0.5, 3))
+def test_a_law_is_recovered(exponent, scale):
+    law = PowerLaw(0.0, float(np.log(scale) + exponent * np.log(1e12)), exponent)
+    x = np.geomspace(1e12, 3e13, 3)
+    found = fit_power_law(x, law(x))
+    assert found.exponent == pytest.approx(exponent, rel=1e-6)
+    assert found(x) == pytest.approx(law(x))
+
+
+def test_a_floor_is_found_where_there_are_budgets_enough():
+    law = PowerLaw(0.8, float(np.log(2) + 0.3 * np.log(1e12)), 0.3)
+    x = np.geomspace(1e12, 1e15, 7)
+    found = fit_power_law(x, law(x))
+    assert found.floor == pytest.approx(0.8, abs=0.1)
+    assert found(x) == pytest.approx(law(x), rel=0.01)
+
+
+def test_intervals_hold_the_truth_and_the_noise_of_seeds():
+    law = PowerLaw(0.0, float(np.log(2.5) + 0.08 * np.log(1e12)), 0.08)
+    results = made_up({"a": law}, [1e12, 5e12, 3e13], seeds=3, noise=0.02)
+    spread = seed_spread(results, results.bits_per_byte(np.ones(200)))
+    assert 0.01 < spread < 0.04
+    (curve,) = curves_of(results, ["a"])
+    low, high = curve.exponent_interval()
+    assert low < 0.08 < high
+    assert all(curve.low < curve.bpb)
+    assert all(curve.bpb < curve.high)
+
+
+def crossing_laws():
+    one = PowerLaw(0.0, float(np.log(3.0) + 0.10 * np.log(1e12)), 0.10)
+    # Worse at first and steeper: equal at 1e13.
+    other = PowerLaw(0.0, float(np.log(one(np.array([1e13]))[0]) + 0.16 * np.log(1e13)), 0.16)
+    return {"base": one, "new": other}
+
+
+def test_a_crossover_is_found_with_its_interval():
+    results = made_up(crossing_laws(), [1e12, 5e12, 3e13], seeds=2, noise=0.003)
+    base, new = curves_of(results, ["base", "new"])
+    found = find_crossover(new, base)
+    assert found.verdict == "crosses"
+    assert found.low < found.x < found.high
+    assert found.x == pytest.approx(1e13, rel=0.3)
+
+
+def test_a_crossover_far_beyond_the_budgets_is_refused():
+    results = made_up(crossing_laws(), [1e10, 2e10, 4e10], seeds=2, noise=0.003)
+    base, new = curves_of(results, ["base", "new"])
+    found = find_crossover(new, base)
+    assert found.x is None
+    assert "above at all budgets" in found.verdict
+
+
+def test_a_crossover_in_noise_is_refused():
+    results = made_up(crossing_laws(), [5e12, 1e13, 2e13], seeds=2, noise=0.1)
+    base, new = curves_of(results, ["base", "new"])
+    found = find_crossover(new, base)
+    assert found.x is None
+    assert "cannot be bounded" in found.verdict
+
+
+def test_one_budget_is_not_fitted():
+    law = crossing_laws()["base"]
+    results = made_up({"a": law, "b": law}, [1e12])
+    a, b = curves_of(results, ["a", "b"])
+    assert a.law is None
+    assert "not fitted" in find_crossover(a, b).verdict
+
+
+def test_the_best_size_of_each_budget_is_taken():
+    law = crossing_laws()["base"]
+    results = made_up({"a": law}, [1e12, 5e12], seeds=2, noise=0.01)
+    for number, row in enumerate(results.rows):
+        row["size"] = "sm"[number % 2]
+    bootstrap = Bootstrap(results, replicates=10)
+    chosen = best_sizes(bootstrap, [0, 1, 2, 3])
+    assert len(chosen) == 2
+    for number in chosen:
+        rivals = [n for n in range(4) if results.rows[n]["flops"] == results.rows[number]["flops"]]
+        assert bootstrap.bpb[number] == min(bootstrap.bpb[rivals])
+
+
+def test_the_same_draw_of_documents_serves_all_runs():
+    """Two runs whose documents are equally hard differ by the same amount in every replicate."""
+    laws = {"a": crossing_laws()["base"], "b": crossing_laws()["base"]}
+    results = made_up(laws, [1e12])
+    bootstrap = Bootstrap(results, replicates=50)
+    assert bootstrap.replicates[:, 0] == pytest.approx(bootstrap.replicates[:, 1])
+    assert np.ptp(bootstrap.replicates[:, 0]) > 0
+
+
+def test_comparisons_of_a_study(study):
+    one, out = study
+    bootstrap = Bootstrap(read_table(out, one), replicates=50)
+    training = compare("training", one, bootstrap)
+    assert [curve.name for curve in training.curves] == [
+        "bytes",
+        "tokens",
+        "space patches",
+        "entropy patches",
+    ]
+    assert all(isinstance(curve, Curve) and len(curve.x) == 2 for curve in training.curves)
+    assert len(training.crossovers) == 3
+    assert len(compare("all", one, bootstrap).rows) == 5
