@@ -17,6 +17,8 @@ from bytelm.language_model import PatchedText
 from bytelm.study import Cost, Plan
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
+COSTS_WIDTH = 170
+"""Columns of the table of a study's costs."""
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -120,7 +122,7 @@ def show_study_costs(
 ) -> None:
     """What the runs of a study cost, and which share of each is done."""
     table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("run", overflow="fold", min_width=16)
+    table.add_column("run")
     for name in ("parameters", "tables", "inference", "steps", "read", "epochs"):
         table.add_column(name, justify="right")
     for name in ("FLOPs", "off by", "scorer", "time", "disk", "done"):
@@ -139,7 +141,9 @@ def show_study_costs(
             f"{si(cost.disk_bytes)}B",
             f"{share:.0%}",
         )
-    console.print(table)
+    # Numbers cut short are worth nothing: a narrow terminal wraps the lines.
+    wide = Console(file=console.file, width=max(console.width, COSTS_WIDTH), highlight=False)
+    wide.print(table)
     left = [1 - share for share in done]
     flops = sum(cost.flops * share for cost, share in zip(costs, left, strict=True))
     time = sum(cost.seconds * share for cost, share in zip(costs, left, strict=True))
