@@ -328,13 +328,50 @@ def test_learning_rate_warms_up_and_decays_to_its_end():
 
 def test_tables_and_norms_are_not_decayed():
     model = random_blt()
-    decayed, others = build_optimizer(model, OptimizerConfig(weight_decay=0.5)).param_groups
+    groups = build_optimizer(model, OptimizerConfig(weight_decay=0.5)).param_groups
+    decayed, others = sorted(groups, key=lambda group: -group["weight_decay"])
     names = {id(p): n for n, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.5
     assert others["weight_decay"] == 0.0
     assert all("norm" in names[id(p)] or "embedding" in names[id(p)] for p in others["params"])
     assert not any("norm" in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_parts_learn_at_rates_of_their_own():
+    model = random_blt()
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = {"embeddings": 3.0, "global": 0.1}
+    groups = build_optimizer(model, OptimizerConfig(rates=rates)).param_groups
+    found = {names[id(p)]: group["rate"] for group in groups for p in group["params"]}
+    assert len(found) == len(names)
+    for name, rate in found.items():
+        is_table = "embedding" in name
+        assert rate == (3.0 if is_table else 0.1 if name.startswith("global_model.") else 1.0), name
+    assert {found[n] for n in found if n.startswith("decoder.")} == {1.0}
+
+
+def test_the_rate_of_a_part_scales_its_steps(data):
+    """A rate so small that nothing moves leaves a part as it was, and the others move."""
+    settings = changed(recipe(data), "optimizer", rates={"global": 1e-12})
+    one = Trainer(settings)
+    before = {n: p.detach().clone() for n, p in one.setup.trained.named_parameters()}
+    one.step()
+    for name, parameter in one.setup.trained.named_parameters():
+        moved = float((parameter.detach() - before[name]).abs().max())
+        assert (moved < 1e-9) == name.startswith("global_model."), name
+
+
+def test_rates_of_parts_that_are_not_there_are_refused(data):
+    with pytest.raises(ConfigError, match="can name its embeddings only"):
+        parse(
+            Recipe,
+            {
+                **recipe(data, "transformer").model_dump(mode="json"),
+                "optimizer": {"rates": {"global": 0.1}},
+            },
+            "test",
+        )
 
 
 def test_a_table_is_fitted_and_saved(data, tmp_path):

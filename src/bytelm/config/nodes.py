@@ -278,6 +278,11 @@ class DataConfig(Node):
     """Check the hash of every shard before training."""
 
 
+ModelPart = Literal["embeddings", "encoder", "global", "decoder"]
+"""Parts of a model that may learn at rates of their own: all look-up tables, and the rest of each
+of the three models of a BLT."""
+
+
 class OptimizerConfig(Node):
     """AdamW with linear warm-up and cosine decay (paper section 4.8)."""
 
@@ -290,6 +295,8 @@ class OptimizerConfig(Node):
     final_ratio: Fraction = 0.0
     """Learning rate at the last step, over the peak."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    rates: dict[ModelPart, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Learning rate of a part over ``learning_rate``, such as ``{global: 0.1}``; 1 if not named."""
 
 
 class TrainConfig(Node):
@@ -328,6 +335,10 @@ class Recipe(Node):
             raise ValueError("a blt model needs a patching section")
         if self.model.kind != "blt" and self.patching is not None:
             raise ValueError(f"a {self.model.kind} model has no patches: remove patching")
+        if self.model.kind != "blt" and set(self.optimizer.rates) - {"embeddings"}:
+            raise ValueError(
+                f"optimizer.rates of a {self.model.kind} model can name its embeddings only"
+            )
         if self.model.kind == "blt" and self.data.tokenizer is not None:
             raise ValueError("a blt model reads bytes: remove data.tokenizer")
         return self

@@ -11,22 +11,30 @@ from bytelm.config import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, not on norms and embedding tables.
 
-    A row of an n-gram table is read rarely: decay would erase it between readings.
+    A row of an n-gram table is read rarely: decay would erase it between readings. Parameter groups
+    hold, as ``rate``, what their learning rate is to be multiplied by.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() > 1 and id(p) not in tables]
-    others = [p for p in parameters if p.dim() <= 1 or id(p) in tables]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        is_table = id(parameter) in tables
+        decay = config.weight_decay if parameter.dim() > 1 and not is_table else 0.0
+        part = "embeddings" if is_table else name.partition(".")[0].removesuffix("_model")
+        groups.setdefault((decay, _rate(config, part)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": decay, "rate": rate}
+            for (decay, rate), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
+
+
+def _rate(config: OptimizerConfig, part: str) -> float:
+    return {str(name): rate for name, rate in config.rates.items()}.get(part, 1.0)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

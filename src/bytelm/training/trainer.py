@@ -122,7 +122,7 @@ class Trainer:
             )
         self._rate = learning_rate(self.num_steps, self.recipe.train.steps, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
+            group["lr"] = self._rate * group["rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(batch, num_targets, float(all_nats), float(byte_nats))
