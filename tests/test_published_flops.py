@@ -5,8 +5,8 @@ import pytest
 from bytelm.accounting import TRAINING_FACTOR, forward_flops, published
 from bytelm.config import BLTConfig, TransformerConfig, load_recipe
 
-LLAMA_2 = {"vocab": 32_000, "bytes_per_token": 3.7}
-LLAMA_3 = {"vocab": 128_256, "bytes_per_token": 4.4}
+LLAMA_2 = (32_000, 3.7)
+LLAMA_3 = (128_256, 4.4)
 # Forward FLOPs per byte at 8,192 bytes of context, by patch size: Table 10, worked out by hand.
 TABLE_10 = {
     "blt-400m": {4: 4.16e8, 6: 3.16e8, 8: 2.69e8},
@@ -17,10 +17,16 @@ TABLE_10 = {
 }
 
 
-def llama(dim, num_layers):
-    return TransformerConfig(
-        dim=dim, num_layers=num_layers, num_heads=dim // 128, ffn_dim=round(dim * 8 / 3)
+def llama_per_byte(dim, num_layers, tokenizer, context):
+    vocab_size, bytes_per_token = tokenizer
+    config = TransformerConfig(
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=dim // 128,
+        ffn_dim=round(dim * 8 / 3),
+        vocab_size=vocab_size,
     )
+    return published.transformer_per_byte(config, context, bytes_per_token=bytes_per_token)
 
 
 def blt(name, **overrides) -> BLTConfig:
@@ -54,7 +60,7 @@ def per_byte_of(config, patch_size, context=8192):
     ],
 )
 def test_the_baselines_of_table_2(dim, num_layers, tokenizer, expected):
-    parts = published.transformer_per_byte(llama(dim, num_layers), 8192, **tokenizer)
+    parts = llama_per_byte(dim, num_layers, tokenizer, 8192)
     assert sum(parts.values()) == pytest.approx(expected, rel=0.005)
 
 
@@ -111,7 +117,7 @@ def test_the_parts_of_the_small_blt():
 
 def test_the_models_of_table_1_have_equal_training_flops():
     config = with_the_papers_feed_forward(blt("blt-8b"))
-    llama_3 = published.transformer_per_byte(llama(4096, 32), 16384, **LLAMA_3)
+    llama_3 = llama_per_byte(4096, 32, LLAMA_3, 16384)
     per_byte = [per_byte_of(config, 4.5, 16384), per_byte_of(config, 6.1, 16384)]
     per_byte.append(sum(llama_3.values()))
     assert per_byte == pytest.approx([3.447e9, 2.589e9, 3.389e9], rel=0.002)

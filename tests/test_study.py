@@ -26,11 +26,13 @@ from bytelm.study import (
     write_page,
     write_table,
 )
-from bytelm.study.comparison import best_sizes, compare
+from bytelm.study.comparison import compare
 from bytelm.study.fit import Bootstrap, Curve, PowerLaw, find_crossover, fit_power_law, seed_spread
+from bytelm.study.measuring import read_slices
 from bytelm.study.plan import merge, run_recipe
 from bytelm.study.runs import RESULT, run_slice
 from bytelm.study.table import Results, read_table
+from bytelm.training import Trainer
 
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
 TINY = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24}
@@ -128,7 +130,7 @@ def study(tmp_path_factory):
     assert prepare_text(one, out, Console(quiet=True))
     problems = run_all(one, plan_runs(one), out, workers=2, console=Console(quiet=True))
     assert not problems
-    assert write_table(plan_runs(one), out) == 9
+    assert write_table(one, out) == (9, 9)
     return one, out
 
 
@@ -161,6 +163,9 @@ def test_the_papers_inference_classes_cost_the_same():
         ("comparisons.training.families", ["byte", "spice"], "did you mean 'space'"),
         ("comparisons.inference.families", ["byte/m"], "'m' is none of s"),
         ("comparisons.training.baseline", "other", "baseline"),
+        ("comparisons.inference.families", ["byte"], "must name a size too, as byte/s"),
+        ("comparisons.inference.baseline", None, "needs one"),
+        ("families.by/te", {"label": "x"}, "families"),
         ("runs.0.families", ["blt"], "none of"),
         ("runs.0.bytes", [1e6], "either flops or bytes"),
         ("tytle", "x", "unknown key 'tytle'; did you mean 'title'"),
@@ -179,9 +184,30 @@ def test_mistakes_in_runs_are_named(tmp_path):
     one = plan(families={"byte": {"recipe": {"model": {"dimm": 3}}}})
     with pytest.raises(ConfigError, match=r"run 'byte_s_6e08flops_s0' .*model\.dimm"):
         run_recipe(one, plan_runs(one)[0])
+    one = plan(families={"entropy": {"scorer": None}})
+    with pytest.raises(ConfigError, match=r"need entropies; add families\.entropy\.scorer"):
+        run_recipe(one, plan_runs(one)[6])
+    one = plan(base={"train": {"steps": 3}})
+    with pytest.raises(ConfigError, match=r"train\.steps follows from the plan's runs"):
+        run_recipe(one, plan_runs(one)[0])
     one = plan(families={"tokens": {"unit_bytes": None}})
     with pytest.raises(ConfigError, match=r"add families\.tokens\.unit_bytes"):
         settle_run(one, plan_runs(one)[2], tmp_path)
+
+
+def test_a_plan_whose_scorer_cannot_score_is_refused(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(json.dumps(merge(PLAN, {"scorers": {"table": {"recipe": "byte-1m"}}})))
+    with pytest.raises(ConfigError, match=r"scorers\.table: byte-1m is no entropy model"):
+        load_plan(str(path))
+
+
+def test_what_a_plan_says_of_the_warm_up_stands(tmp_path):
+    grid = {"families": ["byte"], "sizes": ["s"], "flops": [3e9]}
+    one = plan(runs=[{**grid, "settings": {"optimizer.warmup_steps": [0, 7]}}, grid])
+    found = [settle_run(one, run, tmp_path) for run in plan_runs(one)]
+    assert [s.recipe.optimizer.warmup_steps for s in found[:2]] == [0, 7]
+    assert found[2].recipe.optimizer.warmup_steps == round(0.05 * found[2].steps)
 
 
 def test_settings_make_runs_of_their_own():
@@ -220,23 +246,45 @@ def test_the_scorer_counts_where_the_plan_says_so(tmp_path):
     assert b.steps < a.steps
 
 
-def test_all_families_read_the_same_text_in_the_same_order(study):
+def test_the_table_says_what_each_run_was(study):
     _, out = study
-    table = read_table(out).rows
-    budgets = {row["run"]: row for row in table}
-    assert len(budgets) == 9
-    for row in table:
+    rows = read_table(out / "test").rows
+    assert len(rows) == 9
+    for row in rows:
         assert abs(row["flops"] / row["budget_flops"] - 1) <= 0.01
         recipe = json.loads(row["recipe"])
         assert recipe["data"]["row_bytes"] == 64
-        # The table's FLOPs are those of the recipe that is recorded beside them.
         if row["family"] == "tokens":
+            # The table's FLOPs are those of the recipe that is recorded beside them.
             config = parse(TransformerConfig, recipe["model"], "test")
             step = 2 * training_flops(config, recipe["data"]["row_patches"])
             assert row["flops"] == row["steps"] * step
             assert row["unit_bytes"] > 1
-    evaluated = {row["evaluated_bytes"] for row in table}
-    assert len(evaluated) == 1
+            # Rows close on tokens, so hardly any room for them is wasted.
+            assert row["padded_patches"] < 0.01
+    assert len({row["evaluated_bytes"] for row in rows}) == 1
+
+
+def test_all_families_read_the_same_text_in_the_same_order(study):
+    """Rows hold more or less of it, but stretch after stretch comes from the same place."""
+    one, out = study
+    read = {}
+    for run in plan_runs(one)[::2]:
+        settled = settle_run(one, run, out)
+        trainer = Trainer(settled.recipe)
+        found = []
+        for _ in range(40):
+            row = trainer.loader._fill(0)
+            found += [
+                (s.document, s.begin + n) for s in row.stretches for n in range(s.num_positions)
+            ]
+        documents = trainer.setup.dataset
+        read[run.family] = [(documents.document(d), n) for d, n in found]
+    assert len(read) == 4
+    shortest = min(map(len, read.values()))
+    assert shortest > 1000
+    first, *others = (places[:shortest] for places in read.values())
+    assert all(other == first for other in others)
 
 
 def test_no_held_out_document_is_in_training(study):
@@ -247,13 +295,13 @@ def test_no_held_out_document_is_in_training(study):
     # Two documents stand in both inputs.
     assert len(train) == 258
     assert not trained & evaluated
-    table = read_table(out)
+    table = read_table(out / "test")
     assert table.num_bytes.sum() == table.rows[0]["evaluated_bytes"]
 
 
 def test_the_table_holds_what_its_documents_say(study):
     _, out = study
-    results = read_table(out)
+    results = read_table(out / "test")
     found = results.bits_per_byte(np.ones(len(results.num_bytes)))
     assert found == pytest.approx([row["bpb"] for row in results.rows])
     by_source = results.by_source(0)
@@ -265,7 +313,7 @@ def test_a_run_in_slices_reaches_the_same_numbers(study, tmp_path):
     one, out = study
     run = plan_runs(one)[-3]
     assert run.family == "entropy"
-    for part in ("text", "scored", "scorers", "tokenizers", "settled.json"):
+    for part in ("text", "scored", "scorers", "tokenizers", "settled.json", "text.json"):
         (tmp_path / part).symlink_to(out / part)
     slices = 0
     while not run_slice(one, run, tmp_path, time_limit=0.0):
@@ -288,9 +336,58 @@ def test_a_finished_study_trains_nothing(study, monkeypatch):
     assert sorted(path.stat().st_mtime_ns for path in (out / "runs").rglob("*")) == before
 
 
+def test_a_run_of_another_plan_is_not_taken_for_this_ones(study):
+    one, out = study
+    faster = parse(
+        Plan,
+        merge(one.model_dump(mode="json"), {"base": {"optimizer": {"learning_rate": 0.1}}}),
+        "t",
+    )
+    with pytest.raises(ConfigError, match=r"was made by another plan \(optimizer.learning_rate"):
+        write_table(faster, out)
+    with pytest.raises(ConfigError, match="was made by another plan"):
+        run_all(faster, plan_runs(faster), out, workers=1, console=Console(quiet=True))
+
+
+def test_a_study_goes_on_without_its_inputs(study):
+    one, out = study
+    moved = [Path(path) for path in (*one.text.train, *one.text.validation)]
+    for path in moved:
+        path.rename(path.with_suffix(".away"))
+    try:
+        assert prepare_text(one, out, Console(quiet=True))
+    finally:
+        for path in moved:
+            path.with_suffix(".away").rename(path)
+    other = parse(Plan, merge(one.model_dump(mode="json"), {"text": {"train": ["y"]}}), "t")
+    with pytest.raises(ConfigError, match="holds another study's text"):
+        prepare_text(other, out, Console(quiet=True))
+
+
+def test_a_run_that_diverges_is_told(study, tmp_path):
+    one, out = study
+    for part in ("text", "scored", "scorers", "tokenizers", "settled.json", "text.json"):
+        (tmp_path / part).symlink_to(out / part)
+    grid = [{"families": ["byte"], "sizes": ["s"], "flops": [6e8]}]
+    fast = {"optimizer": {"learning_rate": 1e30, "warmup_steps": 0}}
+    wild = parse(Plan, {**merge(one.model_dump(mode="json"), {"base": fast}), "runs": grid}, "t")
+    assert run_slice(wild, plan_runs(wild)[0], tmp_path)
+    assert write_table(wild, tmp_path) == (1, 1)
+    found = read_table(tmp_path / "test")
+    assert not found.rows
+    assert "no longer finite" in found.failures[0]
+    with pytest.raises(DataError, match="no run that was trained to its end"):
+        write_page(wild, tmp_path / "test", tmp_path / "page")
+
+
+def test_a_line_cut_short_by_a_power_cut_is_dropped(tmp_path):
+    (tmp_path / "slices.jsonl").write_text('{"steps": 1}\n{"ste')
+    assert read_slices(tmp_path) == [{"steps": 1}]
+
+
 def test_a_damaged_run_is_reported_and_the_others_go_on(study, tmp_path):
     one, out = study
-    for part in ("text", "scored", "scorers", "tokenizers", "settled.json"):
+    for part in ("text", "scored", "scorers", "tokenizers", "settled.json", "text.json"):
         (tmp_path / part).symlink_to(out / part)
     runs = plan_runs(one)[:2]
     (tmp_path / "runs" / runs[0].name).mkdir(parents=True)
@@ -304,22 +401,23 @@ def test_a_damaged_run_is_reported_and_the_others_go_on(study, tmp_path):
 def test_the_page_is_drawn_from_the_table_alone(study, tmp_path):
     one, out = study
     for name in ("results.parquet", "documents.parquet"):
-        (tmp_path / name).write_bytes((out / name).read_bytes())
+        (tmp_path / name).write_bytes((out / "test" / name).read_bytes())
     page = write_page(one, tmp_path, tmp_path / "page").read_text()
     for name in ("training.svg", "inference.svg", "units.svg", "costs.svg"):
         assert (tmp_path / "page" / name).stat().st_size > 1000
         assert f"({name})" in page
     assert "9 runs" in page
     assert "left out: tokens/s costs" in page
+    assert "too few budgets" in page
 
 
 def test_a_missing_or_mixed_table_is_refused(study, tmp_path):
     _, out = study
     with pytest.raises(DataError, match="holds no table"):
         read_table(tmp_path)
-    rows = pq.read_table(out / "documents.parquet").to_pylist()
+    rows = pq.read_table(out / "test" / "documents.parquet").to_pylist()
     for name in ("results.parquet", "documents.parquet"):
-        (tmp_path / name).write_bytes((out / name).read_bytes())
+        (tmp_path / name).write_bytes((out / "test" / name).read_bytes())
     rows[-1]["bytes"] += 1
     import pyarrow as pa
 
@@ -361,14 +459,13 @@ def made_up(laws, budgets, seeds=1, noise=0.0, documents=200, seed=0):
 
 def curves_of(results, families):
     bootstrap = Bootstrap(results, replicates=300)
-    return [
-        bootstrap.curve(
-            family,
-            [n for n, row in enumerate(results.rows) if row["family"] == family],
-            lambda row: row["flops"],
-        )
-        for family in families
-    ]
+    curves = []
+    for family in families:
+        rows = [n for n, row in enumerate(results.rows) if row["family"] == family]
+        budgets = sorted({results.rows[n]["flops"] for n in rows})
+        groups = [[[n for n in rows if results.rows[n]["flops"] == b]] for b in budgets]
+        curves.append(bootstrap.curve(family, groups, "flops"))
+    return curves
 
 
 @given(st.floats(0.02, 0.4), st.floats(0.5, 3))
@@ -392,7 +489,8 @@ def test_intervals_hold_the_truth_and_the_noise_of_seeds():
     law = PowerLaw(0.0, float(np.log(2.5) + 0.08 * np.log(1e12)), 0.08)
     results = made_up({"a": law}, [1e12, 5e12, 3e13], seeds=3, noise=0.02)
     spread = seed_spread(results, results.bits_per_byte(np.ones(200)))
-    assert 0.01 < spread < 0.04
+    assert 0.01 < spread[0] < 0.04
+    assert spread[1] == 6
     (curve,) = curves_of(results, ["a"])
     low, high = curve.exponent_interval()
     assert low < 0.08 < high
@@ -411,9 +509,26 @@ def test_a_crossover_is_found_with_its_interval():
     results = made_up(crossing_laws(), [1e12, 5e12, 3e13], seeds=2, noise=0.003)
     base, new = curves_of(results, ["base", "new"])
     found = find_crossover(new, base)
-    assert found.verdict == "crosses"
+    assert found.verdict == "below from there on"
     assert found.low < found.x < found.high
     assert found.x == pytest.approx(1e13, rel=0.3)
+    other = find_crossover(base, new)
+    assert other.verdict == "below up to there"
+    assert other.x == pytest.approx(found.x)
+
+
+def test_budgets_that_do_not_overlap_are_not_compared():
+    laws = crossing_laws()
+    (low,) = curves_of(made_up({"a": laws["base"]}, [1e11, 2e11]), ["a"])
+    (high,) = curves_of(made_up({"b": laws["new"]}, [2e11, 5e12]), ["b"])
+    for one, other in ((low, high), (high, low)):
+        assert "do not overlap" in find_crossover(one, other).verdict
+
+
+def test_a_table_without_runs_is_refused():
+    empty = Results([], np.zeros((0, 3)), np.ones(3), ("a",) * 3)
+    with pytest.raises(DataError, match="no run"):
+        Bootstrap(empty)
 
 
 def test_a_crossover_far_beyond_the_budgets_is_refused():
@@ -440,17 +555,15 @@ def test_one_budget_is_not_fitted():
     assert "not fitted" in find_crossover(a, b).verdict
 
 
-def test_the_best_size_of_each_budget_is_taken():
+def test_the_best_size_of_each_budget_is_taken_anew_in_every_replicate():
     law = crossing_laws()["base"]
-    results = made_up({"a": law}, [1e12, 5e12], seeds=2, noise=0.01)
-    for number, row in enumerate(results.rows):
-        row["size"] = "sm"[number % 2]
-    bootstrap = Bootstrap(results, replicates=10)
-    chosen = best_sizes(bootstrap, [0, 1, 2, 3])
-    assert len(chosen) == 2
-    for number in chosen:
-        rivals = [n for n in range(4) if results.rows[n]["flops"] == results.rows[number]["flops"]]
-        assert bootstrap.bpb[number] == min(bootstrap.bpb[rivals])
+    results = made_up({"a": law}, [1e12], seeds=2, noise=0.05, seed=4)
+    bootstrap = Bootstrap(results, replicates=50)
+    curve = bootstrap.curve("a", [[[0], [1]]], "flops")
+    assert curve.bpb[0] == min(bootstrap.bpb)
+    best = bootstrap.replicates.min(1)
+    assert curve.low[0] == pytest.approx(np.quantile(best, 0.025))
+    assert curve.high[0] == pytest.approx(np.quantile(best, 0.975))
 
 
 def test_the_same_draw_of_documents_serves_all_runs():
@@ -460,11 +573,14 @@ def test_the_same_draw_of_documents_serves_all_runs():
     bootstrap = Bootstrap(results, replicates=50)
     assert bootstrap.replicates[:, 0] == pytest.approx(bootstrap.replicates[:, 1])
     assert np.ptp(bootstrap.replicates[:, 0]) > 0
+    assert bootstrap.interval(0, [1]) == pytest.approx((0, 0), abs=1e-9)
+    low, high = bootstrap.interval(0)
+    assert low < high
 
 
 def test_comparisons_of_a_study(study):
     one, out = study
-    bootstrap = Bootstrap(read_table(out, one), replicates=50)
+    bootstrap = Bootstrap(read_table(out / "test", one), replicates=50)
     training = compare("training", one, bootstrap)
     assert [curve.name for curve in training.curves] == [
         "bytes",

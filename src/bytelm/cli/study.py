@@ -3,13 +3,16 @@
 import signal
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from bytelm.cli.app import app, console
 from bytelm.cli.options import seconds
-from bytelm.errors import TrainingError
+from bytelm.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from bytelm.study import Plan, Run
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -43,56 +46,62 @@ def study(
     Every run has a folder of its own and goes on where it stopped, on any machine. What is
     finished is tabled, fitted and drawn each time.
 
-    [dim]bytelm study cpu-corpus --dry-run
-    bytelm study cpu-corpus --workers 2 --time-limit 9m
-    bytelm study cpu-corpus --redraw docs/study --out docs/study[/]
+    [dim]bytelm study cpu-study --dry-run
+    bytelm study cpu-study --workers 2 --time-limit 9m
+    bytelm study cpu-study --redraw docs/study --out page[/]
     """
     from bytelm.display import show_study_costs
-    from bytelm.study import (
-        is_finished,
-        load_plan,
-        plan_runs,
-        prepare_text,
-        run_all,
-        run_cost,
-        spent_flops,
-        write_page,
-        write_table,
-    )
+    from bytelm.study import load_plan, plan_runs, run_cost, spent_flops, write_page
 
     settled = load_plan(plan, overrides or ())
     folder = out or Path("studies") / settled.name
+    if redraw is not None:
+        console.print(f"{write_page(settled, redraw, folder)}")
+        return
     runs = [run for run in plan_runs(settled) if only is None or only in run.name]
+    if not runs:
+        raise ConfigError(f"--only {only}: no run of the plan has a name with this in it")
     if dry_run:
         costs = [run_cost(settled, run, folder, speed) for run in runs]
         done = [
-            1.0 if is_finished(folder, run) else min(spent_flops(folder, run) / cost.flops, 0.99)
+            min(spent_flops(folder, run) / cost.flops, 1.0)
             for run, cost in zip(runs, costs, strict=True)
         ]
         show_study_costs(console, settled, costs, done)
         return
-    if redraw is not None:
-        console.print(f"{write_page(settled, redraw, folder)}")
-        return
-    deadline = time.time() + seconds(time_limit) if time_limit else None
     signal.signal(signal.SIGTERM, _interrupt)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        left = None if deadline is None else deadline - time.time()
-        ready = prepare_text(settled, folder, console, left)
-        problems = []
-        if ready:
-            problems = run_all(
-                settled, runs, folder, workers=workers, console=console, deadline=deadline
-            )
-    except KeyboardInterrupt:
-        console.print("stopped: the same command goes on")
-        raise typer.Exit(130) from None
-    finished = write_table(plan_runs(settled), folder)
-    if finished:
-        console.print(f"{finished} runs finished: {write_page(settled, folder, folder)}")
+    limit = seconds(time_limit) if time_limit else None
+    problems = _run(settled, runs, folder, workers, limit)
     if problems:
         raise TrainingError("; ".join(problems))
+
+
+def _run(
+    plan: "Plan", runs: "list[Run]", folder: Path, workers: int, time_limit: float | None
+) -> list[str]:
+    """Prepare, train, table and draw, as far as time goes; what went wrong."""
+    from bytelm.study import prepare_text, run_all, table_folder, write_page, write_table
+
+    deadline = None if time_limit is None else time.time() + time_limit
+    problems: list[str] = []
+    is_stopped = False
+    try:
+        is_ready = prepare_text(plan, folder, console, time_limit)
+        if is_ready:
+            problems = run_all(
+                plan, runs, folder, workers=workers, console=console, deadline=deadline
+            )
+    except KeyboardInterrupt:
+        is_ready, is_stopped = (folder / "text").exists(), True
+    num_finished, num_runs = write_table(plan, folder) if is_ready else (0, len(runs))
+    if num_finished:
+        page = table_folder(plan, folder)
+        console.print(f"{write_page(plan, page, page)}", soft_wrap=True)
+    more = "" if num_finished == num_runs else "; the same command goes on"
+    console.print(f"{num_finished} of {num_runs} runs finished{more}")
+    if is_stopped:
+        raise typer.Exit(130)
+    return problems
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -7,6 +7,7 @@ concatenation of epochs. A stream's state is a few integers, and a rank that own
 just their streams: the rows of a step are the same at any world size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from bytelm.data.packing import Batch, Row, Stretch, make_batch
 from bytelm.errors import DataError
 from bytelm.patching import Patcher
 from bytelm.tokens import Tokenizer
+
+TOKEN_ROOM = 2.0
+"""Bytes that a row of tokens may stand for, over what it does on average: it closes on tokens."""
 
 
 class Pieces:
@@ -119,6 +123,9 @@ class Loader:
             )
         self._dataset = dataset
         self._row_bytes, self._row_patches = row_bytes, row_patches
+        # A row of tokens is as long as its tokens, however many bytes they stand for.
+        room = TOKEN_ROOM if tokenizer is not None and row_patches is not None else 1
+        self._max_bytes = math.ceil(room * row_bytes)
         self._patcher, self._tokenizer = patcher, tokenizer
         self._seed = seed
         self._num_streams = rows_per_step
@@ -155,12 +162,12 @@ class Loader:
         return drawn / sum(map(len, self._components))
 
     def _fill(self, number: int) -> Row:
-        row = Row(self._row_bytes, self._row_patches, self._patcher, self._tokenizer)
+        row = Row(self._max_bytes, self._row_patches, self._patcher, self._tokenizer)
         state = self._streams[number]
         while not row.is_full:
             if state.begin >= state.end:
                 self._draw(number, state)
-            state.begin += row.add(self._stretch(state, self._row_bytes - row.num_bytes))
+            state.begin += row.add(self._stretch(state, self._max_bytes - row.num_bytes))
         return row
 
     def _stretch(self, state: _StreamState, limit: int) -> Stretch:

@@ -35,6 +35,9 @@ from bytelm.model.scorers import score_documents
 from bytelm.model.tokenized import TokenModel
 from bytelm.patching import build_patches
 
+SLACK = 64
+"""Bytes in which the end of a word is looked for."""
+WHITE_SPACE = codec.encode(" \n\t\r", bos=False)
 ROWS = 8
 """Rows evaluated at once."""
 SCORED_TOGETHER = 65_536
@@ -120,9 +123,20 @@ def evaluate(
 
 
 def dataset_pieces(
-    dataset: Dataset, *, max_bytes: int, context_bytes: int, seed: int = 0
+    dataset: Dataset, *, max_bytes: int, context_bytes: int, seed: int = 0, skip_bytes: int = 0
 ) -> Iterator[Piece]:
     """Random pieces of prepared documents, labelled by source, the same ones every time.
+
+    They are up to ``context_bytes`` long, begin and end where a word does if there is one within
+    :data:`SLACK` of that (so that no token is cut in two), and cover a document without overlap.
+
+    Args:
+        dataset: with held-out documents.
+        max_bytes: about how much.
+        context_bytes: longest piece.
+        seed: of the choice.
+        skip_bytes: about how much of the choice to leave out first, for text that has not served
+            before.
 
     Raises:
         DataError: the split holds no documents.
@@ -132,12 +146,16 @@ def dataset_pieces(
             f"{dataset.folder} holds no held-out documents: prepare it with a "
             "larger --validation-share"
         )
-    pieces = Pieces(dataset.lengths, np.arange(len(dataset)), context_bytes)
-    taken = 0
+    slack = min(SLACK, context_bytes // 8)
+    size = context_bytes - slack
+    pieces = Pieces(dataset.lengths, np.arange(len(dataset)), size)
+    taken = -skip_bytes
     for index in range(len(pieces)):
         document, number = pieces.at(index, [seed])
-        begin = number * context_bytes
-        end = min(begin + context_bytes, int(dataset.lengths[document]) + 1)
+        begin, end = (_word_end(dataset, document, (number + n) * size, slack) for n in (0, 1))
+        if taken < 0 or begin == end:
+            taken += end - begin
+            continue
         entropies = dataset.entropies(document, begin, end) if dataset.has_entropies else None
         ids = dataset.ids(document, begin, end + 1)
         label = dataset.source_names[dataset.source_ids[document]]
@@ -145,6 +163,17 @@ def dataset_pieces(
         taken += end - begin
         if taken >= max_bytes:
             return
+
+
+def _word_end(dataset: Dataset, document: int, at: int, slack: int) -> int:
+    """The last position up to ``at`` whose byte is a word's last, or ``at`` if none is near."""
+    last = int(dataset.lengths[document]) + 1
+    if at == 0 or at >= last:
+        return min(at, last)
+    begin = max(at - slack, 1)
+    is_white = np.isin(dataset.ids(document, begin, at + 2), WHITE_SPACE)
+    ends = np.flatnonzero(~is_white[:-1] & is_white[1:])
+    return begin + int(ends[-1]) if len(ends) else at
 
 
 @torch.no_grad()

@@ -2,16 +2,16 @@
 
 from bytelm.study.page import write_page
 from bytelm.study.plan import Plan, Run, load_plan, plan_names, plan_runs
-from bytelm.study.runs import is_finished, run_all, spent_flops
+from bytelm.study.runs import finished_result, run_all, spent_flops
 from bytelm.study.settling import Cost, run_cost, settle_run
-from bytelm.study.table import write_table
+from bytelm.study.table import table_folder, write_table
 from bytelm.study.text import prepare_text
 
 __all__ = [
     "Cost",
     "Plan",
     "Run",
-    "is_finished",
+    "finished_result",
     "load_plan",
     "plan_names",
     "plan_runs",
@@ -20,6 +20,7 @@ __all__ = [
     "run_cost",
     "settle_run",
     "spent_flops",
+    "table_folder",
     "write_page",
     "write_table",
 ]

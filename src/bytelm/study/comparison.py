@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from bytelm.study.fit import Bootstrap, Crossover, Curve, find_crossover
 from bytelm.study.plan import ComparisonConfig, Plan
-from bytelm.study.table import select
 
 
 @dataclass(frozen=True)
@@ -17,84 +16,91 @@ class Comparison:
     rows: list[int]
     """Of the table: every run that takes part."""
     curves: list[Curve]
-    """Of families (or families at a size) with at least one run; none for a plain table."""
+    """Of members with at least one run; none for a plain table."""
     crossovers: list[Crossover]
-    left_out: tuple[str, ...]
-    """Members left out, and why."""
+    left_out: list[str]
+    """What is missing, and why."""
+    baselines: dict[int, list[int]]
+    """For rows with any: the baseline's rows at the same budget."""
 
 
 def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
     """Work out one comparison of a plan from the runs that are finished."""
     config = plan.comparisons[name]
+    members = {member: _rows(bootstrap, member, config) for member in config.families}
+    left_out = [f"{member}: no run is finished" for member, rows in members.items() if not rows]
+    members = {member: rows for member, rows in members.items() if rows}
+    if config.kind == "inference":
+        unlike = _unlike(config, bootstrap, members)
+        left_out += unlike.values()
+        members = {member: rows for member, rows in members.items() if member not in unlike}
+    rows = [row for rows in members.values() for row in rows]
+    base = members.get(config.baseline or "", [])
+    baselines = {row: _same_budget(bootstrap, row, base) for row in rows if row not in base}
     if config.kind == "table":
-        members = set(config.families)
-        rows = [
-            number
-            for number, row in enumerate(bootstrap.results.rows)
-            if row["family"] in members or f"{row['family']}/{row['size']}" in members
-        ]
-        return Comparison(name, config, rows, [], [], ())
+        return Comparison(name, config, rows, [], [], left_out, baselines)
     axis = "flops" if config.kind == "training" else "train_bytes"
-    chosen: dict[str, list[int]] = {}
-    for member in config.families:
-        rows = select(bootstrap.results, [member])
-        if rows:
-            chosen[member] = best_sizes(bootstrap, rows) if config.kind == "training" else rows
-    left_out = _unlike(config, bootstrap, chosen) if config.kind == "inference" else {}
     curves = {
-        member: bootstrap.curve(_label(plan, member), rows, lambda row: _budget(row, axis))
-        for member, rows in chosen.items()
-        if member not in left_out
+        member: bootstrap.curve(plan.label(member), _by_budget(bootstrap, rows), axis)
+        for member, rows in members.items()
     }
-    base = curves.get(config.baseline or "")
+    beside = curves.get(config.baseline or "")
     crossovers = [
-        find_crossover(curve, base) for curve in curves.values() if base and curve is not base
+        find_crossover(curve, beside) for curve in curves.values() if beside and curve != beside
     ]
-    rows = [row for member in curves for row in chosen[member]]
-    return Comparison(
-        name, config, rows, list(curves.values()), crossovers, tuple(left_out.values())
-    )
+    return Comparison(name, config, rows, list(curves.values()), crossovers, left_out, baselines)
 
 
-def best_sizes(bootstrap: Bootstrap, rows: list[int]) -> list[int]:
-    """Of each budget, the runs of the size whose mean over seeds is lowest."""
+def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[int]:
+    """Rows of a family, or of one of its sizes; with settings of their own in tables only."""
+    family, _, size = member.partition("/")
+    return [
+        number
+        for number, row in enumerate(bootstrap.results.rows)
+        if row["family"] == family
+        and size in ("", row["size"])
+        and (config.kind == "table" or row["settings"] == "{}")
+    ]
+
+
+def _budget(row: dict) -> float:
+    return float(row["budget_flops"] or row["budget_bytes"])
+
+
+def _by_budget(bootstrap: Bootstrap, rows: list[int]) -> list[list[list[int]]]:
+    """Rows by budget, size and seed."""
     groups: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number in rows:
         row = bootstrap.results.rows[number]
-        groups[row["budget_flops"] or row["flops"]][row["size"]].append(number)
-    chosen: list[int] = []
-    for sizes in groups.values():
-        chosen += min(sizes.values(), key=lambda numbers: bootstrap.bpb[numbers].mean())
-    return chosen
+        groups[_budget(row)][row["size"]].append(number)
+    return [list(sizes.values()) for sizes in groups.values()]
+
+
+def _same_budget(bootstrap: Bootstrap, row: int, base: list[int]) -> list[int]:
+    """The baseline's rows at a row's budget; of several sizes, those of the best."""
+    rows = bootstrap.results.rows
+    beside = [other for other in base if _budget(rows[other]) == _budget(rows[row])]
+    if not beside:
+        return []
+    (sizes,) = _by_budget(bootstrap, beside)
+    return min(sizes, key=lambda numbers: bootstrap.bpb[numbers].mean())
 
 
 def _unlike(
-    config: ComparisonConfig, bootstrap: Bootstrap, chosen: dict[str, list[int]]
+    config: ComparisonConfig, bootstrap: Bootstrap, members: dict[str, list[int]]
 ) -> dict[str, str]:
     """Members whose inference FLOPs are not those of the baseline, and by how much."""
-    first = config.baseline if config.baseline in chosen else next(iter(chosen), None)
-    if first is None:
-        return {}
-    wanted = bootstrap.results.rows[chosen[first][0]]["inference_flops"]
+    if config.baseline not in members:
+        why = f"nothing to set {{}} beside: the baseline {config.baseline} has no finished run"
+        return {member: why.format(member) for member in members}
+    wanted = bootstrap.results.rows[members[config.baseline][0]]["inference_flops"]
     found = {}
-    for member, rows in chosen.items():
+    for member, rows in members.items():
         flops = bootstrap.results.rows[rows[0]]["inference_flops"]
         if abs(flops / wanted - 1) > config.tolerance:
             found[member] = (
                 f"{member} costs {flops:.3g} FLOPs per byte at inference, "
-                f"{flops / wanted - 1:+.1%} from {first}'s {wanted:.3g}: "
-                f"beyond the tolerance of {config.tolerance:.0%}"
+                f"{flops / wanted - 1:+.1%} from {config.baseline}'s {wanted:.3g}: beyond the "
+                f"tolerance of {config.tolerance:.0%}"
             )
     return found
-
-
-def _budget(row: dict, axis: str) -> float:
-    """Where a run stands: seeds of one budget at one place."""
-    if axis == "flops":
-        return float(row["budget_flops"] or row["flops"])
-    # Rows are filled to a slightly different share with every seed.
-    return float(f"{row['train_bytes']:.2g}")
-
-
-def _label(plan: Plan, member: str) -> str:
-    return plan.family(member.partition("/")[0]).label

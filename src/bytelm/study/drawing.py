@@ -44,7 +44,7 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
 
 
 def draw_units(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bytes per patch (or token) against quality, a line for each budget.
+    """Bytes per patch (or token) against quality, darker for larger budgets.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.

@@ -7,18 +7,19 @@
 With fewer than five budgets ``E`` cannot be told from ``alpha`` and is 0: a straight line in
 logarithms, good between the budgets and not far beyond. Intervals are 95% of bootstrap replicates,
 each of which draws the held-out documents anew (the same draw for every run, so that what two runs
-have in common does not count as their difference) and adds to every run the noise of its seed,
-normal, of the spread seen between seeds of one configuration.
+have in common does not count as their difference) and adds to every run the noise of its seed, of
+the spread seen between seeds of one configuration: Student's t, since that spread is an estimate.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bytelm.errors import DataError
 from bytelm.study.table import Results
 
 REPLICATES = 1000
@@ -90,46 +91,74 @@ class Bootstrap:
         results: of a study.
         replicates: how many.
         seed: of the draws.
+
+    Raises:
+        DataError: there is no run.
     """
 
     def __init__(self, results: Results, replicates: int = REPLICATES, seed: int = 0) -> None:
+        if not results.rows:
+            raise DataError("the table holds no run that was trained to its end")
         self.results = results
         generator = np.random.default_rng(seed)
         num_documents = len(results.num_bytes)
         self.bpb = results.bits_per_byte(np.ones(num_documents))
-        self.seed_noise = seed_spread(results, self.bpb)
+        self.seed_noise, freedom = seed_spread(results, self.bpb)
         draws = generator.multinomial(
             num_documents, np.full(num_documents, 1 / num_documents), size=replicates
         )
         resampled = np.array([results.bits_per_byte(weights.astype(float)) for weights in draws])
-        noise = generator.normal(0, self.seed_noise, resampled.shape)
-        self.replicates = resampled + noise
+        noise = generator.standard_t(max(freedom, 1), resampled.shape)
+        self.replicates = resampled + self.seed_noise * noise
         """``[replicate, run]``."""
 
-    def curve(self, name: str, rows: Sequence[int], x: Callable[[dict], float]) -> Curve:
-        """The curve through some runs, seeds of one budget averaged.
+    def interval(self, row: int, beside: Sequence[int] = ()) -> tuple[float, float]:
+        """95% of a run's bits per byte, or of its difference from the mean of some others.
+
+        Documents are drawn alike for both, so the interval of a difference is narrower than what
+        two intervals suggest.
+        """
+        values = self.replicates[:, row]
+        if beside:
+            values = values - self.replicates[:, list(beside)].mean(1)
+        low, high = np.quantile(values, (0.025, 0.975))
+        return float(low), float(high)
+
+    def curve(self, name: str, budgets: Sequence[Sequence[Sequence[int]]], axis: str) -> Curve:
+        """The curve through some runs: at each budget the best size, each the mean of its seeds.
+
+        The choice of a size is made anew in every replicate, or a family with more sizes would seem
+        surer than it is.
 
         Args:
             name: of the curve.
-            rows: of the table.
-            x: what of a row goes along the axis.
+            budgets: rows of the table by budget, size and seed.
+            axis: the column that goes along.
         """
-        groups: dict[float, list[int]] = defaultdict(list)
-        for row in rows:
-            groups[x(self.results.rows[row])].append(row)
-        budgets = sorted(groups)
-        means = np.array([self.bpb[groups[b]].mean() for b in budgets])
-        drawn = np.stack([self.replicates[:, groups[b]].mean(1) for b in budgets], axis=1)
+        means, drawn, x = [], [], []
+        for sizes in budgets:
+            by_size = np.array([self.bpb[list(rows)].mean() for rows in sizes])
+            means.append(by_size.min())
+            best = list(sizes[int(by_size.argmin())])
+            x.append(np.mean([self.results.rows[row][axis] for row in best]))
+            each = [self.replicates[:, list(rows)].mean(1) for rows in sizes]
+            drawn.append(np.min(each, axis=0))
+        order = np.argsort(x)
+        means, at = np.array(means)[order], np.array(x, float)[order]
+        drawn = np.stack(drawn, axis=1)[:, order]
         low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-        at = np.array(budgets)
-        if len(budgets) < 2:
+        if len(at) < 2:
             return Curve(name, at, means, low, high, None, ())
         laws = tuple(fit_power_law(at, y) for y in drawn)
         return Curve(name, at, means, low, high, fit_power_law(at, means), laws)
 
 
-def seed_spread(results: Results, bpb: Floats) -> float:
-    """Standard deviation between seeds of one configuration, pooled over all that have several."""
+def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
+    """Standard deviation between seeds of one configuration, pooled over all that have several.
+
+    Returns:
+        The deviation, and its degrees of freedom; 0 and 0 where no configuration has two seeds.
+    """
     groups: dict[tuple, list[float]] = defaultdict(list)
     for row, value in zip(results.rows, bpb, strict=True):
         key = (row["family"], row["size"], row["budget_flops"], row["budget_bytes"])
@@ -137,7 +166,7 @@ def seed_spread(results: Results, bpb: Floats) -> float:
     several = [values for values in groups.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in several)
     squares = sum(float(np.var(values)) * len(values) for values in several)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
 def fit_power_law(x: Floats, y: Floats) -> PowerLaw:
@@ -161,10 +190,10 @@ def _fit_line(x: Floats, y: Floats, floor: float) -> PowerLaw:
 
 
 def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
-    """From where on a curve lies below the baseline; refused where it cannot be bounded.
+    """From where on a curve lies on the other side of the baseline; refused where not bounded.
 
     It is stated if the fitted laws cross once within :data:`REACH` times the budgets that both
-    were run at, and so do :data:`MIN_SHARE` of the replicates.
+    were run at, and :data:`MIN_SHARE` of the replicates do so in the same direction.
     """
 
     def result(verdict: str, *values: float | None) -> Crossover:
@@ -175,40 +204,44 @@ def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
         return result("not fitted: fewer than two budgets")
     first = max(curve.x[0], baseline.x[0])
     last = min(curve.x[-1], baseline.x[-1])
+    if first >= last:
+        return result("not compared: their budgets do not overlap")
     grid = np.geomspace(first / REACH, last * REACH, 2001)
     inside = (grid >= first) & (grid <= last)
     differences = np.array(
         [a(grid) - b(grid) for a, b in zip(curve.replicates, baseline.replicates, strict=True)]
     )
     for sign, word in ((-1, "below"), (1, "above")):
-        if (sign * differences[:, inside] > 0).all(1).mean() >= MIN_SHARE:
-            beyond = (
-                ""
-                if (sign * differences > 0).all(1).mean() >= MIN_SHARE
-                else ("; a crossover beyond them cannot be bounded")
-            )
+        on_side = sign * differences > 0
+        if on_side[:, inside].all(1).mean() >= MIN_SHARE:
+            is_sure = on_side.all(1).mean() >= MIN_SHARE
+            beyond = "" if is_sure else "; a crossover beyond them cannot be bounded"
             return result(f"{word} at all budgets that were run{beyond}")
-    at = _crossing(grid, curve.law(grid) - baseline.law(grid))
-    drawn = [c for c in (_crossing(grid, d) for d in differences) if c is not None]
+    found = _crossing(grid, curve.law(grid) - baseline.law(grid))
+    crossings = [_crossing(grid, d) for d in differences]
+    drawn = [abs(x) for x in crossings if x and found and (x > 0) == (found > 0)]
     share = len(drawn) / len(differences)
-    if at is None or share < MIN_SHARE:
+    if found is None or share < MIN_SHARE:
         return result(
-            f"cannot be bounded: {share:.0%} of replicates cross within {REACH:g} times the "
-            "budgets that were run"
+            f"cannot be bounded: {share:.0%} of replicates cross, in one direction, within "
+            f"{REACH:g} times the budgets that were run"
         )
     low, high = _interval(drawn)
-    return result("crosses", at, low, high)
+    return result(
+        "below from there on" if found > 0 else "below up to there", abs(found), low, high
+    )
 
 
 def _crossing(grid: Floats, difference: Floats) -> float | None:
-    """Where a difference turns negative for good, if it changes sign once."""
+    """Where a difference changes sign, if it does once; negative where it turns positive."""
     changes = np.flatnonzero(np.diff(np.sign(difference)))
-    if len(changes) != 1 or difference[-1] > 0:
+    if len(changes) != 1:
         return None
     at = int(changes[0])
     a, b = difference[at], difference[at + 1]
     t = a / (a - b)
-    return float(np.exp(np.log(grid[at]) * (1 - t) + np.log(grid[at + 1]) * t))
+    x = float(np.exp(np.log(grid[at]) * (1 - t) + np.log(grid[at + 1]) * t))
+    return x if b < 0 else -x
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

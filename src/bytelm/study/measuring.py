@@ -1,12 +1,16 @@
 """What a trained run has reached: likelihood of the held-out documents, and what it took."""
 
+import hashlib
+import json
 import platform
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import bytelm
 from bytelm.checkpoint import load_model
 from bytelm.data import Dataset
 from bytelm.evaluation import Likelihood, dataset_pieces, evaluate_pieces, total
@@ -15,6 +19,7 @@ from bytelm.study.plan import Plan
 from bytelm.study.settling import Settled, inference_flops, scorer_training_flops
 from bytelm.tracking import read_jsonl
 from bytelm.training.run import METRICS
+from bytelm.training.setup import choose_device
 from bytelm.version import __version__
 
 SLICES = "slices.jsonl"
@@ -37,7 +42,7 @@ def measure(
     by_document, sources = held_out_likelihood(plan, settled, folder)
     whole = total(by_document.values())
     unit = whole.patch_size if whole.num_patches else None
-    slices = read_jsonl(folder / SLICES)
+    slices = read_slices(folder)
     padded = [row for row in read_jsonl(folder / METRICS) if "padded_bytes" in row]
     return {
         **about,
@@ -71,18 +76,27 @@ def held_out_likelihood(
     data = settled.recipe.data
     assert data.path is not None
     held_out = Dataset(Path(data.path), "validation")
-    module, _ = load_model(folder)
+    module, _ = load_model(folder, choose_device(settled.recipe.train))
     assert not isinstance(module, NgramScorer)
     pieces = (
         piece._replace(label=str(piece.stretch.document))
         for piece in dataset_pieces(
-            held_out, max_bytes=plan.text.evaluated_bytes, context_bytes=data.row_bytes
+            held_out,
+            max_bytes=plan.text.evaluated_bytes,
+            context_bytes=data.row_bytes,
+            skip_bytes=plan.text.skipped_bytes,
         )
     )
     found = evaluate_pieces(module, pieces, context_bytes=data.row_bytes)
     by_document = {int(label): one for label, one in found.items()}
     names, ids = held_out.source_names, held_out.source_ids
     return by_document, {number: names[int(ids[number])] for number in by_document}
+
+
+def read_slices(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the times a run was worked on; one that a power cut left unfinished is dropped."""
+    lines = (folder / SLICES).read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
@@ -101,7 +115,17 @@ def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
         "parameters": settled.parameters(),
         "text_bytes": text_bytes,
         "recipe": recipe.model_dump(mode="json"),
+        "evaluated": plan.text.model_dump(include={"evaluated_bytes", "skipped_bytes"}),
+        "counts_scorer": settled.counts_scorer,
     }
+
+
+@cache
+def source_hash() -> str:
+    """A short hash of the package's code: runs of one table should be made by one."""
+    root = Path(bytelm.__file__).parent
+    parts = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
 def machine() -> dict[str, Any]:
@@ -113,6 +137,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "bytelm": __version__,
         "python": platform.python_version(),
+        "source": source_hash(),
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from bytelm.study.comparison import Comparison, compare
 from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
-from bytelm.study.fit import Bootstrap, Crossover, Curve
+from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Bootstrap, Crossover, Curve
 from bytelm.study.plan import Plan
 from bytelm.study.table import read_table
 
@@ -38,7 +38,8 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
     for name, config in plan.comparisons.items():
         comparison = compare(name, plan, bootstrap)
         if not comparison.rows:
-            lines += [f"## {config.title}", "", "No run of it is finished yet.", ""]
+            left_out = [f"- {why}" for why in comparison.left_out]
+            lines += [f"## {config.title}", "", "Nothing to show yet.", "", *left_out, ""]
             continue
         lines += [f"## {config.title}", ""]
         if comparison.curves:
@@ -47,7 +48,9 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
         lines += [*_runs(comparison, bootstrap), ""]
         if comparison.curves:
             lines += [*_laws(comparison), *_crossovers(comparison.crossovers), ""]
-        lines += [f"- left out: {why}" for why in comparison.left_out]
+        lines += [*(f"- left out: {why}" for why in comparison.left_out), ""]
+    if results.failures:
+        lines += ["## Diverged", "", *(f"- {failure}" for failure in results.failures), ""]
     plain = [row for row in rows if row["settings"] == "{}"] or rows
     draw_units(plain, out / "units.svg")
     draw_costs(plain, out / "costs.svg")
@@ -86,7 +89,7 @@ def _machine(row: dict[str, Any]) -> str:
     one = json.loads(row["machine"]) or {}
     return (
         f"{one.get('device')}, {one.get('threads')} thread(s), torch {one.get('torch')}, bytelm "
-        f"{one.get('bytelm')}"
+        f"{one.get('bytelm')} (source {one.get('source')})"
     )
 
 
@@ -99,7 +102,6 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
-    low, high = np.quantile(bootstrap.replicates, (0.025, 0.975), axis=0)
     lines = []
     for number in comparison.rows:
         row = bootstrap.results.rows[number]
@@ -117,12 +119,25 @@ def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
                 f"{row['unit_bytes']:.2f}" if row["unit_bytes"] else "1",
                 f"{row['train_bytes'] / 1e6:.2f}",
                 f"{row['epochs']:.2f}",
-                f"{bootstrap.bpb[number]:.3f} [{low[number]:.3f}, {high[number]:.3f}]",
+                _interval(bootstrap.bpb[number], bootstrap.interval(number)),
+                _difference(bootstrap, number, comparison.baselines.get(number, [])),
             ]
         )
     if not any(line[2] for line in lines):
         return _table(*_without(lines, 2))
     return _table(HEADS, lines)
+
+
+def _interval(value: float, bounds: tuple[float, float]) -> str:
+    return f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+
+
+def _difference(bootstrap: Bootstrap, row: int, base: list[int]) -> str:
+    """From the baseline at the same budget, where there is one."""
+    if not base:
+        return "-"
+    value = bootstrap.bpb[row] - bootstrap.bpb[base].mean()
+    return _interval(float(value), bootstrap.interval(row, base))
 
 
 HEADS = [
@@ -138,6 +153,7 @@ HEADS = [
     "MB read",
     "epochs",
     "bits per byte",
+    "minus baseline",
 ]
 
 
@@ -153,12 +169,15 @@ def _laws(comparison: Comparison) -> list[str]:
         if curve.law is None:
             return [curve.name, str(len(curve.x)), "-", "-", "-"]
         low, high = curve.exponent_interval()
+        is_line = len(curve.x) < MIN_POINTS_FOR_FLOOR
         return [
             curve.name,
             str(len(curve.x)),
             f"{np.exp(curve.law.log_scale):.4g}",
             f"{curve.law.exponent:.4f} [{low:.4f}, {high:.4f}]",
-            f"{curve.law.floor:.3f}" if curve.law.floor else "0 (too few budgets)",
+            "0 (too few budgets)"
+            if len(curve.x) < MIN_POINTS_FOR_FLOOR
+            else f"{curve.law.floor:.3f}",
         ]
 
     heads = ["family", "budgets", "A", "exponent", "floor"]
@@ -170,7 +189,7 @@ def _crossovers(crossovers: Sequence[Crossover]) -> list[str]:
     for one in crossovers:
         where = one.verdict
         if one.x is not None:
-            where = f"crosses at {one.x:.3g} [{one.low:.3g}, {one.high:.3g}]"
+            where = f"{one.verdict}, at {one.x:.3g} [{one.low:.3g}, {one.high:.3g}]"
         lines.append(f"- {one.name} and {one.baseline}: {where}")
     return lines
 

@@ -23,11 +23,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bytelm.config import Node, Recipe, nearest, parse, read_mapping, recipe_text
+from bytelm.config import (
+    CalibratedPatching,
+    Node,
+    Recipe,
+    TransformerConfig,
+    load_recipe,
+    nearest,
+    parse,
+    read_mapping,
+    recipe_text,
+)
 from bytelm.config.nodes import Fraction, Positive, Seed
 from bytelm.errors import ConfigError
 
 Budget = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Partial = dict[str, Any]
 """Some of a recipe."""
 STDLIB = "{stdlib}"
@@ -46,6 +57,8 @@ class TextConfig(Node):
     """Share of the other documents held out, by the hash of what they hold."""
     evaluated_bytes: Positive = 1_000_000
     """Held-out text that every run is measured on."""
+    skipped_bytes: Annotated[int, Field(ge=0)] = 0
+    """Held-out text to leave out first: what rates were tuned on should not decide."""
 
 
 class ScorerPlan(Node):
@@ -62,7 +75,7 @@ class Family(Node):
     like: str | None = None
     """A family whose recipe and sizes this one's go over."""
     recipe: Partial = Field(default_factory=dict)
-    sizes: dict[str, Partial] = Field(default_factory=dict)
+    sizes: dict[Name, Partial] = Field(default_factory=dict)
     """By name; a size may hold ``recipe: NAME`` beside sections, for a shipped recipe below all."""
     scorer: str | None = None
     """Entropy model whose entropies cut the patches."""
@@ -120,7 +133,7 @@ class Plan(Node):
     warmup_share: Fraction = 0.05
     """Of a run's steps, the linear warm-up."""
     base: Partial = Field(default_factory=dict)
-    families: dict[str, Family]
+    families: Annotated[dict[Name, Family], Field(min_length=1)]
     runs: Annotated[tuple[RunsConfig, ...], Field(min_length=1, strict=False)]
     comparisons: dict[str, ComparisonConfig] = Field(default_factory=dict)
 
@@ -143,8 +156,16 @@ class Plan(Node):
                 _check(family, self.families, f"comparisons.{name}.families")
                 if size:
                     _check(size, self.sizes(family), f"comparisons.{name}.families")
+                if not size and comparison.kind == "inference":
+                    raise ValueError(
+                        f"comparisons.{name}.families: {member!r} must name a size too, as "
+                        f"{member}/{next(iter(self.sizes(family)), 'SIZE')}: only models of one "
+                        "size cost the same"
+                    )
             if comparison.baseline is not None:
                 _check(comparison.baseline, members, f"comparisons.{name}.baseline")
+            elif comparison.kind == "inference":
+                raise ValueError(f"comparisons.{name}.baseline: an inference comparison needs one")
         return self
 
     def family(self, name: str) -> Family:
@@ -162,6 +183,17 @@ class Plan(Node):
             "sizes": merge(other.sizes, family.sizes),
         }
         return family.model_copy(update={**chosen, **merged, "like": None})
+
+    def label(self, member: str) -> str:
+        """Of a family, or of a family at a size."""
+        name, _, size = member.partition("/")
+        alike = [
+            other
+            for comparison in self.comparisons.values()
+            for other in comparison.families
+            if other != member and other.partition("/")[0] == name and member in comparison.families
+        ]
+        return f"{self.families[name].label}, {size}" if alike else self.families[name].label
 
     def sizes(self, family: str) -> dict[str, Partial]:
         """Sizes of a family."""
@@ -214,7 +246,21 @@ def load_plan(name: str, overrides: Iterable[str] = ()) -> Plan:
     plan = parse(Plan, read_mapping(plan_text(name), where, overrides), where)
     for run in plan_runs(plan):
         run_recipe(plan, run)
+    for scorer, one in plan.scorers.items():
+        recipe = load_recipe(one.recipe, one.overrides)
+        if isinstance(recipe, Recipe) and not _can_score(recipe):
+            raise ConfigError(
+                f"{where}: scorers.{scorer}: {one.recipe} is no entropy model, which is a table or "
+                "a byte transformer with a window"
+            )
     return plan
+
+
+def _can_score(recipe: Recipe) -> bool:
+    model = recipe.model
+    if not isinstance(model, TransformerConfig) or recipe.data.tokenizer is not None:
+        return False
+    return model.window is not None
 
 
 def plan_runs(plan: Plan) -> list[Run]:
@@ -263,10 +309,20 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
             at = at.setdefault(parent, {})
         at[last] = value
         data = merge(data, nested)
+    where = f"run {run.name!r} of plan {plan.name!r}"
+    for key in ("steps", "seed"):
+        if key in data.get("train", {}) and "recipe" not in family.sizes[run.size]:
+            raise ConfigError(f"{where}: train.{key} follows from the plan's runs; remove it")
     # The number of steps is not known before the data is.
-    data = merge({"train": {"steps": 1}}, data)
-    data = merge(data, {"train": {"seed": run.seed}})
-    return parse(Recipe, data, f"run {run.name!r} of plan {plan.name!r}")
+    data = merge(data, {"train": {"steps": 1, "seed": run.seed}})
+    recipe = parse(Recipe, data, where)
+    is_calibrated = isinstance(recipe.patching, CalibratedPatching)
+    if is_calibrated and family.scorer is None:
+        raise ConfigError(
+            f"{where}: {recipe.patching.kind if recipe.patching else ''} patches need entropies; "
+            f"add families.{run.family}.scorer, one of {', '.join(plan.scorers) or 'scorers'}"
+        )
+    return recipe
 
 
 def _shipped(recipe: object) -> Partial:
@@ -276,7 +332,7 @@ def _shipped(recipe: object) -> Partial:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``over`` laid over it, section by section; one of another kind replaces."""
-    if over.get("kind", base.get("kind")) != base.get("kind"):
+    if "kind" in base and "kind" in over and base["kind"] != over["kind"]:
         return dict(over)
     result = dict(base)
     for key, value in over.items():
@@ -297,7 +353,7 @@ def _run(
 ) -> Run:
     budget = f"{flops:.3g}flops" if flops is not None else f"{num_bytes:.3g}bytes"
     parts = [family, size, budget.replace("+", "")]
-    parts += [f"{path.rpartition('.')[2]}={value}" for path, value in settings]
+    parts += [f"{path.rpartition('.')[2]}={value}".replace("/", "-") for path, value in settings]
     return Run("_".join([*parts, f"s{seed}"]), family, size, seed, flops, num_bytes, settings)
 
 

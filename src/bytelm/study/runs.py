@@ -12,6 +12,7 @@ last checkpoint to the same numbers.
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -24,23 +25,46 @@ import torch
 from rich.console import Console
 
 from bytelm.checkpoint import read_json, write_json
-from bytelm.errors import BytelmError, TrainingError
+from bytelm.config import differences
+from bytelm.errors import BytelmError, ConfigError, TrainingError
 from bytelm.study.measuring import SLICES, describe, machine, measure
 from bytelm.study.plan import Plan, Run
 from bytelm.study.settling import settle_run
 from bytelm.tracking import LiveLine
 from bytelm.training import train
-from bytelm.training.run import METRICS
+from bytelm.training.run import METRICS, RESUME_FREELY
 
 RESULT, ERROR = "result.json", ".error.txt"
+IRRELEVANT = RESUME_FREELY | {"train.precision"}
+"""Settings that do not change what a run reaches, but for rounding."""
 FAILED = 3
 """Exit status of a run's process that wrote down why it could not go on."""
 POLL_SECONDS = 1.0
 
 
-def is_finished(out: Path, run: Run) -> bool:
-    """Whether a run is trained and measured."""
-    return (_folder(out, run) / RESULT).exists()
+def finished_result(plan: Plan, run: Run, out: Path) -> dict[str, Any] | None:
+    """What a run has reached, if it is trained and measured.
+
+    Raises:
+        ConfigError: it was made by other settings than those the plan has now.
+    """
+    path = _folder(out, run) / RESULT
+    if not path.exists():
+        return None
+    result = read_json(path)
+    settled = settle_run(plan, run, out)
+    now = describe(plan, settled, out)
+    changed = differences(result["recipe"], now["recipe"])
+    changed = [line for line in changed if line.split(":")[0] not in IRRELEVANT]
+    changed += differences(result["evaluated"], now["evaluated"])
+    if result["counts_scorer"] != now["counts_scorer"]:
+        changed.append("include_scorer")
+    if changed:
+        raise ConfigError(
+            f"run {run.name!r} in {out} was made by another plan ({'; '.join(changed)}): remove "
+            f"{path.parent} to make it again, or choose another --out"
+        )
+    return result
 
 
 def run_all(
@@ -91,7 +115,7 @@ class _Pool:
         self, plan: Plan, runs: list[Run], out: Path, workers: int, deadline: float | None
     ) -> None:
         self.plan, self.out, self.workers, self.deadline = plan, out, workers, deadline
-        self.pending = [run for run in runs if not is_finished(out, run)]
+        self.pending = [run for run in runs if finished_result(plan, run, out) is None]
         self.flops = {run.name: settle_run(plan, run, out).flops for run in self.pending}
         self.done_flops = 0.0
         self.active: dict[str, tuple[int, Run, Any]] = {}
@@ -120,9 +144,9 @@ class _Pool:
             if process.exitcode:
                 self.problems.append(f"{name}: {_problem(self.out, run, process.exitcode)}")
                 news.append(self.problems[-1])
-            elif is_finished(self.out, run):
+            elif result := finished_result(self.plan, run, self.out):
                 self.done_flops += self.flops[name]
-                news.append(_news(self.out, run))
+                news.append(_news(result))
         return news
 
     def share_done(self) -> float:
@@ -150,10 +174,13 @@ def _work(plan: Plan, run: Run, out: Path, deadline: float | None, slot: int, wo
     try:
         left = None if deadline is None else max(deadline - time.time(), 0.0)
         run_slice(plan, run, out, left)
-    except BytelmError as error:
+    except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR).write_text(str(error), "utf-8")
-        sys.exit(FAILED)
+        what = str(error) if isinstance(error, BytelmError) else repr(error)
+        (folder / ERROR).write_text(what, "utf-8")
+        if isinstance(error, BytelmError):
+            sys.exit(FAILED)
+        raise
 
 
 def run_slice(plan: Plan, run: Run, out: Path, time_limit: float | None = None) -> bool:
@@ -216,20 +243,26 @@ def _finish(folder: Path, result: dict[str, Any]) -> None:
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not what getrusage says, which on Linux begins with the peak of the parent.
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text("ascii"))
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _problem(out: Path, run: Run, exit_code: int) -> str:
     path = _folder(out, run) / ERROR
-    if exit_code == FAILED and path.exists():
+    if exit_code > 0 and path.exists():
         return path.read_text("utf-8")
     how = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"status {exit_code}"
     return f"its process ended early ({how}); run the same command again to go on"
 
 
-def _news(out: Path, run: Run) -> str:
-    result = read_json(_folder(out, run) / RESULT)
+def _news(result: dict[str, Any]) -> str:
+    name = result["run"]["name"]
     if result["failure"]:
-        return f"{run.name}: {result['failure']}"
-    return f"{run.name}: {result['bpb']:.4f} bpb, {result['train_bytes'] / 1e6:.1f} MB read"
+        return f"{name}: {result['failure']}"
+    return f"{name}: {result['bpb']:.4f} bpb, {result['train_bytes'] / 1e6:.1f} MB read"

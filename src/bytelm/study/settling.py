@@ -29,6 +29,7 @@ from bytelm.model.blt import BLT
 from bytelm.model.transformer import Transformer
 from bytelm.study.plan import Plan, Run, run_recipe
 from bytelm.study.text import scorer_folder, text_folder, tokenizer_path
+from bytelm.tokens import load_tokenizer
 from bytelm.training import settle, step_flops, with_room
 from bytelm.training.setup import PATCH_MARGIN
 
@@ -49,7 +50,7 @@ class Settled:
     step_flops: float
     """Of training, padding included; see :mod:`bytelm.accounting`."""
     scorer_step_flops: float
-    """Of scoring the rows of a step, once, by the entropy model."""
+    """Of scoring the rows of a step by the entropy model, as if its entropies were not kept."""
     counts_scorer: bool
 
     @property
@@ -111,7 +112,9 @@ def settle_run(plan: Plan, run: Run, out: Path) -> Settled:
         recipe = _settle_once(recipe.model_copy(update={"data": data}), folder, out)
     else:
         unit = _assumed_unit(plan, run, recipe)
-        data = with_room(data, unit) if unit else data
+        if unit and data.row_patches is None:
+            margin = PATCH_MARGIN if family.vocab_size is None else 1.0
+            data = with_room(data, unit, margin)
         recipe = recipe.model_copy(update={"data": data})
     one = step_flops(recipe)
     scorer = scorer_flops(plan, run.family, data.row_bytes * data.rows_per_step)
@@ -172,7 +175,8 @@ def run_cost(plan: Plan, run: Run, out: Path, speed: float) -> Cost:
     text = None
     if data.path is not None:
         text = int(Dataset(Path(data.path), "train").lengths.sum())
-    unit = PATCH_MARGIN * data.row_bytes / data.row_patches if data.row_patches else None
+    margin = PATCH_MARGIN if data.tokenizer is None else 1.0
+    unit = margin * data.row_bytes / data.row_patches if data.row_patches else None
     stored = sum(parameters.values())
     return Cost(
         name=run.name,
@@ -220,13 +224,16 @@ def _settle_once(recipe: Recipe, folder: Path, out: Path) -> Recipe:
     what = {
         "patching": recipe.patching.model_dump(mode="json") if recipe.patching else None,
         "text": str(folder.relative_to(out)),
-        "tokenizer": Path(recipe.data.tokenizer).name if recipe.data.tokenizer else None,
         "row_bytes": recipe.data.row_bytes,
         "row_patches": recipe.data.row_patches,
     }
+    dataset = Dataset(folder, "train")
+    what["data"] = dataset.manifest.fingerprint
+    if recipe.data.tokenizer:
+        what["tokenizer"] = load_tokenizer(Path(recipe.data.tokenizer)).fingerprint
     key = json.dumps(what, sort_keys=True)
     if key not in known:
-        settled = settle(recipe, Dataset(folder, "train")).model_dump(mode="json")
+        settled = settle(recipe, dataset).model_dump(mode="json")
         known[key] = {
             "patching": settled["patching"],
             "row_patches": settled["data"]["row_patches"],
@@ -235,9 +242,12 @@ def _settle_once(recipe: Recipe, folder: Path, out: Path) -> Recipe:
         write_json(temporary, known)
         temporary.replace(path)
     found = known[key]
-    data = {**recipe.data.model_dump(mode="json"), "row_patches": found["row_patches"]}
-    changed = {**recipe.model_dump(mode="json"), "patching": found["patching"], "data": data}
-    return parse(Recipe, changed, str(path))
+    data = recipe.data.model_copy(update={"row_patches": found["row_patches"]})
+    # Parsed apart, so that what the recipe says itself can still be told from what it leaves open.
+    whole = parse(
+        Recipe, {**recipe.model_dump(mode="json"), "patching": found["patching"]}, str(path)
+    )
+    return recipe.model_copy(update={"patching": whole.patching, "data": data})
 
 
 def _assumed_unit(plan: Plan, run: Run, recipe: Recipe) -> float | None:
@@ -259,14 +269,17 @@ def _assumed_unit(plan: Plan, run: Run, recipe: Recipe) -> float | None:
 
 def _with_steps(plan: Plan, recipe: Recipe, steps: int) -> Recipe:
     often = max(steps // 8, 1)
-    settings = {
-        "steps": steps,
+    usual = {
         "log_every": max(steps // 200, 1),
         "validate_every": often,
         "checkpoint_every": often,
         "keep_checkpoints": 1,
     }
-    train_config = recipe.train.model_copy(update=settings)
-    warmup = {"warmup_steps": round(plan.warmup_share * steps)}
-    optimizer = recipe.optimizer.model_copy(update=warmup)
+    # What a plan says itself stands.
+    settings = {k: v for k, v in usual.items() if k not in recipe.train.model_fields_set}
+    train_config = recipe.train.model_copy(update={"steps": steps, **settings})
+    optimizer = recipe.optimizer
+    if "warmup_steps" not in optimizer.model_fields_set:
+        warmup = {"warmup_steps": round(plan.warmup_share * steps)}
+        optimizer = optimizer.model_copy(update=warmup)
     return recipe.model_copy(update={"train": train_config, "optimizer": optimizer})

@@ -8,7 +8,6 @@ Both are Parquet, which any tool reads, and all that figures and pages are made 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bytelm.checkpoint import read_json
 from bytelm.errors import DataError
-from bytelm.study.plan import Plan, Run
-from bytelm.study.runs import RESULT, is_finished
+from bytelm.study.plan import Plan, plan_runs
+from bytelm.study.runs import finished_result
 
 RESULTS, DOCUMENTS = "results.parquet", "documents.parquet"
 
@@ -79,6 +77,8 @@ class Results:
     """Of each document."""
     sources: tuple[str, ...]
     """Of each document."""
+    failures: tuple[str, ...] = ()
+    """Of runs that diverged, which are in none of the above."""
 
     def bits_per_byte(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of every run, each document counted ``weights[document]`` times."""
@@ -97,24 +97,41 @@ class Results:
         }
 
 
-def write_table(runs: Iterable[Run], out: Path) -> int:
-    """Table the finished runs of a study; how many there are.
+def write_table(plan: Plan, out: Path) -> tuple[int, int]:
+    """Table the finished runs of a study; how many there are, and how many runs in all.
 
     Args:
-        runs: of the plan.
-        out: folder of the study, where the two files go.
+        plan: of the study.
+        out: its folder; the tables go to :func:`table_folder`.
+
+    Raises:
+        ConfigError: a run was made by other settings than the plan's.
     """
     rows, documents = [], []
+    runs = plan_runs(plan)
     for run in runs:
-        if not is_finished(out, run):
+        result = finished_result(plan, run, out)
+        if result is None:
             continue
-        result = read_json(out / "runs" / run.name / RESULT)
         rows.append(_row(result))
         documents += [{"run": run.name, **one} for one in result.get("documents", ())]
     if rows:
-        pq.write_table(pa.Table.from_pylist(rows, RUN_SCHEMA), out / RESULTS)
-        pq.write_table(pa.Table.from_pylist(documents, DOCUMENT_SCHEMA), out / DOCUMENTS)
-    return len(rows)
+        folder = table_folder(plan, out)
+        folder.mkdir(exist_ok=True)
+        _replace(pa.Table.from_pylist(documents, DOCUMENT_SCHEMA), folder / DOCUMENTS)
+        _replace(pa.Table.from_pylist(rows, RUN_SCHEMA), folder / RESULTS)
+    return len(rows), len(runs)
+
+
+def table_folder(plan: Plan, out: Path) -> Path:
+    """Where the tables, figures and page of a plan go: several plans may share a study's folder."""
+    return out / plan.name
+
+
+def _replace(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
 
 
 def read_table(folder: Path, plan: Plan | None = None) -> Results:
@@ -132,7 +149,9 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
         documents = pq.read_table(folder / DOCUMENTS)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder} holds no table of a study: {error}") from None
-    kept = [r for r in rows if r["failure"] is None and (not plan or r["family"] in plan.families)]
+    mine = [row for row in rows if not plan or row["family"] in plan.families]
+    kept = [row for row in mine if row["failure"] is None]
+    failures = [f"{row['run']}: {row['failure']}" for row in mine if row["failure"] is not None]
     names = {row["run"]: number for number, row in enumerate(kept)}
     columns = documents.to_pydict()
     numbers = sorted(set(columns["document"]))
@@ -153,7 +172,7 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
     if np.isnan(nats[:, used]).any():
         raise DataError(f"{folder}: runs were measured on different documents; run them again")
     picked = [s for s, keep in zip(sources, used, strict=True) if keep]
-    return Results(kept, nats[:, used], num_bytes[used], tuple(picked))
+    return Results(kept, nats[:, used], num_bytes[used], tuple(picked), tuple(failures))
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
@@ -174,13 +193,3 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "machine": json.dumps(result.get("machine")),
         "recipe": json.dumps(result["recipe"]),
     }
-
-
-def select(results: Results, members: Sequence[str], settings: str = "{}") -> list[int]:
-    """Rows of some families (or ``family/size``), with the given settings."""
-    return [
-        number
-        for number, row in enumerate(results.rows)
-        if (row["family"] in members or f"{row['family']}/{row['size']}" in members)
-        and row["settings"] == settings
-    ]

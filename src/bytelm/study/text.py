@@ -2,6 +2,7 @@
 
 ::
 
+    STUDY/text.json           what the rest was made of
     STUDY/text/               documents
     STUDY/scorers/NAME/       entropy models
     STUDY/scored/NAME/        the same documents with entropies
@@ -12,18 +13,21 @@ is also in the training text: preparation holds out every copy.
 """
 
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from bytelm.checkpoint import locked
-from bytelm.config import Recipe, TableRecipe, load_recipe
-from bytelm.data import Dataset, PrepareOptions, ReadOptions, prepare, train_dataset_tokenizer
-from bytelm.errors import DataError
+from bytelm.checkpoint import locked, read_json, write_json
+from bytelm.config import Recipe, TableRecipe, differences, load_recipe
+from bytelm.data import Dataset, PrepareOptions, prepare, train_dataset_tokenizer
+from bytelm.data.dataset import MANIFEST
+from bytelm.errors import ConfigError, DataError
 from bytelm.study.plan import STDLIB, Plan, TextConfig
 from bytelm.tracking import preparation_bar
 from bytelm.training import fit_table, train
 
+TEXT = "text.json"
 TOKENIZER_BYTES = 16_000_000
 """Training text whose pairs are counted for a tokenizer."""
 
@@ -38,8 +42,13 @@ def prepare_text(plan: Plan, out: Path, console: Console, time_limit: float | No
         BytelmError: as ``bytelm data prepare``, ``bytelm train`` and ``bytelm data tokenizer``.
     """
     with locked(out):
-        _prepare(plan.text, out, console)
+        _claim(plan, out)
+        if not (out / "text" / MANIFEST).exists():
+            _prepare(plan.text, out, console)
         for name, scorer in plan.scorers.items():
+            # What is there was made of this text by this recipe, wherever the inputs are now.
+            if (out / "scored" / name / MANIFEST).exists():
+                continue
             recipe = load_recipe(
                 scorer.recipe, [f"data.path={out / 'text'}", "data.verify=false", *scorer.overrides]
             )
@@ -70,27 +79,56 @@ def tokenizer_path(out: Path, vocab_size: int) -> Path:
     return out / "tokenizers" / f"{vocab_size}.json"
 
 
+def _claim(plan: Plan, out: Path) -> None:
+    """Take a new folder, or check that the text and entropy models there are those of the plan.
+
+    Several plans may share a folder: the entropy models of each are added.
+    """
+    path = out / TEXT
+    inputs = {"train", "validation", "validation_share"}
+    wanted = plan.model_dump(mode="json", include={"text": inputs, "scorers": True})
+    found = read_json(path) if path.exists() else wanted
+    same = {**wanted, "scorers": {**found["scorers"], **wanted["scorers"]}}
+    changed = differences(found, {**same, "scorers": {**same["scorers"], **wanted["scorers"]}})
+    # A new entropy model is no difference.
+    changed = [line for line in changed if not line.split(": ")[1].startswith("None ->")]
+    if changed:
+        raise ConfigError(
+            f"{out} holds another study's text ({'; '.join(changed)}): choose another --out, or "
+            "restore the plan"
+        )
+    write_json(path, same)
+
+
 def _prepare(text: TextConfig, out: Path, console: Console) -> None:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    # Installed packages may lie inside the library's folder, and differ between machines.
-    packages = tuple(library.glob("*-packages"))
-
-    def resolved(arguments: tuple[str, ...]) -> list[str]:
-        return [one.replace(STDLIB, str(library)) for one in arguments]
-
     options = PrepareOptions(
-        read=ReadOptions(include="*.py") if any(STDLIB in t for t in text.train) else ReadOptions(),
-        validation=tuple(resolved(text.validation)),
+        validation=tuple(_expand(text.validation)),
         validation_share=text.validation_share,
-        leave_out=(out, *packages),
+        leave_out=(out,),
     )
     with preparation_bar(console) as report:
-        manifest = prepare(resolved(text.train), out / "text", options, report)
+        manifest = prepare(_expand(text.train), out / "text", options, report)
     if not manifest.sources("validation"):
         raise DataError(
             "nothing is held out, so the study could measure nothing: set text.validation or "
             "text.validation_share"
         )
+
+
+def _expand(arguments: Iterable[str]) -> list[str]:
+    """Arguments with the sources of the standard library in place of their mark."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    # Installed packages may lie inside the library's folder, and differ between machines.
+    sources = [
+        path
+        for path in sorted(library.rglob("*.py"))
+        if not any(part.endswith("-packages") for part in path.relative_to(library).parts)
+    ]
+    expanded: list[str] = []
+    for one in arguments:
+        files = [one.replace(STDLIB, str(path)) for path in sources] if STDLIB in one else [one]
+        expanded += files
+    return expanded
 
 
 def _train_scorer(

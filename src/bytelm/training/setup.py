@@ -100,7 +100,7 @@ def settle(recipe: Recipe, dataset: Dataset) -> Recipe:
         return recipe
     tokenizer = _tokenizer(recipe, Path(recipe.data.tokenizer))
     mean = mean_token_bytes(tokenizer, sample_dataset(dataset, TOKEN_SAMPLE_BYTES))
-    return recipe.model_copy(update={"data": with_room(recipe.data, mean)})
+    return recipe.model_copy(update={"data": with_room(recipe.data, mean, margin=1.0)})
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -140,10 +140,13 @@ def _settle_patches(recipe: Recipe, dataset: Dataset) -> Recipe:
     return recipe.model_copy(update={"patching": patching, "data": data})
 
 
-def with_room(data: DataConfig, mean_size: float) -> DataConfig:
-    """Room for patches (or tokens) of a mean size."""
+def with_room(data: DataConfig, mean_size: float, margin: float = PATCH_MARGIN) -> DataConfig:
+    """Room for patches (or tokens) of a mean size.
+
+    Rows of tokens close on their tokens and need no margin: they are equal in bytes on average.
+    """
     # No row holds more of them than bytes.
-    wanted = min(math.ceil(PATCH_MARGIN * data.row_bytes / mean_size), data.row_bytes)
+    wanted = min(math.ceil(margin * data.row_bytes / mean_size), data.row_bytes)
     return data.model_copy(update={"row_patches": wanted})
 
 

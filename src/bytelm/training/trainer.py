@@ -136,7 +136,9 @@ class Trainer:
         interval.num_bytes += num_bytes
         interval.num_targets += num_targets
         interval.num_positions += int(batch.byte_counts.sum())
-        interval.room_bytes += self.recipe.data.row_bytes * len(batch.ids)
+        # A row of tokens has room for tokens only.
+        room = batch.byte_counts.sum() if self.setup.tokenizer else batch.ids.numel()
+        interval.room_bytes += int(room)
         if batch.patch_counts is not None and batch.num_patches is not None:
             interval.num_patches += int(batch.patch_counts.sum())
             interval.room_patches += batch.num_patches * len(batch.ids)
