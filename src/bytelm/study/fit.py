@@ -24,6 +24,7 @@ from bytelm.study.table import Results
 
 REPLICATES = 1000
 MIN_POINTS_FOR_FLOOR = 5
+MAX_T = 30.0
 REACH = 3.0
 """How many times beyond the budgets that were run a crossover may lie."""
 MIN_SHARE = 0.975
@@ -109,7 +110,8 @@ class Bootstrap:
         )
         resampled = np.array([results.bits_per_byte(weights.astype(float)) for weights in draws])
         noise = generator.standard_t(max(freedom, 1), resampled.shape)
-        self.replicates = resampled + self.seed_noise * noise
+        # With a single pair of seeds the tails of t are so long that nothing could be drawn.
+        self.replicates = resampled * np.exp(self.seed_noise * noise.clip(-MAX_T, MAX_T))
         """``[replicate, run]``."""
 
     def interval(self, row: int, beside: Sequence[int] = ()) -> tuple[float, float]:
@@ -154,15 +156,16 @@ class Bootstrap:
 
 
 def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
-    """Standard deviation between seeds of one configuration, pooled over all that have several.
+    """Relative deviation between seeds of one configuration, pooled over all that have several.
 
     Returns:
-        The deviation, and its degrees of freedom; 0 and 0 where no configuration has two seeds.
+        The standard deviation of the logarithm of bits per byte, and its degrees of freedom; 0 and 0
+        where no configuration has two seeds.
     """
     groups: dict[tuple, list[float]] = defaultdict(list)
     for row, value in zip(results.rows, bpb, strict=True):
         key = (row["family"], row["size"], row["budget_flops"], row["budget_bytes"])
-        groups[(*key, row["settings"])].append(float(value))
+        groups[(*key, row["settings"])].append(math.log(value))
     several = [values for values in groups.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in several)
     squares = sum(float(np.var(values)) * len(values) for values in several)

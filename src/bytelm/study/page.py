@@ -69,7 +69,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     worst = max(off, default=0.0)
     counted = "counted in" if plan.include_scorer else "left out of"
     spread = (
-        f"Seeds of one configuration differ by {bootstrap.seed_noise:.4f} bpb (standard deviation)."
+        f"Seeds of one configuration differ by {bootstrap.seed_noise:.2%} (standard deviation)."
         if bootstrap.seed_noise
         else "No configuration has several seeds, so intervals hold no noise of seeds."
     )
@@ -175,9 +175,7 @@ def _laws(comparison: Comparison) -> list[str]:
             str(len(curve.x)),
             f"{np.exp(curve.law.log_scale):.4g}",
             f"{curve.law.exponent:.4f} [{low:.4f}, {high:.4f}]",
-            "0 (too few budgets)"
-            if len(curve.x) < MIN_POINTS_FOR_FLOOR
-            else f"{curve.law.floor:.3f}",
+            "0 (too few budgets)" if is_line else f"{curve.law.floor:.3f}",
         ]
 
     heads = ["family", "budgets", "A", "exponent", "floor"]
