@@ -159,8 +159,8 @@ def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
     """Relative deviation between seeds of one configuration, pooled over all that have several.
 
     Returns:
-        The standard deviation of the logarithm of bits per byte, and its degrees of freedom; 0 and 0
-        where no configuration has two seeds.
+        The standard deviation of the logarithm of bits per byte, and its degrees of freedom; 0
+        and 0 where no configuration has two seeds.
     """
     groups: dict[tuple, list[float]] = defaultdict(list)
     for row, value in zip(results.rows, bpb, strict=True):
