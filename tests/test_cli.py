@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,6 +266,49 @@ def test_flops_of_transformers_tables_and_overrides(run, world):
     status, out, _ = run("flops", world / "blt.yaml")
     assert status == 0
     assert out.startswith("blt: rows of 128 bytes")
+
+
+def test_flops_of_tokens_are_divided_by_their_bytes(run):
+    status, out, _ = run("flops", "token-1m", "--patch-size", 2)
+    assert status == 0
+    assert "rows of 1,024 bytes, 512 tokens of 2 bytes" in out
+    # 2 * 128 * 4,096 a token.
+    assert cells(out, "output")[0][1] == "524 k"
+    status, _, error = run("flops", "token-1m")
+    assert status == 1
+    assert "say how many bytes" in error
+
+
+def test_a_model_of_tokens_from_text_to_text(run, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("data", "tokenizer", world / "d", "--vocab-size", 270, "--out", "t.json")
+    assert status == 0
+    assert "270 tokens" in out
+    status, _, error = run("data", "tokenizer", world / "d", "--out", "t.json")
+    assert (status, "exists" in error) == (1, True)
+    recipe = {
+        "model": {**SMALL, "vocab_size": 270},
+        "data": {"row_bytes": 128, "rows_per_step": 4, "tokenizer": "t.json"},
+        "train": {"steps": 4},
+    }
+    Path("token.yaml").write_text(yaml.safe_dump(recipe))
+    train = ("train", "token.yaml", f"data.path={world / 'd'}", "--out", "run")
+    assert run(*train)[0] == 0
+    status, out, _ = run("eval", "run", world / "text.jsonl", "--json")
+    (found,) = json.loads(out).values()
+    text = [json.loads(line)["text"] for line in (world / "text.jsonl").read_text().splitlines()]
+    assert found["bytes"] == sum(map(len, text))
+    assert found["patches"] < found["bytes"]
+    assert run("generate", "run", "the ", "--max-bytes", 8)[0] == 0
+    status, _, error = run(*train[:3], "model.vocab_size=300", "--out", "other")
+    assert status == 1
+    assert "has 270 tokens: set model.vocab_size=270" in error
+    status, _, error = run("data", "prepare", world / "d", "--scorer", "run", "--out", "scored")
+    assert status == 1
+    assert "a model of tokens" in error
+    status, _, error = run("patch", "run", "the", "--rule", "entropy", "--threshold", 1)
+    assert status == 1
+    assert "no entropies of bytes" in error
 
 
 @pytest.mark.parametrize("recipe", [["blt-8b", "--scorer", "entropy-100m"], ["byte-1m"]])

@@ -1,6 +1,7 @@
 """Studies: plans, equal FLOPs, runs in slices, and what is read from the table."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from bytelm import cli
 from bytelm.accounting import training_flops
 from bytelm.config import TransformerConfig, parse
 from bytelm.data import Dataset
@@ -595,3 +597,47 @@ def test_comparisons_of_a_study(study):
     assert all(isinstance(curve, Curve) and len(curve.x) == 2 for curve in training.curves)
     assert len(training.crossovers) == 3
     assert len(compare("all", one, bootstrap).rows) == 5
+
+
+def test_the_command(study, tmp_path, monkeypatch, capsys):
+    """Dry run, slices until all is done, and the page again from the table alone."""
+
+    def bytelm(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bytelm", "study", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    one, _ = study
+    grid = [{"families": ["byte"], "sizes": ["s"], "flops": [6e8, 1.2e9]}]
+    path, out = tmp_path / "plan.json", tmp_path / "out"
+    path.write_text(json.dumps({**one.model_dump(mode="json"), "runs": grid}))
+    status, shown = bytelm(path, "--dry-run", "--out", out)
+    assert status == 0
+    assert "byte_s_6e08flops_s0" in shown
+    assert "2 runs, 0 done; left: 1.8e+09 FLOPs" in shown
+    assert not out.exists()
+    status, shown = bytelm(path, "--out", out, "--only", "6e08")
+    assert status == 0
+    assert "1 of 2 runs finished; the same command goes on" in shown
+    status, shown = bytelm(path, "--out", out, "--time-limit", "0s")
+    assert "1 of 2 runs finished" in shown
+    status, shown = bytelm(path, "--out", out)
+    assert "2 of 2 runs finished" in shown
+    assert "the same command" not in shown
+    status, shown = bytelm(path, "--dry-run", "--out", out)
+    assert "2 runs, 2 done; left: 0 FLOPs" in shown
+    status, shown = bytelm(path, "--redraw", out / "test", "--out", tmp_path / "page")
+    assert status == 0
+    page = (tmp_path / "page" / "results.md").read_text()
+    assert page == (out / "test" / "results.md").read_text()
+    status, shown = bytelm(path, "--only", "blt", "--out", out)
+    assert status == 1
+    assert "no run of the plan has a name" in shown
+    status, shown = bytelm("cpu-studie")
+    assert status == 1
+    assert "shipped are cpu-ablations, cpu-inference, cpu-study" in shown

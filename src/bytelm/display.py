@@ -183,7 +183,7 @@ def costs_title(costs: Breakdown, name: str) -> str:
     if not costs.num_patches:
         return title
     size = costs.num_bytes / costs.num_patches
-    return f"{title}, {costs.num_patches:,} patches of {size:.3g} bytes"
+    return f"{title}, {costs.num_patches:,} {costs.unit} of {size:.3g} bytes"
 
 
 def _forward_table(costs: Breakdown) -> Table:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bytelm.accounting import published
 from bytelm.accounting.exact import (
@@ -13,6 +13,7 @@ from bytelm.accounting.exact import (
     forward_flops,
     parameters_by_part,
 )
+from bytelm.codec import VOCAB_SIZE
 from bytelm.config import (
     BLTConfig,
     BytePatching,
@@ -58,7 +59,8 @@ class Breakdown(NamedTuple):
     """The paper's forward FLOPs per byte, of the parts that its formulas have."""
     num_bytes: int
     num_patches: int
-    """0 where there are none."""
+    """Or tokens, of a model of tokens; 0 where there are none."""
+    unit: Literal["patches", "tokens"] = "patches"
 
     @property
     def model(self) -> PartCost:
@@ -85,7 +87,8 @@ def break_down_recipe(
         recipe: of a BLT, a byte transformer or an entropy model.
         context: bytes in a row, and position of the byte that is generated; ``None`` for the
             recipe's rows.
-        patch_size: mean bytes per patch of a BLT; ``None`` for the recipe's.
+        patch_size: mean bytes per patch of a BLT, or per token of a model of tokens; ``None`` for
+            the recipe's.
         element_size: bytes of memory of a weight or an element of a cache while generating.
         scorer: of a BLT's entropies, to be counted as well.
 
@@ -94,6 +97,8 @@ def break_down_recipe(
             or not possible.
     """
     num_bytes = context or recipe.data.row_bytes
+    if isinstance(recipe.model, TransformerConfig) and recipe.model.vocab_size > VOCAB_SIZE:
+        return _break_down_tokens(recipe.model, num_bytes, patch_size, element_size)
     if isinstance(recipe.model, TransformerConfig):
         for option, value in (("--patch-size", patch_size), ("--scorer", scorer)):
             if value is not None:
@@ -116,6 +121,30 @@ def break_down_recipe(
     )
     formula = published.blt_per_byte(recipe.model, num_bytes, size)
     return Breakdown(parts, formula, num_bytes, num_patches)
+
+
+def _break_down_tokens(
+    config: TransformerConfig, num_bytes: int, token_size: float | None, element_size: int
+) -> Breakdown:
+    """Costs of a model of tokens, those of a token divided by the bytes it stands for."""
+    if token_size is None or not 1 <= token_size <= num_bytes:
+        raise ConfigError(
+            "how long tokens are depends on the tokenizer and the text: say how many bytes, at "
+            f"most {num_bytes:,}, such as --patch-size 3.7"
+        )
+    num_tokens = round(num_bytes / token_size)
+    share = num_tokens / num_bytes
+    parts = {
+        name: cost._replace(
+            linear=cost.linear * share,
+            attention=cost.attention * share,
+            training=cost.training * share,
+            decode=DecodeCost(*(one * share for one in cost.decode)),
+        )
+        for name, cost in break_down(config, num_tokens, element_size=element_size).items()
+    }
+    formula = published.transformer_per_byte(config, num_bytes, bytes_per_token=token_size)
+    return Breakdown(parts, formula, num_bytes, num_tokens, "tokens")
 
 
 def _patch_size(rule: PatchingConfig) -> float:

@@ -19,7 +19,7 @@ def flops(
         list[str] | None, typer.Argument(help="key.path=value, such as model.local.dim=256.")
     ] = None,
     patch_size: Annotated[
-        float | None, typer.Option(help="Mean bytes per patch. (default: the recipe's)")
+        float | None, typer.Option(help="Mean bytes per patch, or token. (default: the recipe's)")
     ] = None,
     context: Annotated[
         int | None,
@@ -44,7 +44,8 @@ def flops(
     [dim]bytelm flops blt-400m --patch-size 6 --context 8192
     bytelm flops blt-8b --scorer entropy-100m --precision bfloat16 --figure costs.svg
     bytelm flops blt-1m model.global_model.num_layers=8
-    bytelm flops byte-1m[/]
+    bytelm flops byte-1m
+    bytelm flops token-1m --patch-size 3.2[/]
     """
     from bytelm.accounting import break_down_recipe
     from bytelm.display import cost_shares, costs_title, show_costs
