@@ -43,7 +43,10 @@ PLAN = {
     "title": "A test",
     "text": {"train": ["x.jsonl"], "validation": ["held.jsonl"], "evaluated_bytes": 3000},
     "scorers": {"table": {"recipe": "entropy-ngram", "overrides": ["model.min_count=1"]}},
-    "base": {"data": {"row_bytes": 64, "rows_per_step": 2}, "train": {"validation_bytes": 500}},
+    "base": {
+        "data": {"row_bytes": 64, "rows_per_step": 2},
+        "train": {"validation_bytes": 500, "validate_every": 1000, "checkpoint_every": 1000},
+    },
     "families": {
         "byte": {
             "label": "bytes",
@@ -79,7 +82,7 @@ PLAN = {
         },
     },
     "runs": [
-        {"sizes": ["s"], "flops": [6.0e8, 1.2e9]},
+        {"sizes": ["s"], "flops": [6.0e8, 9.0e8]},
         {"families": ["byte"], "sizes": ["s"], "flops": [6.0e8], "seeds": [1]},
     ],
     "comparisons": {
@@ -130,10 +133,9 @@ def study(tmp_path_factory):
     one = plan(text=paths)
     out = folder / "out"
     assert prepare_text(one, out, Console(quiet=True))
-    # Most of them here, which saves the start of as many processes.
-    for run in plan_runs(one)[:7]:
+    # Here, which saves the start of as many processes; `test_the_command` starts some.
+    for run in plan_runs(one):
         assert run_slice(one, run, out)
-    assert not run_all(one, plan_runs(one), out, workers=2, console=Console(quiet=True))
     assert write_table(one, out) == (9, 9)
     return one, out
 
@@ -322,9 +324,9 @@ def test_a_run_in_slices_reaches_the_same_numbers(study, tmp_path):
     for part in ("text", "scored", "scorers", "tokenizers", "settled.json", "text.json"):
         (tmp_path / part).symlink_to(out / part)
     slices = 0
-    while not run_slice(one, run, tmp_path, time_limit=0.0):
+    while not run_slice(one, run, tmp_path, time_limit=0.2):
         slices += 1
-    assert slices > 3
+    assert slices > 0
     whole, sliced = (
         json.loads((folder / "runs" / run.name / RESULT).read_text()) for folder in (out, tmp_path)
     )
@@ -391,6 +393,7 @@ def test_a_line_cut_short_by_a_power_cut_is_dropped(tmp_path):
     assert read_slices(tmp_path) == [{"steps": 1}]
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_reported_and_the_others_go_on(study, tmp_path):
     one, out = study
     for part in ("text", "scored", "scorers", "tokenizers", "settled.json", "text.json"):
@@ -599,6 +602,7 @@ def test_comparisons_of_a_study(study):
     assert len(compare("all", one, bootstrap).rows) == 5
 
 
+@pytest.mark.slow
 def test_the_command(study, tmp_path, monkeypatch, capsys):
     """Dry run, slices until all is done, and the page again from the table alone."""
 

@@ -21,13 +21,15 @@ from rich.console import Console
 from bytelm.checkpoint import locked, read_json, write_json
 from bytelm.config import Recipe, TableRecipe, differences, load_recipe
 from bytelm.data import Dataset, PrepareOptions, prepare, train_dataset_tokenizer
-from bytelm.data.dataset import MANIFEST
+from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import ConfigError, DataError
 from bytelm.study.plan import STDLIB, Plan, TextConfig
 from bytelm.tracking import preparation_bar
 from bytelm.training import fit_table, train
 
 TEXT = "text.json"
+SMALL_TEXT = 4_000_000
+"""Bytes that are scored before other processes would have started."""
 TOKENIZER_BYTES = 16_000_000
 """Training text whose pairs are counted for a tokenizer."""
 
@@ -145,7 +147,9 @@ def _train_scorer(
 
 
 def _score(name: str, out: Path, console: Console) -> None:
-    options = PrepareOptions(scorer=scorer_folder(out, name))
+    text = read_manifest(out / "text").sources()
+    is_small = sum(source.text_bytes for source in text.values()) < SMALL_TEXT
+    options = PrepareOptions(scorer=scorer_folder(out, name), workers=1 if is_small else None)
     with preparation_bar(console) as report:
         prepare([str(out / "text")], out / "scored" / name, options, report)
 
