@@ -87,19 +87,24 @@ def _claim(plan: Plan, out: Path) -> None:
     Several plans may share a folder: the entropy models of each are added.
     """
     path = out / TEXT
-    inputs = {"train", "validation", "validation_share"}
-    wanted = plan.model_dump(mode="json", include={"text": inputs, "scorers": True})
-    found = read_json(path) if path.exists() else wanted
-    same = {**wanted, "scorers": {**found["scorers"], **wanted["scorers"]}}
-    changed = differences(found, {**same, "scorers": {**same["scorers"], **wanted["scorers"]}})
-    # A new entropy model is no difference.
-    changed = [line for line in changed if not line.split(": ")[1].startswith("None ->")]
+    text = plan.text.model_dump(mode="json", include={"train", "validation", "validation_share"})
+    scorers = {name: scorer.model_dump(mode="json") for name, scorer in plan.scorers.items()}
+    found = read_json(path) if path.exists() else {"text": text, "scorers": {}}
+    both = found["scorers"].keys() & scorers.keys()
+    changed = differences(
+        {"text": found["text"], **{name: found["scorers"][name] for name in both}},
+        {"text": text, **{name: scorers[name] for name in both}},
+    )
     if changed:
         raise ConfigError(
             f"{out} holds another study's text ({'; '.join(changed)}): choose another --out, or "
             "restore the plan"
         )
-    write_json(path, same)
+    everything = {"text": text, "scorers": {**found["scorers"], **scorers}}
+    if everything != found or not path.exists():
+        temporary = path.with_name(f".{TEXT}")
+        write_json(temporary, everything)
+        temporary.replace(path)
 
 
 def _prepare(text: TextConfig, out: Path, console: Console) -> None:
