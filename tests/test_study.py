@@ -51,7 +51,7 @@ PLAN = {
         "byte": {
             "label": "bytes",
             "recipe": {"model": {"kind": "transformer"}},
-            "sizes": {"s": {"model": TINY}},
+            "sizes": {"s": {"model": {**TINY, "dim": 32, "ffn_dim": 48}}},
         },
         "tokens": {"label": "tokens", "like": "byte", "vocab_size": 270, "unit_bytes": 2},
         "space": {
@@ -82,7 +82,7 @@ PLAN = {
         },
     },
     "runs": [
-        {"families": ["byte", "tokens"], "sizes": ["s"], "flops": [6.0e8, 9.0e8]},
+        {"families": ["byte", "tokens"], "sizes": ["s"], "flops": [6.0e8, 8.0e8]},
         {"families": ["space", "entropy"], "sizes": ["s"], "flops": [6.0e8]},
         {"families": ["byte"], "sizes": ["s"], "flops": [6.0e8], "seeds": [1]},
     ],

@@ -124,18 +124,21 @@ def _prepare(text: TextConfig, out: Path, console: Console) -> None:
 
 def _expand(arguments: Iterable[str]) -> list[str]:
     """Arguments with the sources of the standard library in place of their mark."""
+    expanded: list[str] = []
+    for one in arguments:
+        paths = _stdlib_sources() if STDLIB in one else []
+        expanded += [one.replace(STDLIB, str(path)) for path in paths] or [one]
+    return expanded
+
+
+def _stdlib_sources() -> list[Path]:
     library = Path(sysconfig.get_paths()["stdlib"])
     # Installed packages may lie inside the library's folder, and differ between machines.
-    sources = [
+    return [
         path
         for path in sorted(library.rglob("*.py"))
         if not any(part.endswith("-packages") for part in path.relative_to(library).parts)
     ]
-    expanded: list[str] = []
-    for one in arguments:
-        files = [one.replace(STDLIB, str(path)) for path in sources] if STDLIB in one else [one]
-        expanded += files
-    return expanded
 
 
 def _train_scorer(
