@@ -34,6 +34,9 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
         if crossover.x is not None:
             axis.axvline(crossover.x, color="0.6", lw=0.8, ls=":")
     axis.set_xscale("log")
+    # Budgets of one size differ in their last digits: that is nothing to zoom into.
+    budgets = np.concatenate([curve.x for curve in comparison.curves])
+    axis.set_xlim(budgets.min() / 1.5, budgets.max() * 1.5)
     axis.set_xlabel(x_label)
     axis.set_ylabel("held-out bits per byte")
     axis.set_title(comparison.config.title, fontsize=10, loc="left")
