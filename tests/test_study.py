@@ -420,6 +420,11 @@ def test_the_page_is_drawn_from_the_table_alone(study, tmp_path):
     assert "7 runs" in page
     assert "left out: tokens/s costs" in page
     assert "too few budgets" in page
+    write_page(one, tmp_path, tmp_path / "again")
+    drawn = sorted((tmp_path / "page").iterdir())
+    assert [path.read_bytes() for path in drawn] == [
+        (tmp_path / "again" / path.name).read_bytes() for path in drawn
+    ]
 
 
 def test_a_missing_or_mixed_table_is_refused(study, tmp_path):
@@ -647,4 +652,5 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
     assert "no run of the plan has a name" in shown
     status, shown = bytelm("cpu-studie")
     assert status == 1
-    assert "shipped are cpu-ablations, cpu-inference, cpu-study" in shown
+    assert "no plan 'cpu-studie'" in shown
+    assert "did you mean 'cpu-study'" in shown

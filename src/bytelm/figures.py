@@ -78,8 +78,13 @@ def save_figure(figure: "Figure", path: Path) -> None:
     Raises:
         ConfigError: the format is unknown, or the file cannot be written.
     """
+    from matplotlib import rc_context
+
+    # The same figure is the same file: no date, and names that do not change.
+    metadata = {"Date": None} if path.suffix == ".svg" else None
     try:
-        figure.savefig(path, dpi=150)
+        with rc_context({"svg.hashsalt": "bytelm"}):
+            figure.savefig(path, dpi=150, metadata=metadata)
     except ValueError as error:
         raise ConfigError(f"cannot draw {path}: {error}") from None
     except OSError as error:

@@ -38,6 +38,8 @@ from bytelm.config.reading import (
     read_mapping,
     recipe_names,
     recipe_text,
+    shipped_names,
+    shipped_text,
 )
 
 __all__ = [
@@ -76,4 +78,6 @@ __all__ = [
     "read_mapping",
     "recipe_names",
     "recipe_text",
+    "shipped_names",
+    "shipped_text",
 ]

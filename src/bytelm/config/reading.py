@@ -61,8 +61,7 @@ def parse(node: type[NodeT], data: Any, where: str) -> NodeT:
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
-    files = resources.files("bytelm.recipes").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return shipped_names("recipes")
 
 
 def recipe_text(name: str) -> str:
@@ -71,18 +70,33 @@ def recipe_text(name: str) -> str:
     Raises:
         ConfigError: there is no such recipe.
     """
-    if name in recipe_names():
-        return (resources.files("bytelm.recipes") / f"{name}.yaml").read_text("utf-8")
+    return shipped_text("recipes", name)
+
+
+def shipped_names(kind: str) -> list[str]:
+    """Names of the YAML files that ship in a package of ``bytelm``: ``recipes`` or ``plans``."""
+    files = resources.files(f"bytelm.{kind}").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def shipped_text(kind: str, name: str) -> str:
+    """Text of a YAML file of a kind, shipped or on disk.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    names, what = shipped_names(kind), kind.removesuffix("s")
+    if name in names:
+        return (resources.files(f"bytelm.{kind}") / f"{name}.yaml").read_text("utf-8")
     try:
         return Path(name).read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no {what} {name!r}: not a file, and not among the shipped ones"
+            f"{nearest(name, names)} ({', '.join(names)})"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, FileNotFoundError):
-            hint = nearest(name, recipe_names())
-            raise ConfigError(
-                f"no recipe {name!r}: not a file, and not among the shipped ones{hint} "
-                "(`bytelm recipes` lists them)"
-            ) from None
-        raise ConfigError(f"cannot read recipe {name!r}: {error}") from None
+        raise ConfigError(f"cannot read {what} {name!r}: {error}") from None
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | TableRecipe:

@@ -16,9 +16,7 @@ number of steps follows from its budget.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -33,6 +31,8 @@ from bytelm.config import (
     parse,
     read_mapping,
     recipe_text,
+    shipped_names,
+    shipped_text,
 )
 from bytelm.config.nodes import Fraction, Positive, Seed
 from bytelm.errors import ConfigError
@@ -216,23 +216,7 @@ class Run:
 
 def plan_names() -> list[str]:
     """Names of the shipped plans."""
-    files = resources.files("bytelm.plans").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
-
-
-def plan_text(name: str) -> str:
-    """Text of a plan, shipped or on disk.
-
-    Raises:
-        ConfigError: there is no such plan.
-    """
-    if name in plan_names():
-        return (resources.files("bytelm.plans") / f"{name}.yaml").read_text("utf-8")
-    try:
-        return Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        known = f"shipped are {', '.join(plan_names())}"
-        raise ConfigError(f"cannot read plan {name!r} ({error}); {known}") from None
+    return shipped_names("plans")
 
 
 def load_plan(name: str, overrides: Iterable[str] = ()) -> Plan:
@@ -243,7 +227,7 @@ def load_plan(name: str, overrides: Iterable[str] = ()) -> Plan:
             runs are the same.
     """
     where = f"plan {name!r}"
-    plan = parse(Plan, read_mapping(plan_text(name), where, overrides), where)
+    plan = parse(Plan, read_mapping(shipped_text("plans", name), where, overrides), where)
     for run in plan_runs(plan):
         run_recipe(plan, run)
     for scorer, one in plan.scorers.items():

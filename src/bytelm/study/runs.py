@@ -13,7 +13,6 @@ last checkpoint to the same numbers.
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -35,8 +34,6 @@ from bytelm.training import train
 from bytelm.training.run import METRICS, RESUME_FREELY
 
 RESULT, ERROR = "result.json", ".error.txt"
-IRRELEVANT = RESUME_FREELY | {"train.precision"}
-"""Settings that do not change what a run reaches, but for rounding."""
 FAILED = 3
 """Exit status of a run's process that wrote down why it could not go on."""
 POLL_SECONDS = 1.0
@@ -55,7 +52,7 @@ def finished_result(plan: Plan, run: Run, out: Path) -> dict[str, Any] | None:
     settled = settle_run(plan, run, out)
     now = describe(plan, settled, out)
     changed = differences(result["recipe"], now["recipe"])
-    changed = [line for line in changed if line.split(":")[0] not in IRRELEVANT]
+    changed = [line for line in changed if line.split(":")[0] not in RESUME_FREELY]
     changed += differences(result["evaluated"], now["evaluated"])
     if result["counts_scorer"] != now["counts_scorer"]:
         changed.append("include_scorer")
@@ -249,6 +246,8 @@ def _peak_bytes() -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text("ascii"))
         if found:
             return int(found[1]) * 1024
+    import resource  # not there on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -150,7 +150,7 @@ class Cost:
     deviation: float | None
     """From the budget, where that is in FLOPs."""
     scorer_flops: float
-    """Of scoring the text that is read, once."""
+    """Of scoring all the text that is read, as if its entropies were not kept."""
     seconds: float
     disk_bytes: int
 
