@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -592,6 +593,17 @@ def test_the_same_draw_of_documents_serves_all_runs():
     assert bootstrap.interval(0, [1]) == pytest.approx((0, 0), abs=1e-9)
     low, high = bootstrap.interval(0)
     assert low < high
+
+
+def test_the_mix_of_sources_is_not_drawn():
+    """Sources whose documents are alike within, however unlike each other, leave nothing open."""
+    results = made_up({"a": crossing_laws()["base"]}, [1e12], documents=40)
+    sources = np.array(["easy"] * 10 + ["hard"] * 30)
+    nats = results.num_bytes * np.where(sources == "easy", 1.0, 3.0)
+    alike = replace(results, nats=nats[None], sources=tuple(sources))
+    drawn = Bootstrap(alike, replicates=50)
+    assert drawn.replicates == pytest.approx(drawn.bpb[0])
+    assert np.ptp(Bootstrap(replace(alike, sources=("one",) * 40), replicates=50).replicates) > 0
 
 
 def test_comparisons_of_a_study(study):

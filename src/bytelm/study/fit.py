@@ -6,9 +6,10 @@
 
 With fewer than five budgets ``E`` cannot be told from ``alpha`` and is 0: a straight line in
 logarithms, good between the budgets and not far beyond. Intervals are 95% of bootstrap replicates,
-each of which draws the held-out documents anew (the same draw for every run, so that what two runs
-have in common does not count as their difference) and adds to every run the noise of its seed, of
-the spread seen between seeds of one configuration: Student's t, since that spread is an estimate.
+each of which draws the held-out documents of every source anew (the same draw for every run, so
+that what two runs have in common does not count as their difference) and adds to every run the
+noise of its seed, of the spread seen between seeds of one configuration: Student's t, since that
+spread is an estimate. The mix of sources is part of the question and is not drawn.
 """
 
 import math
@@ -102,13 +103,10 @@ class Bootstrap:
             raise DataError("the table holds no run that was trained to its end")
         self.results = results
         generator = np.random.default_rng(seed)
-        num_documents = len(results.num_bytes)
-        self.bpb = results.bits_per_byte(np.ones(num_documents))
+        self.bpb = results.bits_per_byte(np.ones(len(results.num_bytes)))
         self.seed_noise, freedom = seed_spread(results, self.bpb)
-        draws = generator.multinomial(
-            num_documents, np.full(num_documents, 1 / num_documents), size=replicates
-        )
-        resampled = np.array([results.bits_per_byte(weights.astype(float)) for weights in draws])
+        weights = _draws(results, replicates, generator)
+        resampled = np.array([results.bits_per_byte(draw) for draw in weights])
         noise = generator.standard_t(max(freedom, 1), resampled.shape)
         # With a single pair of seeds the tails of t are so long that nothing could be drawn.
         self.replicates = resampled * np.exp(self.seed_noise * noise.clip(-MAX_T, MAX_T))
@@ -153,6 +151,21 @@ class Bootstrap:
             return Curve(name, at, means, low, high, None, ())
         laws = tuple(fit_power_law(at, y) for y in drawn)
         return Curve(name, at, means, low, high, fit_power_law(at, means), laws)
+
+
+def _draws(results: Results, replicates: int, generator: np.random.Generator) -> Floats:
+    """How often each document counts, ``[replicate, document]``.
+
+    Documents are drawn within their source, which keeps the bytes that it has in all.
+    """
+    weights = np.zeros((replicates, len(results.num_bytes)))
+    sources = np.array(results.sources)
+    for source in sorted(set(results.sources)):
+        at = np.flatnonzero(sources == source)
+        drawn = generator.multinomial(len(at), np.full(len(at), 1 / len(at)), size=replicates)
+        num_bytes = results.num_bytes[at]
+        weights[:, at] = drawn * (num_bytes.sum() / (drawn @ num_bytes))[:, None]
+    return weights
 
 
 def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
