@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.parts.models import build
 from benchmarks.settings import Settings
 from benchmarks.subjects import Pair, build_pair, random_words, shape_of, takes_part
 from benchmarks.timing import measure
@@ -15,7 +16,6 @@ from bytelm.config import NgramConfig, TransformerConfig, load_recipe
 from bytelm.model.build import ScorerModule
 from bytelm.model.ngram import NgramScorer, fit_ngram_scorer
 from bytelm.model.scorers import Scorer, TransformerScorer, score_document
-from bytelm.model.transformer import Transformer
 
 ROW_BYTES, QUICK_ROW_BYTES = 8192, 256
 STREAMED_ROWS = 4
@@ -83,9 +83,7 @@ def _measure(
 def _entropy_tiny() -> TransformerScorer:
     config = load_recipe("entropy-tiny").model
     assert isinstance(config, TransformerConfig)
-    transformer = Transformer(config)
-    transformer.init_weights(torch.Generator().manual_seed(0))
-    return TransformerScorer(transformer).eval()
+    return TransformerScorer(build(config, "cpu")).eval()
 
 
 def _table(settings: Settings) -> NgramScorer:

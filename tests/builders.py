@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from bytelm import codec
 from bytelm.config import BLTConfig, StackConfig, TransformerConfig, parse
 from bytelm.model.blt import BLT
+from bytelm.model.layers import init_linear
 from bytelm.model.patched import PatchedModel
 from bytelm.model.scorers import TransformerScorer
 from bytelm.model.transformer import Transformer
@@ -57,17 +58,23 @@ def blt_config(variant="base") -> BLTConfig:
     return parse(BLTConfig, merged(BASE_BLT, BLT_VARIANTS[variant]), "test")
 
 
-def random_blt(variant="base", seed=0) -> BLT:
-    model = BLT(blt_config(variant))
-    model.init_weights(torch.Generator().manual_seed(seed))
+def randomise(model, seed):
+    """Weights none of which are 0, as they are before training: every part must matter."""
+    generator = torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
+    for parameter in model.parameters():
+        if not parameter.any():
+            init_linear(parameter, generator)
     return model.eval()
+
+
+def random_blt(variant="base", seed=0) -> BLT:
+    return randomise(BLT(blt_config(variant)), seed)
 
 
 def random_transformer(seed=0, **changes) -> Transformer:
     options = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "window": 8}
-    model = Transformer(TransformerConfig(**{**options, **changes}))
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return model.eval()
+    return randomise(Transformer(TransformerConfig(**{**options, **changes})), seed)
 
 
 def random_scorer(seed=1, reset_at_newline=False) -> TransformerScorer:

@@ -20,6 +20,7 @@ from bytelm.config import (
     load_recipe,
 )
 from bytelm.model.blt import BLT
+from bytelm.model.layers import init_linear
 from bytelm.model.transformer import Transformer
 from bytelm.patching import Patches, build_patches
 from bytelm.training.setup import PATCH_MARGIN
@@ -75,10 +76,17 @@ def patch_budget(target: Target) -> int:
 
 
 def build(config: BLTConfig | TransformerConfig, device: str, seed: int = 0) -> Any:
-    """A model made and initialised on its device: on the host large tables would take minutes."""
+    """A model made on its device, where large tables take seconds; all of it is random.
+
+    What begins at 0 in training would hide what it should be compared by.
+    """
     with torch.device(device):
         model = BLT(config) if isinstance(config, BLTConfig) else Transformer(config)
-    model.init_weights(torch.Generator(device).manual_seed(seed))
+    generator = torch.Generator(device).manual_seed(seed)
+    model.init_weights(generator)
+    for parameter in model.parameters():
+        if not parameter.any():
+            init_linear(parameter, generator)
     return model
 
 

@@ -278,9 +278,9 @@ class DataConfig(Node):
     """Check the hash of every shard before training."""
 
 
-ModelPart = Literal["embeddings", "encoder", "global", "decoder"]
-"""Parts of a model that may learn at rates of their own: all look-up tables, and the rest of each
-of the three models of a BLT."""
+ModelPart = Literal["embeddings", "output", "encoder", "global", "decoder"]
+"""Parts of a model that may learn at rates of their own: all look-up tables, the matrix that makes
+logits, and the rest of each of the three models of a BLT."""
 
 
 class OptimizerConfig(Node):
@@ -335,9 +335,9 @@ class Recipe(Node):
             raise ValueError("a blt model needs a patching section")
         if self.model.kind != "blt" and self.patching is not None:
             raise ValueError(f"a {self.model.kind} model has no patches: remove patching")
-        if self.model.kind != "blt" and set(self.optimizer.rates) - {"embeddings"}:
+        if self.model.kind != "blt" and set(self.optimizer.rates) - {"embeddings", "output"}:
             raise ValueError(
-                f"optimizer.rates of a {self.model.kind} model can name its embeddings only"
+                f"optimizer.rates of a {self.model.kind} model can name embeddings and output only"
             )
         if self.model.kind == "blt" and self.data.tokenizer is not None:
             raise ValueError("a blt model reads bytes: remove data.tokenizer")

@@ -25,6 +25,7 @@ from bytelm.model.layers import (
     DecoderCrossAttention,
     EncoderCrossAttention,
     init_linear,
+    init_stack,
 )
 from bytelm.model.transformer import build_blocks, stack_spec
 from bytelm.patching import Patches
@@ -194,11 +195,11 @@ class BLT(nn.Module):
         self.decoder = LocalDecoder(config)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every matrix truncated normal at fan-in ** -0.5, norms 1."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module.weight, generator)
-        self.encoder.embedding.init_weights(generator)
+        """Matrices as :func:`~bytelm.model.layers.init_stack` has them; norms are 1."""
+        init_stack(self, generator)
+        if not self.decoder.cross_attention:
+            # The latents themselves are added then.
+            nn.init.zeros_(self.decoder.latent_projection.weight)
         if self.encoder.learned_queries is not None:
             init_linear(self.encoder.learned_queries, generator)
 

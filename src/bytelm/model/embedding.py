@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bytelm import codec
-from bytelm.model.layers import init_linear
 
 # Ten-digit primes, one per hash function, in the order that released checkpoints use.
 PRIMES = (
@@ -103,12 +102,6 @@ class ByteEmbedding(nn.Module):
     def stream(self) -> "EmbeddingStream":
         """Embed one document as it arrives."""
         return EmbeddingStream(self)
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Truncated normal, sigma = dim ** -0.5, for every table."""
-        init_linear(self.bytes.weight, generator)
-        if self.ngrams is not None:
-            init_linear(self.ngrams.weight, generator)
 
     def forward(
         self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]

@@ -149,6 +149,22 @@ class DecoderCrossAttention(CrossAttention):
         return self.add_residual(states, out)
 
 
+def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Every matrix as :func:`init_linear` has it; what branches add to the residual stream is 0.
+
+    Blocks and cross-attentions so begin as the identity: a branch adds nothing before it has
+    learned something. Without that, small models of every kind are much worse (docs/log.md).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init_linear(module.weight, generator)
+    for module in model.modules():
+        if isinstance(module, SelfAttention | CrossAttention):
+            nn.init.zeros_(module.out.weight)
+        elif isinstance(module, FeedForward):
+            nn.init.zeros_(module.down.weight)
+
+
 def init_linear(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """Truncated normal at 3 sigma, sigma = fan-in ** -0.5 (official code; the paper is silent)."""
     std = weight.shape[1] ** -0.5

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bytelm import kernels
 from bytelm.config import StackConfig, TransformerConfig
 from bytelm.model.attention import Context, StackSpec
-from bytelm.model.layers import Block, init_linear
+from bytelm.model.layers import Block, init_stack
 from bytelm.patching import row_positions
 
 
@@ -36,10 +36,8 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every matrix truncated normal at fan-in ** -0.5, norms 1."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                init_linear(module.weight, generator)
+        """Matrices as :func:`~bytelm.model.layers.init_stack` has them; norms are 1."""
+        init_stack(self, generator)
 
     def forward(
         self,

@@ -19,7 +19,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     for name, parameter in model.named_parameters():
         is_table = id(parameter) in tables
         decay = config.weight_decay if parameter.dim() > 1 and not is_table else 0.0
-        part = "embeddings" if is_table else name.partition(".")[0].removesuffix("_model")
+        is_output = name.removeprefix("decoder.") == "output.weight"
+        part = "embeddings" if is_table else "output" if is_output else _part(name)
         groups.setdefault((decay, _rate(config, part)), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -31,6 +32,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         eps=config.eps,
         fused=True,
     )
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0].removesuffix("_model")
 
 
 def _rate(config: OptimizerConfig, part: str) -> float:
