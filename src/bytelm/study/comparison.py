@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bytelm.study.fit import Bootstrap, Crossover, Curve, find_crossover
 from bytelm.study.plan import ComparisonConfig, Plan
+from bytelm.study.table import budget
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,19 @@ def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[i
     ]
 
 
-def _budget(row: dict) -> float:
-    return float(row["budget_flops"] or row["budget_bytes"])
-
-
 def _by_budget(bootstrap: Bootstrap, rows: list[int]) -> list[list[list[int]]]:
     """Rows by budget, size and seed."""
     groups: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number in rows:
         row = bootstrap.results.rows[number]
-        groups[_budget(row)][row["size"]].append(number)
+        groups[budget(row)][row["size"]].append(number)
     return [list(sizes.values()) for sizes in groups.values()]
 
 
 def _same_budget(bootstrap: Bootstrap, row: int, base: list[int]) -> list[int]:
     """The baseline's rows at a row's budget; of several sizes, those of the best."""
     rows = bootstrap.results.rows
-    beside = [other for other in base if _budget(rows[other]) == _budget(rows[row])]
+    beside = [other for other in base if budget(rows[other]) == budget(rows[row])]
     if not beside:
         return []
     (sizes,) = _by_budget(bootstrap, beside)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.errors import DataError
-from bytelm.study.table import Results
+from bytelm.study.table import Results, budget
 
 REPLICATES = 1000
 MIN_POINTS_FOR_FLOOR = 5
@@ -52,8 +52,10 @@ class Curve:
     """A family's points, its law, and the law's replicates."""
 
     name: str
+    budgets: Floats
+    """As planned, ascending."""
     x: Floats
-    """Distinct budgets, ascending."""
+    """What was spent of each."""
     bpb: Floats
     """At each, the mean over seeds."""
     low: Floats
@@ -135,22 +137,24 @@ class Bootstrap:
             budgets: rows of the table by budget, size and seed.
             axis: the column that goes along.
         """
-        means, drawn, x = [], [], []
+        means, drawn, x, planned = [], [], [], []
         for sizes in budgets:
             by_size = np.array([self.bpb[list(rows)].mean() for rows in sizes])
             means.append(by_size.min())
             best = list(sizes[int(by_size.argmin())])
             x.append(np.mean([self.results.rows[row][axis] for row in best]))
+            planned.append(budget(self.results.rows[best[0]]))
             each = [self.replicates[:, list(rows)].mean(1) for rows in sizes]
             drawn.append(np.min(each, axis=0))
         order = np.argsort(x)
         means, at = np.array(means)[order], np.array(x, float)[order]
+        wanted = np.array(planned)[order]
         drawn = np.stack(drawn, axis=1)[:, order]
         low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
         if len(at) < 2:
-            return Curve(name, at, means, low, high, None, ())
+            return Curve(name, wanted, at, means, low, high, None, ())
         laws = tuple(fit_power_law(at, y) for y in drawn)
-        return Curve(name, at, means, low, high, fit_power_law(at, means), laws)
+        return Curve(name, wanted, at, means, low, high, fit_power_law(at, means), laws)
 
 
 def _draws(results: Results, replicates: int, generator: np.random.Generator) -> Floats:

@@ -44,7 +44,7 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
         lines += [f"## {config.title}", ""]
         if comparison.curves:
             draw_comparison(comparison, out / f"{name}.svg", AXES[config.kind])
-            lines += [f"![{config.title}]({name}.svg)", ""]
+            lines += [f"![{config.title}]({name}.svg)", "", *_summary(comparison), ""]
         lines += [*_runs(comparison, bootstrap), ""]
         if comparison.curves:
             lines += [*_laws(comparison), *_crossovers(comparison.crossovers), ""]
@@ -99,6 +99,19 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
         "|" + "---|" * len(heads),
         *("| " + " | ".join(line) + " |" for line in lines),
     ]
+
+
+def _summary(comparison: Comparison) -> list[str]:
+    """Bits per byte of every family at every budget: the mean of its seeds, of its best size."""
+    budgets = sorted({float(b) for curve in comparison.curves for b in curve.budgets})
+
+    def line(curve: Curve) -> list[str]:
+        values = zip(curve.budgets, curve.bpb, zip(curve.low, curve.high, strict=True), strict=True)
+        cells = {b: _interval(float(bpb), bounds) for b, bpb, bounds in values}
+        return [curve.name, *(cells.get(b, "-") for b in budgets)]
+
+    axis = AXES[comparison.config.kind]
+    return _table([f"{axis}:", *(f"{b:.3g}" for b in budgets)], map(line, comparison.curves))
 
 
 def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:

@@ -97,6 +97,11 @@ class Results:
         }
 
 
+def budget(row: dict[str, Any]) -> float:
+    """Of a run, as planned: in training FLOPs, or in bytes."""
+    return float(row["budget_flops"] or row["budget_bytes"])
+
+
 def write_table(plan: Plan, out: Path) -> tuple[int, int]:
     """Table the finished runs of a study; how many there are, and how many runs in all.
 
