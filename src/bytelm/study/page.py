@@ -111,7 +111,7 @@ def _summary(comparison: Comparison) -> list[str]:
         return [curve.name, *(cells.get(b, "-") for b in budgets)]
 
     axis = AXES[comparison.config.kind]
-    return _table([f"{axis}:", *(f"{b:.3g}" for b in budgets)], map(line, comparison.curves))
+    return _table([axis, *(f"{b:.3g}" for b in budgets)], map(line, comparison.curves))
 
 
 def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
