@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from builders import (
     BLT_VARIANTS,
     LargestTensor,
+    blt_config,
     byte_strings,
     ids_of,
     pack,
@@ -19,6 +20,7 @@ from builders import (
 )
 from bytelm import codec
 from bytelm.generation import start_session
+from bytelm.model.blt import BLT
 from bytelm.model.embedding import PRIMES, ngram_hashes
 from bytelm.patching import EntropyRule, Patcher, SpaceRule, StaticRule, build_patches
 
@@ -106,6 +108,26 @@ def test_every_parameter_of_a_blt_receives_a_gradient(variant):
         if one_slot and "decoder.cross_attention" in name and "query" in name:
             continue  # a softmax over one slot does not depend on its query
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("variant", sorted(BLT_VARIANTS))
+@torch.no_grad()
+def test_what_branches_add_begins_at_zero(variant):
+    """Before training a byte predicts from its own embedding alone, whatever the patches are."""
+    model = BLT(blt_config(variant))
+    model.init_weights(torch.Generator().manual_seed(0))
+    ids = random_ids(40)[None]
+    documents = torch.zeros_like(ids)
+    cuts = torch.arange(40)[None] % 3 == 0
+    others = torch.arange(40)[None] % 7 == 0
+    embedded = model.encoder.embedding(ids, torch.arange(40)[None])
+    scale = 1.0
+    for cross in model.decoder.cross_attention:
+        scale *= cross.residual_scale
+    alone = model.decoder.output(model.decoder.norm(embedded * scale))
+    for cut in (cuts, others):
+        logits = model(ids, build_patches(cut, documents, 40))
+        torch.testing.assert_close(logits, alone.float())
 
 
 def test_latents_carry_information_past_the_byte_window():

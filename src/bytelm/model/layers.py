@@ -153,7 +153,7 @@ def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> No
     """Every matrix as :func:`init_linear` has it; what branches add to the residual stream is 0.
 
     Blocks and cross-attentions so begin as the identity: a branch adds nothing before it has
-    learned something. Without that, small models of every kind are much worse (docs/log.md).
+    learned something. The paper is silent; small models of every kind gain by it (docs/log.md).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -148,13 +148,13 @@ class Bootstrap:
             drawn.append(np.min(each, axis=0))
         order = np.argsort(x)
         means, at = np.array(means)[order], np.array(x, float)[order]
-        wanted = np.array(planned)[order]
+        planned = np.array(planned, float)[order]
         drawn = np.stack(drawn, axis=1)[:, order]
         low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
         if len(at) < 2:
-            return Curve(name, wanted, at, means, low, high, None, ())
+            return Curve(name, planned, at, means, low, high, None, ())
         laws = tuple(fit_power_law(at, y) for y in drawn)
-        return Curve(name, wanted, at, means, low, high, fit_power_law(at, means), laws)
+        return Curve(name, planned, at, means, low, high, fit_power_law(at, means), laws)
 
 
 def _draws(results: Results, replicates: int, generator: np.random.Generator) -> Floats:
