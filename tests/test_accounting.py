@@ -51,6 +51,26 @@ def test_linear_flops_of_a_transformer_equal_torchs_count():
     assert sum(part.linear for part in parts.values()) == counted_linear(lambda: model(ids))
 
 
+@pytest.mark.parametrize("variant", [*BLT_VARIANTS, "transformer"])
+def test_linear_flops_of_a_step_are_three_times_those_of_the_forward_pass(variant):
+    """Every product has a gradient for its weights, and one for what went in.
+
+    In bfloat16, where autograd does it: in float32 on a CPU the feed-forward layer computes one
+    product again instead of keeping it, which is no part of the model's FLOPs.
+    """
+    ids = random_ids(50)[None]
+    if variant == "transformer":
+        model, inputs = random_transformer(), (ids,)
+        parts = forward_flops(TransformerConfig(**SMALL), 50)
+    else:
+        patches = build_patches(random_ids(50, seed=1)[None] % 3 == 0)
+        model, inputs = random_blt(variant), (ids, patches)
+        parts = forward_flops(blt_config(variant), 50, patches.num_patches)
+    model = model.bfloat16()
+    found = counted_linear(lambda: model(*inputs).logsumexp(-1).sum().backward())
+    assert found == 3 * sum(part.linear for part in parts.values())
+
+
 @pytest.mark.parametrize(("length", "window"), [(10, None), (10, 3), (2, 3), (10, 10), (7, 1)])
 def test_attention_flops_count_the_visible_pairs(length, window):
     config = TransformerConfig(**{**SMALL, "window": window})

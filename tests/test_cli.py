@@ -221,8 +221,11 @@ def test_generate_is_reproducible_and_writes_raw_bytes(run, world):
 def test_recipes_are_listed_and_printed(run):
     _, out, _ = run("recipes")
     assert "blt-8b" in out
+    assert "cpu-study" in out
     _, out, _ = run("recipes", "entropy-ngram")
     assert out.startswith("# A scorer that is a table")
+    _, out, _ = run("recipes", "cpu-study")
+    assert "name: cpu-study" in out
 
 
 def cells(out, name):
@@ -356,7 +359,7 @@ def test_a_finished_run_says_so_again(run, world):
             "static patches need no scorer",
         ),
         (["flops", "blt-1m", "--figure", "{tmp}/x.nonsense"], "cannot draw"),
-        (["recipes", "nothing"], "'nothing' is not a shipped recipe"),
+        (["recipes", "nothing"], "'nothing' is neither a shipped recipe nor a plan"),
         (["data", "prepare", "", "--out", "{tmp}/d"], "an input is empty"),
         (["data", "prepare", "{world}/text.jsonl", "--out", "{world}/text.jsonl"], "is not empty"),
         (

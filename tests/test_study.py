@@ -1,6 +1,7 @@
 """Studies: plans, equal FLOPs, runs in slices, and what is read from the table."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +31,17 @@ from bytelm.study import (
     write_table,
 )
 from bytelm.study.comparison import compare
-from bytelm.study.fit import Bootstrap, PowerLaw, find_crossover, fit_power_law, seed_spread
+from bytelm.study.fit import (
+    Bootstrap,
+    PowerLaw,
+    find_crossover,
+    fit_power_law,
+    seed_spread,
+    through,
+)
 from bytelm.study.measuring import read_slices
 from bytelm.study.plan import merge, run_recipe
-from bytelm.study.runs import RESULT, run_slice
+from bytelm.study.runs import RESULT, finished_result, run_slice
 from bytelm.study.table import Results, read_table
 from bytelm.training import Trainer
 
@@ -134,7 +142,7 @@ def study(tmp_path_factory):
     paths = {"train": [str(folder / "x.jsonl")], "validation": [str(folder / "held.jsonl")]}
     one = plan(text=paths)
     out = folder / "out"
-    assert prepare_text(one, out, Console(quiet=True))
+    assert prepare_text(one, plan_runs(one), out, Console(quiet=True))
     # Here, which saves the start of as many processes; `test_the_command` starts some.
     for run in plan_runs(one):
         assert run_slice(one, run, out)
@@ -195,12 +203,78 @@ def test_mistakes_in_runs_are_named(tmp_path):
     one = plan(families={"entropy": {"scorer": None}})
     with pytest.raises(ConfigError, match=r"need entropies; add families\.entropy\.scorer"):
         run_recipe(one, plan_runs(one)[5])
-    one = plan(base={"train": {"steps": 3}})
-    with pytest.raises(ConfigError, match=r"train\.steps follows from the plan's runs"):
-        run_recipe(one, plan_runs(one)[0])
     one = plan(families={"tokens": {"unit_bytes": None}})
     with pytest.raises(ConfigError, match=r"add families\.tokens\.unit_bytes"):
         settle_run(one, plan_runs(one)[2], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": {"train": {"steps": 3}}}, r"train\.steps follows from the plan's runs"),
+        ({"base": {"data": {"path": "x"}}}, r"data\.path follows from the plan's text"),
+        ({"base": {"data": {"tokenizer": "x"}}}, r"data\.tokenizer .* vocab_size of a family"),
+        ({"scorers": {"table": {"recipe": "entropy"}}}, r"scorers\.table: no recipe 'entropy'"),
+        ({"families": {"byte": {"sizes": {"s": {"recipe": "blt-9b"}}}}}, "run 'byte.*'blt-9b'"),
+        ({"families": {"byte": {"label": "tokens"}}}, r"label: 'tokens' is another's too"),
+        ({"like": "cpu-tuning"}, "'cpu-tuning' is itself like another plan"),
+    ],
+)
+def test_mistakes_say_where_in_the_plan_they_stand(changes, message, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(json.dumps(merge(PLAN, changes)))
+    with pytest.raises(ConfigError, match=message):
+        load_plan(str(path))
+
+
+def test_a_plan_goes_over_another(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "title": "Mine",
+                "like": "cpu-study",
+                "families": {"byte": {"recipe": {"optimizer": {"learning_rate": 0.5}}}},
+                "runs": [{"families": ["byte", "bpe-4096"], "sizes": ["s"], "flops": [1e12]}],
+            }
+        )
+    )
+    mine, other = load_plan(str(path), ["text.evaluated_bytes=7"]), load_plan("cpu-study")
+    assert (mine.text.train, mine.text.evaluated_bytes) == (other.text.train, 7)
+    assert len(plan_runs(mine)) == 2
+    assert not mine.comparisons
+    one, same = (run_recipe(mine, run).optimizer.learning_rate for run in plan_runs(mine))
+    assert (one, same) == (0.5, 8e-3)
+
+
+def test_an_override_changes_one_family_alone():
+    """Sizes that several families share in YAML are one object when they are read."""
+    one = load_plan("cpu-study", ["families.megabyte.sizes.xs.model.global_model.dim=32"])
+    dims = {
+        f: one.sizes(f)["xs"]["model"]["global_model"]["dim"] for f in ("megabyte", "blt-space")
+    }
+    assert dims == {"megabyte": 32, "blt-space": 64}
+
+
+def test_shipped_recipes_bring_no_warm_up_of_their_own(tmp_path):
+    one = load_plan("paper-grid")
+    runs = [run for run in plan_runs(one) if run.size == "400m"]
+    found = {settle_run(one, run, tmp_path).recipe.optimizer.warmup_steps for run in runs}
+    assert len(found) == 1
+
+
+def test_only_what_is_asked_for_is_made(study, tmp_path):
+    one, out = study
+    (tmp_path / "text").symlink_to(out / "text")
+    runs = [run for run in plan_runs(one) if run.family == "byte"]
+    assert prepare_text(one, runs, tmp_path, Console(quiet=True))
+    assert not (tmp_path / "scored").exists()
+    assert not (tmp_path / "tokenizers").exists()
+    # A run of tokens can still be costed, by the mean length that the plan gives.
+    tokens = plan_runs(one)[2]
+    assert tokens.family == "tokens"
+    assert run_cost(one, tokens, tmp_path, 1.0).deviation is not None
 
 
 def test_a_plan_whose_scorer_cannot_score_is_refused(tmp_path):
@@ -225,7 +299,7 @@ def test_settings_make_runs_of_their_own():
     one = plan(runs=[{**grid, "settings": {"optimizer.learning_rate": [0.1, 0.2]}}])
     runs = plan_runs(one)
     assert [run_recipe(one, run).optimizer.learning_rate for run in runs] == [0.1, 0.2]
-    assert runs[1].name == "byte_s_3e08flops_learning_rate=0.2_s0"
+    assert runs[1].name == "byte_s_3e08flops_optimizer.learning_rate=0.2_s0"
 
 
 @given(st.floats(1e8, 1e11))
@@ -334,7 +408,7 @@ def test_a_run_in_slices_reaches_the_same_numbers(study, tmp_path):
         json.loads((folder / "runs" / run.name / RESULT).read_text()) for folder in (out, tmp_path)
     )
     assert sliced["slices"] == slices + 1
-    varying = {"seconds", "peak_bytes", "slices", "machine", "recipe"}
+    varying = {"seconds", "peak_bytes", "slices", "machines", "recipe"}
     assert {k: v for k, v in whole.items() if k not in varying} == {
         k: v for k, v in sliced.items() if k not in varying
     }
@@ -354,7 +428,7 @@ def test_a_run_of_another_plan_is_not_taken_for_this_ones(study):
         merge(one.model_dump(mode="json"), {"base": {"optimizer": {"learning_rate": 0.1}}}),
         "t",
     )
-    with pytest.raises(ConfigError, match=r"was made by another plan \(optimizer.learning_rate"):
+    with pytest.raises(ConfigError, match=r"another plan, .* \(optimizer.learning_rate"):
         write_table(faster, out)
     with pytest.raises(ConfigError, match="was made by another plan"):
         run_all(faster, plan_runs(faster), out, workers=1, console=Console(quiet=True))
@@ -366,13 +440,29 @@ def test_a_study_goes_on_without_its_inputs(study):
     for path in moved:
         path.rename(path.with_suffix(".away"))
     try:
-        assert prepare_text(one, out, Console(quiet=True))
+        assert prepare_text(one, plan_runs(one), out, Console(quiet=True))
     finally:
         for path in moved:
             path.with_suffix(".away").rename(path)
     other = parse(Plan, merge(one.model_dump(mode="json"), {"text": {"train": ["y"]}}), "t")
     with pytest.raises(ConfigError, match="holds another study's text"):
-        prepare_text(other, out, Console(quiet=True))
+        prepare_text(other, plan_runs(other), out, Console(quiet=True))
+
+
+def test_a_run_of_other_data_is_not_taken_for_this_ones(study, tmp_path):
+    one, out = study
+    run = plan_runs(one)[2]
+    for part in ("text", "tokenizers", "settled.json", "text.json"):
+        (tmp_path / part).symlink_to(out / part)
+    result = json.loads((out / "runs" / run.name / RESULT).read_text())
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    for key in ("data", "tokenizer"):
+        (folder / RESULT).write_text(json.dumps({**result, key: "other"}))
+        with pytest.raises(ConfigError, match=rf"of other data \({key}: other -> "):
+            finished_result(one, run, tmp_path)
+    (folder / RESULT).write_text(json.dumps(result))
+    assert finished_result(one, run, tmp_path) == result
 
 
 def test_a_run_that_diverges_is_told(study, tmp_path):
@@ -392,8 +482,12 @@ def test_a_run_that_diverges_is_told(study, tmp_path):
 
 
 def test_a_line_cut_short_by_a_power_cut_is_dropped(tmp_path):
-    (tmp_path / "slices.jsonl").write_text('{"steps": 1}\n{"ste')
+    path = tmp_path / "slices.jsonl"
+    path.write_text('{"steps": 1}\n{"ste')
     assert read_slices(tmp_path) == [{"steps": 1}]
+    with path.open("a") as file:
+        file.write('{"steps": 2}\n')
+    assert read_slices(tmp_path) == [{"steps": 1}, {"steps": 2}]
 
 
 @pytest.mark.slow
@@ -534,12 +628,42 @@ def test_a_crossover_is_found_with_its_interval():
     assert other.x == pytest.approx(found.x)
 
 
-def test_budgets_that_do_not_overlap_are_not_compared():
+def test_only_budgets_that_both_were_run_at_are_compared():
     laws = crossing_laws()
     (low,) = curves_of(made_up({"a": laws["base"]}, [1e11, 2e11]), ["a"])
     (high,) = curves_of(made_up({"b": laws["new"]}, [2e11, 5e12]), ["b"])
     for one, other in ((low, high), (high, low)):
-        assert "do not overlap" in find_crossover(one, other).verdict
+        assert "share fewer than two" in find_crossover(one, other).verdict
+    # A budget that one of them has alone, whatever it says, changes nothing.
+    (base,) = curves_of(made_up({"base": laws["base"]}, [1e12, 5e12, 3e13], noise=0.001), ["base"])
+    (short,) = curves_of(made_up({"new": laws["new"]}, [1e12, 5e12], noise=0.001), ["new"])
+    strange = replace(base, bpb=base.bpb * [1, 1, 2], drawn=base.drawn * [1, 1, 2])
+    assert find_crossover(short, base) == find_crossover(short, strange)
+
+
+def test_laws_alone_do_not_put_a_curve_below_another():
+    """Three budgets in a line, of which one lies on the other side."""
+    laws = {"base": crossing_laws()["base"]}
+    (base,) = curves_of(made_up(laws, [1e12, 5e12, 3e13]), ["base"])
+    lower = through("lower", base.budgets, base.x, base.bpb - 0.1, base.drawn - 0.1)
+    assert "below at all budgets" in find_crossover(lower, base).verdict
+    bump = np.array([-0.1, 0.01, -0.1])
+    bumped = through("bumped", base.budgets, base.x, base.bpb + bump, base.drawn + bump)
+    grid = np.geomspace(1e12, 3e13)
+    assert (bumped.law(grid) < base.law(grid)).all()
+    assert "cannot be bounded" in find_crossover(bumped, base).verdict
+
+
+def test_fits_that_do_not_cross_tell_how_many_replicates_do():
+    laws = {"base": crossing_laws()["base"]}
+    (base,) = curves_of(made_up(laws, [1e12, 5e12]), ["base"])
+    noise = np.random.default_rng(0).normal(0, 0.05, base.drawn.shape)
+    near = through("near", base.budgets, base.x, base.bpb - 0.02, base.drawn - 0.02 + noise)
+    verdict = find_crossover(near, base).verdict
+    assert "do not cross" in verdict
+    below, above = (int(n) for n in re.findall(r"(\d+)% (?:below|above)", verdict))
+    assert 5 < below < 60
+    assert 5 < above < 60
 
 
 def test_a_table_without_runs_is_refused():

@@ -9,6 +9,7 @@ import typer
 
 from bytelm.cli.app import app, console
 from bytelm.cli.options import seconds
+from bytelm.config import shipped_names
 from bytelm.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 @app.command(context_settings={"allow_interspersed_args": True})
 def study(
-    plan: Annotated[str, typer.Argument(help="A shipped plan, or a YAML file.")],
+    plan: Annotated[
+        str, typer.Argument(help=f"{', '.join(shipped_names('plans'))}, or a YAML file.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help='key.path=value, such as text.train=["books"].')
     ] = None,
@@ -26,7 +29,7 @@ def study(
         bool, typer.Option("--dry-run", help="Show what every run costs; train nothing.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(min=1, help="Runs at once; with CUDA each on a device of its own.")
+        int, typer.Option(min=1, help="Runs at once, over all cores and CUDA devices.")
     ] = 1,
     time_limit: Annotated[
         str | None,
@@ -39,7 +42,7 @@ def study(
     only: Annotated[str | None, typer.Option(help="Only runs whose name holds this text.")] = None,
     speed: Annotated[
         float, typer.Option(min=1.0, help="FLOPs per second of a worker, to estimate time.")
-    ] = 2e10,
+    ] = 1e10,
 ) -> None:
     """Compare families of models at equal FLOPs: plan, runs, table, fits, figures, a page.
 
@@ -51,7 +54,7 @@ def study(
     bytelm study cpu-study --redraw docs/study --out page[/]
     """
     from bytelm.display import show_study_costs
-    from bytelm.study import load_plan, plan_runs, run_cost, spent_flops, write_page
+    from bytelm.study import load_plan, plan_runs, run_cost, share_done, write_page
 
     settled = load_plan(plan, overrides or ())
     folder = out or Path("studies") / settled.name
@@ -63,10 +66,7 @@ def study(
         raise ConfigError(f"--only {only}: no run of the plan has a name with this in it")
     if dry_run:
         costs = [run_cost(settled, run, folder, speed) for run in runs]
-        done = [
-            min(spent_flops(folder, run) / cost.flops, 1.0)
-            for run, cost in zip(runs, costs, strict=True)
-        ]
+        done = [share_done(folder, run, c.steps) for run, c in zip(runs, costs, strict=True)]
         show_study_costs(console, settled, costs, done)
         return
     signal.signal(signal.SIGTERM, _interrupt)
@@ -86,14 +86,13 @@ def _run(
     problems: list[str] = []
     is_stopped = False
     try:
-        is_ready = prepare_text(plan, folder, console, time_limit)
-        if is_ready:
+        if prepare_text(plan, runs, folder, console, deadline):
             problems = run_all(
                 plan, runs, folder, workers=workers, console=console, deadline=deadline
             )
     except KeyboardInterrupt:
-        is_ready, is_stopped = (folder / "text").exists(), True
-    num_finished, num_runs = write_table(plan, folder) if is_ready else (0, len(runs))
+        is_stopped = True
+    num_finished, num_runs = write_table(plan, folder)
     if num_finished:
         page = table_folder(plan, folder)
         console.print(f"{write_page(plan, page, page)}", soft_wrap=True)

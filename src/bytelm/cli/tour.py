@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from bytelm.cli.app import app, console
-from bytelm.config import recipe_names, recipe_text
+from bytelm.config import shipped_names, shipped_text
 from bytelm.errors import ConfigError
 
 
@@ -34,18 +34,23 @@ def quickstart(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
 ) -> None:
-    """List the shipped recipes, or print one: a start for your own."""
+    """List the shipped recipes and plans of studies, or print one: a start for your own."""
+    shipped = {
+        each: shipped_text(kind, each)
+        for kind in ("recipes", "plans")
+        for each in shipped_names(kind)
+    }
     if name is not None:
-        if name not in recipe_names():
+        if name not in shipped:
             raise ConfigError(
-                f"{name!r} is not a shipped recipe; there are {', '.join(recipe_names())}"
+                f"{name!r} is neither a shipped recipe nor a plan; there are {', '.join(shipped)}"
             )
-        print(recipe_text(name), end="")
+        print(shipped[name], end="")
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", style="bold")
-    table.add_column("what")
-    for each in recipe_names():
-        first = re.sub(r"^#\s*", "", recipe_text(each).splitlines()[0])
-        table.add_row(each, first)
-    console.print(table)
+    for kind in ("recipes", "plans"):
+        table = Table(box=None, pad_edge=False)
+        table.add_column(kind.removesuffix("s"), style="bold", min_width=16)
+        table.add_column("what")
+        for each in shipped_names(kind):
+            table.add_row(each, re.sub(r"^#\s*", "", shipped[each].splitlines()[0]))
+        console.print(table, "")

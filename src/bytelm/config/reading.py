@@ -160,11 +160,12 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, last = path.split(".")
     for parent in parents:
-        if data.get(parent) is None:
-            data[parent] = {}
-        data = data[parent]
-        if not isinstance(data, dict):
+        section = data.get(parent)
+        if section is not None and not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
+        # A copy: with YAML's aliases other sections may hold the same object.
+        data[parent] = dict(section or {})
+        data = data[parent]
     data[last] = value
 
 

@@ -2,7 +2,7 @@
 
 from bytelm.study.page import write_page
 from bytelm.study.plan import Plan, Run, load_plan, plan_names, plan_runs
-from bytelm.study.runs import finished_result, run_all, spent_flops
+from bytelm.study.runs import finished_result, run_all, share_done
 from bytelm.study.settling import Cost, run_cost, settle_run
 from bytelm.study.table import table_folder, write_table
 from bytelm.study.text import prepare_text
@@ -19,7 +19,7 @@ __all__ = [
     "run_all",
     "run_cost",
     "settle_run",
-    "spent_flops",
+    "share_done",
     "table_folder",
     "write_page",
     "write_table",

@@ -23,6 +23,8 @@ class Comparison:
     """What is missing, and why."""
     baselines: dict[int, list[int]]
     """For rows with any: the baseline's rows at the same budget."""
+    budget_name: str
+    """What budgets were planned in."""
 
 
 def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
@@ -38,8 +40,10 @@ def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
     rows = [row for rows in members.values() for row in rows]
     base = members.get(config.baseline or "", [])
     baselines = {row: _same_budget(bootstrap, row, base) for row in rows if row not in base}
+    in_flops = {bootstrap.results.rows[row]["budget_flops"] is not None for row in rows}
+    planned = " or ".join({True: "training FLOPs", False: "bytes of rows"}[b] for b in in_flops)
     if config.kind == "table":
-        return Comparison(name, config, rows, [], [], left_out, baselines)
+        return Comparison(name, config, rows, [], [], left_out, baselines, planned)
     axis = "flops" if config.kind == "training" else "train_bytes"
     curves = {
         member: bootstrap.curve(plan.label(member), _by_budget(bootstrap, rows), axis)
@@ -47,9 +51,10 @@ def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
     }
     beside = curves.get(config.baseline or "")
     crossovers = [
-        find_crossover(curve, beside) for curve in curves.values() if beside and curve != beside
+        find_crossover(curve, beside) for curve in curves.values() if beside and curve is not beside
     ]
-    return Comparison(name, config, rows, list(curves.values()), crossovers, left_out, baselines)
+    drawn = list(curves.values())
+    return Comparison(name, config, rows, drawn, crossovers, left_out, baselines, planned)
 
 
 def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[int]:

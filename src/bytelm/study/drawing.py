@@ -8,6 +8,7 @@ import numpy as np
 
 from bytelm.figures import new_figure, save_figure
 from bytelm.study.comparison import Comparison
+from bytelm.study.table import budget
 
 MARKERS = "os^DvPX*<>"
 
@@ -55,10 +56,10 @@ def draw_units(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = new_figure(6.6, 4.4)
     axis = figure.subplots()
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    budgets = sorted({row["budget_flops"] or 0.0 for row in rows})
+    budgets = sorted({budget(row) for row in rows})
     for row in rows:
         number = labels.index(row["label"])
-        shade = 0.3 + 0.7 * (budgets.index(row["budget_flops"] or 0.0) + 1) / len(budgets)
+        shade = 0.3 + 0.7 * (budgets.index(budget(row)) + 1) / len(budgets)
         axis.scatter(
             row["unit_bytes"] or 1.0,
             row["bpb"],
@@ -72,7 +73,7 @@ def draw_units(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.scatter([], [], color=f"C{number % 10}", marker=marker, label=label)
     axis.set_xlabel("bytes per patch or token of held-out text (1 for a model of bytes)")
     axis.set_ylabel("held-out bits per byte")
-    axis.set_title("Darker: more training FLOPs", fontsize=9, loc="left")
+    axis.set_title("Darker: larger training budgets", fontsize=9, loc="left")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)

@@ -28,8 +28,10 @@ MIN_POINTS_FOR_FLOOR = 5
 MAX_T = 30.0
 REACH = 3.0
 """How many times beyond the budgets that were run a crossover may lie."""
+SAME = 0.1
+"""How far what was spent of one budget may differ between runs that are beside each other."""
 MIN_SHARE = 0.975
-"""Share of replicates that must cross within reach for the crossover to be stated."""
+"""Share of replicates that must have one curve below another for that to be stated."""
 
 Floats = NDArray[np.float64]
 
@@ -58,11 +60,28 @@ class Curve:
     """What was spent of each."""
     bpb: Floats
     """At each, the mean over seeds."""
-    low: Floats
-    high: Floats
+    drawn: Floats
+    """Its replicates, ``[replicate, budget]``."""
     law: PowerLaw | None
     """``None`` for fewer than two budgets."""
     replicates: tuple[PowerLaw, ...]
+
+    @property
+    def low(self) -> Floats:
+        """Where the 95% of each budget begin."""
+        return np.quantile(self.drawn, 0.025, axis=0)
+
+    @property
+    def high(self) -> Floats:
+        """Where the 95% of each budget end."""
+        return np.quantile(self.drawn, 0.975, axis=0)
+
+    def at(self, budgets: Floats) -> "Curve":
+        """The curve through some of its budgets alone."""
+        kept = np.isin(self.budgets, budgets)
+        return through(
+            self.name, self.budgets[kept], self.x[kept], self.bpb[kept], self.drawn[:, kept]
+        )
 
     def exponent_interval(self) -> tuple[float, float]:
         """95% of the replicates' exponents."""
@@ -147,14 +166,16 @@ class Bootstrap:
             each = [self.replicates[:, list(rows)].mean(1) for rows in sizes]
             drawn.append(np.min(each, axis=0))
         order = np.argsort(x)
-        means, at = np.array(means)[order], np.array(x, float)[order]
-        planned = np.array(planned, float)[order]
-        drawn = np.stack(drawn, axis=1)[:, order]
-        low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-        if len(at) < 2:
-            return Curve(name, planned, at, means, low, high, None, ())
-        laws = tuple(fit_power_law(at, y) for y in drawn)
-        return Curve(name, planned, at, means, low, high, fit_power_law(at, means), laws)
+        planned, at = np.array(planned, float)[order], np.array(x, float)[order]
+        return through(name, planned, at, np.array(means)[order], np.stack(drawn, 1)[:, order])
+
+
+def through(name: str, budgets: Floats, x: Floats, bpb: Floats, drawn: Floats) -> Curve:
+    """The curve through some points, and its replicates."""
+    if len(x) < 2:
+        return Curve(name, budgets, x, bpb, drawn, None, ())
+    laws = tuple(fit_power_law(x, y) for y in drawn)
+    return Curve(name, budgets, x, bpb, drawn, fit_power_law(x, bpb), laws)
 
 
 def _draws(results: Results, replicates: int, generator: np.random.Generator) -> Floats:
@@ -212,44 +233,69 @@ def _fit_line(x: Floats, y: Floats, floor: float) -> PowerLaw:
 def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
     """From where on a curve lies on the other side of the baseline; refused where not bounded.
 
-    It is stated if the fitted laws cross once within :data:`REACH` times the budgets that both
-    were run at, and :data:`MIN_SHARE` of the replicates do so in the same direction.
+    It is stated if laws that are fitted to the budgets that both were run at cross within
+    :data:`REACH` times those, and so do both ends of the 95% interval of the replicates' crossings
+    in that direction. One curve is said to be below another at all budgets if :data:`MIN_SHARE` of
+    the replicates have it so, of the laws and of the runs themselves.
     """
 
     def result(verdict: str, *values: float | None) -> Crossover:
         x, low, high = values or (None, None, None)
         return Crossover(curve.name, baseline.name, x, low, high, verdict)
 
+    shared = np.intersect1d(curve.budgets, baseline.budgets)
+    curve, baseline = curve.at(shared), baseline.at(shared)
     if curve.law is None or baseline.law is None:
-        return result("not fitted: fewer than two budgets")
+        return result("not fitted: they share fewer than two budgets")
     first = max(curve.x[0], baseline.x[0])
     last = min(curve.x[-1], baseline.x[-1])
-    if first >= last:
-        return result("not compared: their budgets do not overlap")
     grid = np.geomspace(first / REACH, last * REACH, 2001)
     inside = (grid >= first) & (grid <= last)
     differences = np.array(
         [a(grid) - b(grid) for a, b in zip(curve.replicates, baseline.replicates, strict=True)]
     )
+    # Runs at one budget are beside each other only where it is what goes along.
+    are_beside = np.allclose(curve.x, baseline.x, rtol=SAME)
+    measured = curve.drawn - baseline.drawn
     for sign, word in ((-1, "below"), (1, "above")):
         on_side = sign * differences > 0
-        if on_side[:, inside].all(1).mean() >= MIN_SHARE:
+        is_so = on_side[:, inside].all(1).mean() >= MIN_SHARE
+        if is_so and (not are_beside or ((sign * measured > 0).mean(0) >= MIN_SHARE).all()):
             is_sure = on_side.all(1).mean() >= MIN_SHARE
             beyond = "" if is_sure else "; a crossover beyond them cannot be bounded"
-            return result(f"{word} at all budgets that were run{beyond}")
+            return result(f"{word} at all budgets that both were run at{beyond}")
     found = _crossing(grid, curve.law(grid) - baseline.law(grid))
     crossings = [_crossing(grid, d) for d in differences]
-    drawn = [abs(x) for x in crossings if x and found and (x > 0) == (found > 0)]
-    share = len(drawn) / len(differences)
-    if found is None or share < MIN_SHARE:
+    down, up = (
+        [abs(x) for x in crossings if x and (x > 0) == is_down] for is_down in (True, False)
+    )
+    low, high = 0.0, math.inf
+    if found is not None:
+        spans = [_span(d, x, found > 0) for d, x in zip(differences, crossings, strict=True)]
+        low = float(np.quantile([low for low, _ in spans], 0.025, method="lower"))
+        high = float(np.quantile([high for _, high in spans], 0.975, method="higher"))
+    if found is None or low == 0.0 or high == math.inf:
+        share = {"below": len(down) / len(crossings), "above": len(up) / len(crossings)}
+        shares = " and ".join(f"{one:.0%} {word}" for word, one in share.items())
         return result(
-            f"cannot be bounded: {share:.0%} of replicates cross, in one direction, within "
-            f"{REACH:g} times the budgets that were run"
+            f"cannot be bounded: within {REACH:g} times the budgets that both were run at, the "
+            f"fits {'do not cross' if found is None else 'cross'}; of the replicates, {shares} at "
+            "the end, having begun on the other side"
         )
-    low, high = _interval(drawn)
     return result(
         "below from there on" if found > 0 else "below up to there", abs(found), low, high
     )
+
+
+def _span(difference: Floats, crossing: float | None, is_down: bool) -> tuple[float, float]:
+    """Where a replicate may cross in a direction; 0 and infinity are beyond the grid."""
+    if crossing is not None and (crossing > 0) == is_down:
+        return abs(crossing), abs(crossing)
+    if (difference < 0).all():
+        return (0.0, 0.0) if is_down else (math.inf, math.inf)
+    if (difference > 0).all():
+        return (math.inf, math.inf) if is_down else (0.0, 0.0)
+    return 0.0, math.inf
 
 
 def _crossing(grid: Floats, difference: Floats) -> float | None:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import platform
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from bytelm.evaluation import Likelihood, dataset_pieces, evaluate_pieces, total
 from bytelm.model.ngram import NgramScorer
 from bytelm.study.plan import Plan
 from bytelm.study.settling import Settled, inference_flops, scorer_training_flops
+from bytelm.tokens import load_tokenizer
 from bytelm.tracking import read_jsonl
 from bytelm.training.run import METRICS
 from bytelm.training.setup import choose_device
@@ -24,6 +27,8 @@ from bytelm.version import __version__
 
 SLICES = "slices.jsonl"
 """In a run's folder, a line for each time it was worked on."""
+BEGIN = '{"steps": '
+"""Of each of its lines."""
 
 
 def measure(
@@ -57,7 +62,7 @@ def measure(
         "seconds": sum(one["seconds"] for one in slices),
         "peak_bytes": max(one["peak_bytes"] for one in slices),
         "slices": len(slices),
-        "machine": slices[-1]["machine"],
+        "machines": _distinct(one["machine"] for one in slices),
         "failure": None,
         "documents": [
             {"document": n, "source": sources[n], "nats": one.nats, "bytes": one.num_bytes}
@@ -94,9 +99,15 @@ def held_out_likelihood(
 
 
 def read_slices(folder: Path) -> list[dict[str, Any]]:
-    """Lines of the times a run was worked on; one that a power cut left unfinished is dropped."""
-    lines = (folder / SLICES).read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """Lines of the times a run was worked on; one that a power cut left unfinished is dropped.
+
+    What was written after it begins on the same line.
+    """
+    found = []
+    for line in (folder / SLICES).read_text("utf-8").splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line[line.rfind(BEGIN) :]))
+    return found
 
 
 def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
@@ -105,6 +116,8 @@ def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
     family = plan.family(run.family)
     text_bytes = int(Dataset(out / "text", "train").lengths.sum())
     scorer_training = scorer_training_flops(out, family.scorer) if family.scorer else 0.0
+    parameters, tables = settled.parameters()
+    assert recipe.data.path is not None
     return {
         "run": asdict(run),
         "label": family.label,
@@ -112,11 +125,18 @@ def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
         "flops": settled.flops,
         "scorer_flops": settled.steps * settled.scorer_step_flops,
         "scorer_training_flops": scorer_training,
-        "parameters": settled.parameters(),
+        "parameters": parameters,
+        "table_parameters": tables,
         "text_bytes": text_bytes,
         "recipe": recipe.model_dump(mode="json"),
         "evaluated": plan.text.model_dump(include={"evaluated_bytes", "skipped_bytes"}),
         "counts_scorer": settled.counts_scorer,
+        "data": Dataset(Path(recipe.data.path), "train").manifest.fingerprint,
+        "tokenizer": (
+            load_tokenizer(Path(recipe.data.tokenizer)).fingerprint
+            if recipe.data.tokenizer
+            else None
+        ),
     }
 
 
@@ -128,17 +148,21 @@ def source_hash() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """Where a slice ran."""
-    on_cuda = torch.cuda.is_available()
+    on_cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bytelm": __version__,
         "python": platform.python_version(),
         "source": source_hash(),
     }
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [json.loads(one) for one in dict.fromkeys(map(json.dumps, values))]
 
 
 def _mean(values: list[float]) -> float:

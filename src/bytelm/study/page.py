@@ -12,7 +12,7 @@ from bytelm.study.comparison import Comparison, compare
 from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
 from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Bootstrap, Crossover, Curve
 from bytelm.study.plan import Plan
-from bytelm.study.table import read_table
+from bytelm.study.table import budget, read_table
 
 PAGE = "results.md"
 AXES = {"training": "training FLOPs", "inference": "training bytes"}
@@ -67,6 +67,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     machines = "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
     off = [abs(row["flops"] / row["budget_flops"] - 1) for row in rows if row["budget_flops"]]
     worst = max(off, default=0.0)
+    met = f"Each run's FLOPs are within {worst:.2%} of its budget." if off else ""
     counted = "counted in" if plan.include_scorer else "left out of"
     spread = (
         f"Seeds of one configuration differ by {bootstrap.seed_noise:.2%} (standard deviation)."
@@ -75,8 +76,8 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     )
     return [
         f"Plan `{plan.name}`: {len(rows)} runs, {sum(r['flops'] for r in rows):.3g} training FLOPs "
-        f"in all. Each run's FLOPs, padding included, are within {worst:.2%} of its budget; the "
-        f"entropy model's are {counted} it and given beside. Measured on "
+        f"in all. {met} Padding is paid for; scoring of what is read by the entropy model is "
+        f"{counted} a run's FLOPs and given beside, as is what its training took. Measured on "
         f"{int(bootstrap.results.num_bytes.sum()):,} bytes of {len(bootstrap.results.num_bytes):,} "
         f"held-out documents, none of which is in the training text. {spread}",
         "",
@@ -86,10 +87,11 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
 
 
 def _machine(row: dict[str, Any]) -> str:
-    one = json.loads(row["machine"]) or {}
-    return (
-        f"{one.get('device')}, {one.get('threads')} thread(s), torch {one.get('torch')}, bytelm "
-        f"{one.get('bytelm')} (source {one.get('source')})"
+    """Where a run was made, one after another if it moved or the code changed meanwhile."""
+    return ", then ".join(
+        f"{one['device']}, {one['threads']} thread(s), torch {one['torch']}, bytelm "
+        f"{one['bytelm']} (source {one['source']})"
+        for one in json.loads(row["machines"])
     )
 
 
@@ -110,8 +112,9 @@ def _summary(comparison: Comparison) -> list[str]:
         cells = {b: _interval(float(bpb), bounds) for b, bpb, bounds in values}
         return [curve.name, *(cells.get(b, "-") for b in budgets)]
 
-    axis = AXES[comparison.config.kind]
-    return _table([axis, *(f"{b:.3g}" for b in budgets)], map(line, comparison.curves))
+    return _table(
+        [comparison.budget_name, *(f"{b:.3g}" for b in budgets)], map(line, comparison.curves)
+    )
 
 
 def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
@@ -212,6 +215,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
             row["size"],
             f"{row['flops']:.3g}",
             f"{row['scorer_flops']:.2g}",
+            f"{row['scorer_training_flops']:.2g}",
             f"{row['seconds']:.0f}",
             f"{row['flops'] / row['seconds'] / 1e9:.1f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
@@ -224,7 +228,8 @@ def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
         "family",
         "size",
         "training FLOPs",
-        "+ scorer",
+        "+ scoring",
+        "+ scorer's training",
         "seconds",
         "GFLOP/s",
         "peak GB",
@@ -244,8 +249,8 @@ def _sources(bootstrap: Bootstrap) -> list[str]:
         if row["settings"] != "{}":
             continue
         best = largest.get(row["family"])
-        key = (row["flops"], -bootstrap.bpb[number])
-        if best is None or key > (rows[best]["flops"], -bootstrap.bpb[best]):
+        key = (budget(row), -bootstrap.bpb[number])
+        if best is None or key > (budget(rows[best]), -bootstrap.bpb[best]):
             largest[row["family"]] = number
     if not largest:
         return ["No run without settings of its own is finished."]

@@ -8,6 +8,7 @@
     families    a label, a recipe over the base, and sizes: recipes over that
     runs        families x sizes x budgets x seeds x settings, each entry a grid
     comparisons which runs are set beside each other, and against which baseline
+    like        another plan, whose text, scorers, base and families these go over
 
 A recipe of a run is the shipped one that its size names with ``recipe``, if it does, then the base,
 then the family's, then the size's, merged section by section, then the run's own settings. Its
@@ -41,6 +42,13 @@ Budget = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Partial = dict[str, Any]
 """Some of a recipe."""
+GIVEN = (
+    ("train", "steps", "runs"),
+    ("train", "seed", "runs"),
+    ("data", "path", "text"),
+    ("data", "tokenizer", "vocab_size of a family"),
+)
+"""What no recipe of a plan may say: section, key, and the part of the plan it follows from."""
 STDLIB = "{stdlib}"
 """In a plan's texts, the sources of the standard library of the running Python."""
 
@@ -129,7 +137,8 @@ class Plan(Node):
     text: TextConfig
     scorers: dict[str, ScorerPlan] = Field(default_factory=dict)
     include_scorer: bool = False
-    """Whether scoring the training text counts towards a run's FLOPs."""
+    """Whether scoring the text that a run reads counts towards its FLOPs. What training an entropy
+    model took, which many runs share, is given beside in either case."""
     warmup_share: Fraction = 0.05
     """Of a run's steps, the linear warm-up."""
     base: Partial = Field(default_factory=dict)
@@ -139,7 +148,10 @@ class Plan(Node):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Plan":
+        labels = [family.label for family in self.families.values()]
         for name, family in self.families.items():
+            if labels.count(family.label) > 1:
+                raise ValueError(f"families.{name}.label: {family.label!r} is another's too")
             if family.like is not None:
                 _check(family.like, self.families, f"families.{name}.like")
                 if self.families[family.like].like is not None:
@@ -227,11 +239,21 @@ def load_plan(name: str, overrides: Iterable[str] = ()) -> Plan:
             runs are the same.
     """
     where = f"plan {name!r}"
-    plan = parse(Plan, read_mapping(shipped_text("plans", name), where, overrides), where)
+    data = read_mapping(shipped_text("plans", name), where, overrides)
+    if "like" in data:
+        other = str(data.pop("like"))
+        below = read_mapping(shipped_text("plans", other), f"plan {other!r}")
+        if "like" in below:
+            raise ConfigError(f"{where}: like: {other!r} is itself like another plan")
+        data = merge({k: v for k, v in below.items() if k not in ("runs", "comparisons")}, data)
+    plan = parse(Plan, data, where)
     for run in plan_runs(plan):
         run_recipe(plan, run)
     for scorer, one in plan.scorers.items():
-        recipe = load_recipe(one.recipe, one.overrides)
+        try:
+            recipe = load_recipe(one.recipe, one.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: scorers.{scorer}: {error}") from None
         if isinstance(recipe, Recipe) and not _can_score(recipe):
             raise ConfigError(
                 f"{where}: scorers.{scorer}: {one.recipe} is no entropy model, which is a table or "
@@ -280,7 +302,8 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
     """
     family = plan.family(run.family)
     size = dict(family.sizes[run.size])
-    data = _shipped(size.pop("recipe", None))
+    where = f"run {run.name!r} of plan {plan.name!r}"
+    data = _shipped(size.pop("recipe", None), where)
     for part in (plan.base, family.recipe, size):
         data = merge(data, part)
     if family.vocab_size is not None:
@@ -293,10 +316,12 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
             at = at.setdefault(parent, {})
         at[last] = value
         data = merge(data, nested)
-    where = f"run {run.name!r} of plan {plan.name!r}"
-    for key in ("steps", "seed"):
-        if key in data.get("train", {}) and "recipe" not in family.sizes[run.size]:
-            raise ConfigError(f"{where}: train.{key} follows from the plan's runs; remove it")
+    for section, key, source in GIVEN:
+        mine = data.get(section)
+        if isinstance(mine, Mapping) and key in mine:
+            raise ConfigError(
+                f"{where}: {section}.{key} follows from the plan's {source}; remove it"
+            )
     # The number of steps is not known before the data is.
     data = merge(data, {"train": {"steps": 1, "seed": run.seed}})
     recipe = parse(Recipe, data, where)
@@ -309,9 +334,20 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
     return recipe
 
 
-def _shipped(recipe: object) -> Partial:
-    """The sections of a shipped recipe that go below a plan's; none where none is named."""
-    return {} if recipe is None else read_mapping(recipe_text(str(recipe)), f"recipe {recipe!r}")
+def _shipped(recipe: object, where: str) -> Partial:
+    """The sections of a shipped recipe that go below a plan's; none where none is named.
+
+    Without what belongs to a run of another length on other data.
+    """
+    if recipe is None:
+        return {}
+    try:
+        data = read_mapping(recipe_text(str(recipe)), f"recipe {recipe!r}")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    for section, key, _ in (*GIVEN, ("optimizer", "warmup_steps", "")):
+        data.get(section, {}).pop(key, None)
+    return data
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +373,7 @@ def _run(
 ) -> Run:
     budget = f"{flops:.3g}flops" if flops is not None else f"{num_bytes:.3g}bytes"
     parts = [family, size, budget.replace("+", "")]
-    parts += [f"{path.rpartition('.')[2]}={value}".replace("/", "-") for path, value in settings]
+    parts += [f"{path}={value}".replace("/", "-") for path, value in settings]
     return Run("_".join([*parts, f"s{seed}"]), family, size, seed, flops, num_bytes, settings)
 
 

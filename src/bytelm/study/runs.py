@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bytelm.checkpoint import read_json, write_json
+from bytelm.checkpoint import read_json, replacing, write_json
 from bytelm.config import differences
 from bytelm.errors import BytelmError, ConfigError, TrainingError
 from bytelm.study.measuring import SLICES, describe, machine, measure
@@ -32,6 +32,7 @@ from bytelm.study.settling import settle_run
 from bytelm.tracking import LiveLine
 from bytelm.training import train
 from bytelm.training.run import METRICS, RESUME_FREELY
+from bytelm.training.setup import choose_device
 
 RESULT, ERROR = "result.json", ".error.txt"
 FAILED = 3
@@ -54,12 +55,13 @@ def finished_result(plan: Plan, run: Run, out: Path) -> dict[str, Any] | None:
     changed = differences(result["recipe"], now["recipe"])
     changed = [line for line in changed if line.split(":")[0] not in RESUME_FREELY]
     changed += differences(result["evaluated"], now["evaluated"])
-    if result["counts_scorer"] != now["counts_scorer"]:
-        changed.append("include_scorer")
+    for key in ("counts_scorer", "data", "tokenizer"):
+        if result[key] != now[key]:
+            changed.append(f"{key}: {result[key]} -> {now[key]}")
     if changed:
         raise ConfigError(
-            f"run {run.name!r} in {out} was made by another plan ({'; '.join(changed)}): remove "
-            f"{path.parent} to make it again, or choose another --out"
+            f"run {run.name!r} in {out} was made by another plan, or of other data "
+            f"({'; '.join(changed)}): choose another --out, or remove {path.parent} to make it anew"
         )
     return result
 
@@ -81,7 +83,7 @@ def run_all(
         plan: of the study.
         runs: which.
         out: folder of the study, its text prepared.
-        workers: processes; with CUDA each has a device of its own, else a share of the cores.
+        workers: processes; they share the cores and, with CUDA, are spread over the devices.
         console: where progress is shown.
         deadline: by ``time.time()``, after which no step begins.
 
@@ -113,7 +115,7 @@ class _Pool:
     ) -> None:
         self.plan, self.out, self.workers, self.deadline = plan, out, workers, deadline
         self.pending = [run for run in runs if finished_result(plan, run, out) is None]
-        self.flops = {run.name: settle_run(plan, run, out).flops for run in self.pending}
+        self.settled = {run.name: settle_run(plan, run, out) for run in self.pending}
         self.done_flops = 0.0
         self.active: dict[str, tuple[int, Run, Any]] = {}
         self.problems: list[str] = []
@@ -142,14 +144,15 @@ class _Pool:
                 self.problems.append(f"{name}: {_problem(self.out, run, process.exitcode)}")
                 news.append(self.problems[-1])
             elif result := finished_result(self.plan, run, self.out):
-                self.done_flops += self.flops[name]
+                self.done_flops += self.settled[name].flops
                 news.append(_news(result))
         return news
 
     def share_done(self) -> float:
         """Of the FLOPs of all runs that were not finished."""
-        spent = sum(spent_flops(self.out, run) for _, run, _ in self.active.values())
-        return (self.done_flops + spent) / max(sum(self.flops.values()), 1.0)
+        active = [(self.settled[name], run) for name, (_, run, _) in self.active.items()]
+        spent = sum(one.flops * share_done(self.out, run, one.steps) for one, run in active)
+        return (self.done_flops + spent) / max(sum(one.flops for one in self.settled.values()), 1.0)
 
     def stop(self) -> None:
         """Ask every process to end with a checkpoint, and wait for it."""
@@ -191,6 +194,7 @@ def run_slice(plan: Plan, run: Run, out: Path, time_limit: float | None = None) 
     """
     folder = _folder(out, run)
     settled = settle_run(plan, run, out)
+    device = choose_device(settled.recipe.train)
     began = time.monotonic()
     try:
         trained = train(settled.recipe, folder, time_limit=time_limit)
@@ -200,8 +204,8 @@ def run_slice(plan: Plan, run: Run, out: Path, time_limit: float | None = None) 
     record = {
         "steps": trained.step,
         "seconds": time.monotonic() - began,
-        "peak_bytes": _peak_bytes(),
-        "machine": machine(),
+        "peak_bytes": _peak_bytes(device),
+        "machine": machine(device),
     }
     with (folder / SLICES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -210,8 +214,10 @@ def run_slice(plan: Plan, run: Run, out: Path, time_limit: float | None = None) 
     return trained.finished
 
 
-def spent_flops(out: Path, run: Run) -> float:
-    """FLOPs of a run in progress, as it last reported them."""
+def share_done(out: Path, run: Run, steps: int) -> float:
+    """Of a run's steps, by what it last reported; 1 where it has been measured too."""
+    if (_folder(out, run) / RESULT).exists():
+        return 1.0
     path = _folder(out, run) / METRICS
     if not path.exists():
         return 0.0
@@ -220,7 +226,7 @@ def spent_flops(out: Path, run: Run) -> float:
         lines = file.read().decode("utf-8", "replace").splitlines()
     for line in reversed(lines):
         try:
-            return float(json.loads(line)["flops"])
+            return min(float(json.loads(line)["step"]) / steps, 0.99)
         except (ValueError, KeyError, TypeError):
             # Cut off at the beginning, not yet whole at the end, or about something else.
             continue
@@ -232,14 +238,13 @@ def _folder(out: Path, run: Run) -> Path:
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> None:
-    temporary = folder / f".{RESULT}"
-    write_json(temporary, result)
-    temporary.replace(folder / RESULT)
+    with replacing(folder / RESULT) as temporary:
+        write_json(temporary, result)
 
 
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         # Not what getrusage says, which on Linux begins with the peak of the parent.

@@ -6,14 +6,13 @@
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bytelm.accounting import forward_flops, parameter_counts
-from bytelm.checkpoint import read_config, read_json, write_json
+from bytelm.checkpoint import read_config, read_json, replacing, write_json
 from bytelm.config import (
     BLTConfig,
     CalibratedPatching,
@@ -24,6 +23,7 @@ from bytelm.config import (
     parse,
 )
 from bytelm.data import Dataset
+from bytelm.data.dataset import MANIFEST
 from bytelm.errors import ConfigError
 from bytelm.model.blt import BLT
 from bytelm.model.transformer import Transformer
@@ -70,13 +70,16 @@ class Settled:
         data = self.recipe.data
         return float(self.steps * data.rows_per_step * data.row_bytes)
 
-    def parameters(self) -> dict[str, int]:
-        """Parameters by part."""
+    def parameters(self) -> tuple[int, int]:
+        """Parameters in matrices and gains, and in look-up tables."""
+        config = self.recipe.model
+        assert isinstance(config, BLTConfig | TransformerConfig)
         with torch.device("meta"):
-            if isinstance(self.recipe.model, BLTConfig):
-                return parameter_counts(BLT(self.recipe.model))
-            assert isinstance(self.recipe.model, TransformerConfig)
-            return parameter_counts(Transformer(self.recipe.model))
+            counts = parameter_counts(
+                BLT(config) if isinstance(config, BLTConfig) else Transformer(config)
+            )
+        tables = sum(count for part, count in counts.items() if "embedding" in part)
+        return sum(counts.values()) - tables, tables
 
 
 def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
@@ -92,8 +95,8 @@ def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
 def settle_run(plan: Plan, run: Run, out: Path) -> Settled:
     """Complete a run's recipe: thresholds, room, steps.
 
-    With the study's text in ``out`` patches and tokens are measured; without it, for a dry run,
-    their mean length is what the plan says.
+    With the study's text (and tokenizer) in ``out`` patches and tokens are measured; without it,
+    for a dry run, their mean length is what the plan says.
 
     Raises:
         ConfigError: the budget is too small for its steps to meet it, or the plan does not say how
@@ -104,10 +107,12 @@ def settle_run(plan: Plan, run: Run, out: Path) -> Settled:
     recipe = run_recipe(plan, run)
     data = recipe.data.model_copy(update={"verify": False})
     folder = text_folder(plan, run.family, out)
+    is_there = (folder / MANIFEST).exists()
     if family.vocab_size is not None:
         tokenizer = tokenizer_path(out, family.vocab_size)
         data = data.model_copy(update={"tokenizer": str(tokenizer)})
-    if (folder / "manifest.json").exists():
+        is_there = is_there and tokenizer.exists()
+    if is_there:
         data = data.model_copy(update={"path": str(folder)})
         recipe = _settle_once(recipe.model_copy(update={"data": data}), folder, out)
     else:
@@ -169,18 +174,16 @@ def run_cost(plan: Plan, run: Run, out: Path, speed: float) -> Cost:
     """
     settled = settle_run(plan, run, out)
     recipe, data = settled.recipe, settled.recipe.data
-    parameters = settled.parameters()
-    tables = sum(count for part, count in parameters.items() if "embedding" in part)
+    parameters, tables = settled.parameters()
     read = settled.row_bytes
     text = None
     if data.path is not None:
         text = int(Dataset(Path(data.path), "train").lengths.sum())
     margin = PATCH_MARGIN if data.tokenizer is None else 1.0
     unit = margin * data.row_bytes / data.row_patches if data.row_patches else None
-    stored = sum(parameters.values())
     return Cost(
         name=run.name,
-        parameters=stored - tables,
+        parameters=parameters,
         table_parameters=tables,
         inference_flops=inference_flops(recipe, unit),
         steps=settled.steps,
@@ -191,7 +194,7 @@ def run_cost(plan: Plan, run: Run, out: Path, speed: float) -> Cost:
         scorer_flops=settled.steps * settled.scorer_step_flops,
         seconds=settled.flops / speed,
         # Weights and two moments in fp32, and as much again while a checkpoint replaces another.
-        disk_bytes=4 * 3 * 2 * stored,
+        disk_bytes=4 * 3 * 2 * (parameters + tables),
     )
 
 
@@ -238,9 +241,8 @@ def _settle_once(recipe: Recipe, folder: Path, out: Path) -> Recipe:
             "patching": settled["patching"],
             "row_patches": settled["data"]["row_patches"],
         }
-        temporary = path.with_name(f".{SETTLED}-{os.getpid()}")
-        write_json(temporary, known)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            write_json(temporary, known)
     found = known[key]
     data = recipe.data.model_copy(update={"row_patches": found["row_patches"]})
     # Parsed apart, so that what the recipe says itself can still be told from what it leaves open.

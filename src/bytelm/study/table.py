@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bytelm.checkpoint import replacing
 from bytelm.errors import DataError
 from bytelm.study.plan import Plan, plan_runs
 from bytelm.study.runs import finished_result
@@ -50,7 +51,7 @@ RUN_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("peak_bytes", pa.int64()),
         ("slices", pa.int64()),
-        ("machine", pa.string()),
+        ("machines", pa.string()),
         ("failure", pa.string()),
         ("recipe", pa.string()),
     ]
@@ -134,9 +135,8 @@ def table_folder(plan: Plan, out: Path) -> Path:
 
 
 def _replace(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def read_table(folder: Path, plan: Plan | None = None) -> Results:
@@ -181,9 +181,8 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    run, parameters = result["run"], result["parameters"]
-    tables = sum(count for part, count in parameters.items() if "embedding" in part)
-    plain = {name: result.get(name) for name in RUN_SCHEMA.names if name not in ("run", "machine")}
+    run = result["run"]
+    plain = {name: result.get(name) for name in RUN_SCHEMA.names if name not in ("run", "machines")}
     return {
         **plain,
         "run": run["name"],
@@ -193,8 +192,6 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "settings": json.dumps(dict(run["settings"])),
         "budget_flops": run["flops"],
         "budget_bytes": run["bytes"],
-        "parameters": sum(parameters.values()) - tables,
-        "table_parameters": tables,
-        "machine": json.dumps(result.get("machine")),
+        "machines": json.dumps(result.get("machines", [])),
         "recipe": json.dumps(result["recipe"]),
     }

@@ -13,17 +13,18 @@ is also in the training text: preparation holds out every copy.
 """
 
 import sysconfig
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from bytelm.checkpoint import locked, read_json, write_json
+from bytelm.checkpoint import locked, read_json, replacing, write_json
 from bytelm.config import Recipe, TableRecipe, differences, load_recipe
 from bytelm.data import Dataset, PrepareOptions, prepare, train_dataset_tokenizer
 from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import ConfigError, DataError
-from bytelm.study.plan import STDLIB, Plan, TextConfig
+from bytelm.study.plan import STDLIB, Plan, Run, TextConfig
 from bytelm.tracking import preparation_bar
 from bytelm.training import fit_table, train
 
@@ -34,8 +35,17 @@ TOKENIZER_BYTES = 16_000_000
 """Training text whose pairs are counted for a tokenizer."""
 
 
-def prepare_text(plan: Plan, out: Path, console: Console, time_limit: float | None = None) -> bool:
-    """Make everything that the runs of a plan read.
+def prepare_text(
+    plan: Plan, runs: Iterable[Run], out: Path, console: Console, deadline: float | None = None
+) -> bool:
+    """Make everything that some runs of a plan read.
+
+    Args:
+        plan: of the study.
+        runs: which.
+        out: its folder.
+        console: where progress is shown.
+        deadline: by ``time.time()``; the training of an entropy model ends with a checkpoint then.
 
     Returns:
         Whether all is there; false where the training of an entropy model ran out of time.
@@ -43,11 +53,13 @@ def prepare_text(plan: Plan, out: Path, console: Console, time_limit: float | No
     Raises:
         BytelmError: as ``bytelm data prepare``, ``bytelm train`` and ``bytelm data tokenizer``.
     """
+    families = [plan.family(name) for name in sorted({run.family for run in runs})]
     with locked(out):
         _claim(plan, out)
         if not (out / "text" / MANIFEST).exists():
             _prepare(plan.text, out, console)
-        for name, scorer in plan.scorers.items():
+        for name in sorted({f.scorer for f in families if f.scorer}):
+            scorer = plan.scorers[name]
             # What is there was made of this text by this recipe, wherever the inputs are now.
             if (out / "scored" / name / MANIFEST).exists():
                 continue
@@ -57,10 +69,10 @@ def prepare_text(plan: Plan, out: Path, console: Console, time_limit: float | No
             if isinstance(recipe, TableRecipe):
                 with console.status(f"counting for scorer {name}"):
                     fit_table(recipe, scorer_folder(out, name))
-            elif not _train_scorer(name, recipe, out, console, time_limit):
+            elif not _train_scorer(name, recipe, out, console, deadline):
                 return False
             _score(name, out, console)
-        for vocab_size in sorted({f.vocab_size for f in plan.families.values() if f.vocab_size}):
+        for vocab_size in sorted({f.vocab_size for f in families if f.vocab_size}):
             _tokenizer(vocab_size, out, console)
     return True
 
@@ -102,9 +114,8 @@ def _claim(plan: Plan, out: Path) -> None:
         )
     everything = {"text": text, "scorers": {**found["scorers"], **scorers}}
     if everything != found or not path.exists():
-        temporary = path.with_name(f".{TEXT}")
-        write_json(temporary, everything)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            write_json(temporary, everything)
 
 
 def _prepare(text: TextConfig, out: Path, console: Console) -> None:
@@ -142,14 +153,14 @@ def _stdlib_sources() -> list[Path]:
 
 
 def _train_scorer(
-    name: str, recipe: Recipe, out: Path, console: Console, time_limit: float | None
+    name: str, recipe: Recipe, out: Path, console: Console, deadline: float | None
 ) -> bool:
     result = train(
         recipe,
         scorer_folder(out, name),
         console=console,
         title=f"scorer {name}",
-        time_limit=time_limit,
+        time_limit=None if deadline is None else max(deadline - time.time(), 0.0),
     )
     return result.finished
 
@@ -170,6 +181,5 @@ def _tokenizer(vocab_size: int, out: Path, console: Console) -> None:
     with console.status(f"training a tokenizer of {vocab_size} tokens"):
         dataset = Dataset(out / "text", "train")
         tokenizer = train_dataset_tokenizer(dataset, vocab_size, TOKENIZER_BYTES)
-    temporary = path.with_suffix(".writing")
-    tokenizer.save(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        tokenizer.save(temporary)
