@@ -449,6 +449,19 @@ def test_a_study_goes_on_without_its_inputs(study):
         prepare_text(other, plan_runs(other), out, Console(quiet=True))
 
 
+def test_a_study_that_holds_nothing_out_says_so_and_can_be_mended(study, tmp_path):
+    one, _ = study
+    nothing = {**one.text.model_dump(mode="json"), "validation": [], "validation_share": 1e-6}
+    runs = [run for run in plan_runs(one) if run.family == "byte"]
+    with pytest.raises(DataError, match=r"of 2\d\d documents none is held out"):
+        prepare_text(plan(text=nothing), runs, tmp_path / "out", Console(quiet=True))
+    mended = plan(text={**nothing, "validation_share": 0.1, "skipped_bytes": 10**6})
+    with pytest.raises(ConfigError, match=r"leaves out 1,000,000 of [\d,]+ held-out bytes"):
+        prepare_text(mended, runs, tmp_path / "out", Console(quiet=True))
+    mended = plan(text={**nothing, "validation_share": 0.1})
+    assert prepare_text(mended, runs, tmp_path / "out", Console(quiet=True))
+
+
 def test_a_run_of_other_data_is_not_taken_for_this_ones(study, tmp_path):
     one, out = study
     run = plan_runs(one)[2]

@@ -177,8 +177,8 @@ def run_cost(plan: Plan, run: Run, out: Path, speed: float) -> Cost:
     parameters, tables = settled.parameters()
     read = settled.row_bytes
     text = None
-    if data.path is not None:
-        text = int(Dataset(Path(data.path), "train").lengths.sum())
+    if (out / "text" / MANIFEST).exists():
+        text = int(Dataset(out / "text", "train").lengths.sum())
     margin = PATCH_MARGIN if data.tokenizer is None else 1.0
     unit = margin * data.row_bytes / data.row_patches if data.row_patches else None
     return Cost(

@@ -12,6 +12,7 @@ Every part is made whole or not at all; the same plan finds it there. No documen
 is also in the training text: preparation holds out every copy.
 """
 
+import shutil
 import sysconfig
 import time
 from collections.abc import Iterable
@@ -58,6 +59,12 @@ def prepare_text(
         _claim(plan, out)
         if not (out / "text" / MANIFEST).exists():
             _prepare(plan.text, out, console)
+        held_out = int(Dataset(out / "text", "validation").lengths.sum())
+        if held_out <= plan.text.skipped_bytes:
+            raise ConfigError(
+                f"text.skipped_bytes leaves out {plan.text.skipped_bytes:,} of {held_out:,} "
+                "held-out bytes, so the study could measure nothing: lower it, or hold out more"
+            )
         for name in sorted({f.scorer for f in families if f.scorer}):
             scorer = plan.scorers[name]
             # What is there was made of this text by this recipe, wherever the inputs are now.
@@ -127,9 +134,13 @@ def _prepare(text: TextConfig, out: Path, console: Console) -> None:
     with preparation_bar(console) as report:
         manifest = prepare(_expand(text.train), out / "text", options, report)
     if not manifest.sources("validation"):
+        # The folder is to be had for another attempt.
+        shutil.rmtree(out / "text")
+        (out / TEXT).unlink()
+        count = sum(source.documents for source in manifest.sources("train").values())
         raise DataError(
-            "nothing is held out, so the study could measure nothing: set text.validation or "
-            "text.validation_share"
+            f"of {count} documents none is held out, so the study could measure nothing: name "
+            "files in text.validation, or raise text.validation_share"
         )
 
 
