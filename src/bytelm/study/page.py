@@ -118,30 +118,31 @@ def _summary(comparison: Comparison) -> list[str]:
 
 
 def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
+    rows = [bootstrap.results.rows[number] for number in comparison.rows]
+    has_settings = any(row["settings"] != "{}" for row in rows)
     lines = []
-    for number in comparison.rows:
-        row = bootstrap.results.rows[number]
+    for number, row in zip(comparison.rows, rows, strict=True):
         settings = json.loads(row["settings"])
+        chosen = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in settings.items())
+        baseline = comparison.baselines.get(number, [])
         lines.append(
-            [
-                row["label"],
-                row["size"],
-                ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in settings.items()),
-                str(row["seed"]),
-                f"{row['flops']:.3g}",
-                f"{row['parameters']:,}",
-                f"{row['table_parameters']:,}",
-                f"{row['inference_flops']:.3g}",
-                f"{row['unit_bytes']:.2f}" if row["unit_bytes"] else "1",
-                f"{row['train_bytes'] / 1e6:.2f}",
-                f"{row['epochs']:.2f}",
-                _interval(bootstrap.bpb[number], bootstrap.interval(number)),
-                _difference(bootstrap, number, comparison.baselines.get(number, [])),
-            ]
+            {
+                "family": row["label"],
+                "size": row["size"],
+                **({"settings": chosen} if has_settings else {}),
+                "seed": str(row["seed"]),
+                "training FLOPs": f"{row['flops']:.3g}",
+                "parameters": f"{row['parameters']:,}",
+                "in tables": f"{row['table_parameters']:,}",
+                "FLOPs/byte": f"{row['inference_flops']:.3g}",
+                "bytes/unit": f"{row['unit_bytes']:.2f}" if row["unit_bytes"] else "1",
+                "MB read": f"{row['train_bytes'] / 1e6:.2f}",
+                "epochs": f"{row['epochs']:.2f}",
+                "bits per byte": _interval(bootstrap.bpb[number], bootstrap.interval(number)),
+                "minus baseline": _difference(bootstrap, number, baseline),
+            }
         )
-    if not any(line[2] for line in lines):
-        return _table(*_without(lines, 2))
-    return _table(HEADS, lines)
+    return _table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def _interval(value: float, bounds: tuple[float, float]) -> str:
@@ -154,30 +155,6 @@ def _difference(bootstrap: Bootstrap, row: int, base: list[int]) -> str:
         return "-"
     value = bootstrap.bpb[row] - bootstrap.bpb[base].mean()
     return _interval(float(value), bootstrap.interval(row, base))
-
-
-HEADS = [
-    "family",
-    "size",
-    "settings",
-    "seed",
-    "training FLOPs",
-    "parameters",
-    "in tables",
-    "FLOPs/byte",
-    "bytes/unit",
-    "MB read",
-    "epochs",
-    "bits per byte",
-    "minus baseline",
-]
-
-
-def _without(lines: list[list[str]], column: int) -> tuple[list[str], list[list[str]]]:
-    def cut(line: list[str]) -> list[str]:
-        return [one for number, one in enumerate(line) if number != column]
-
-    return cut(HEADS), [cut(line) for line in lines]
 
 
 def _laws(comparison: Comparison) -> list[str]:
@@ -209,36 +186,23 @@ def _crossovers(crossovers: Sequence[Crossover]) -> list[str]:
 
 
 def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
-    def line(row: dict[str, Any]) -> list[str]:
-        return [
-            row["label"],
-            row["size"],
-            f"{row['flops']:.3g}",
-            f"{row['scorer_flops']:.2g}",
-            f"{row['scorer_training_flops']:.2g}",
-            f"{row['seconds']:.0f}",
-            f"{row['flops'] / row['seconds'] / 1e9:.1f}",
-            f"{row['peak_bytes'] / 1e9:.2f}",
-            f"{row['padded_bytes']:.1%}",
-            f"{row['padded_patches']:.1%}",
-            str(row["slices"]),
-        ]
-
-    heads = [
-        "family",
-        "size",
-        "training FLOPs",
-        "+ scoring",
-        "+ scorer's training",
-        "seconds",
-        "GFLOP/s",
-        "peak GB",
-        "padded bytes",
-        "padded units",
-        "slices",
+    lines = [
+        {
+            "family": row["label"],
+            "size": row["size"],
+            "training FLOPs": f"{row['flops']:.3g}",
+            "+ scoring": f"{row['scorer_flops']:.2g}",
+            "+ scorer's training": f"{row['scorer_training_flops']:.2g}",
+            "seconds": f"{row['seconds']:.0f}",
+            "GFLOP/s": f"{row['flops'] / row['seconds'] / 1e9:.1f}",
+            "peak GB": f"{row['peak_bytes'] / 1e9:.2f}",
+            "padded bytes": f"{row['padded_bytes']:.1%}",
+            "padded units": f"{row['padded_patches']:.1%}",
+            "slices": str(row["slices"]),
+        }
+        for row in sorted(rows, key=lambda row: (row["flops"], row["label"]))
     ]
-    ordered = sorted(rows, key=lambda row: (row["flops"], row["label"]))
-    return _table(heads, map(line, ordered))
+    return _table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def _sources(bootstrap: Bootstrap) -> list[str]:
