@@ -650,6 +650,8 @@ def test_only_budgets_that_both_were_run_at_are_compared():
     (high,) = curves_of(made_up({"b": laws["new"]}, [2e11, 5e12]), ["b"])
     for one, other in ((low, high), (high, low)):
         assert "share fewer than two" in find_crossover(one, other).verdict
+    far = through("far", low.budgets, low.x * 100, low.bpb, low.drawn)
+    assert "does not overlap" in find_crossover(far, low).verdict
     # A budget that one of them has alone, whatever it says, changes nothing.
     (base,) = curves_of(made_up({"base": laws["base"]}, [1e12, 5e12, 3e13], noise=0.001), ["base"])
     (short,) = curves_of(made_up({"new": laws["new"]}, [1e12, 5e12], noise=0.001), ["new"])

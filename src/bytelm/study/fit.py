@@ -249,6 +249,8 @@ def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
         return result("not fitted: they share fewer than two budgets")
     first = max(curve.x[0], baseline.x[0])
     last = min(curve.x[-1], baseline.x[-1])
+    if first >= last:
+        return result("not compared: what they spent of those budgets does not overlap")
     grid = np.geomspace(first / REACH, last * REACH, 2001)
     inside = (grid >= first) & (grid <= last)
     differences = np.array(
