@@ -5,7 +5,7 @@
     bpb(x) = E + A x ** -alpha          x: training FLOPs, or training bytes
 
 With fewer than five budgets ``E`` cannot be told from ``alpha`` and is 0: a straight line in
-logarithms, good between the budgets and not far beyond. Intervals are 95% of bootstrap replicates,
+logarithms, good between the budgets and not beyond. Intervals are 95% of bootstrap replicates,
 each of which draws the held-out documents of every source anew (the same draw for every run, so
 that what two runs have in common does not count as their difference) and adds to every run the
 noise of its seed, of the spread seen between seeds of one configuration: Student's t, since that
@@ -26,12 +26,10 @@ from bytelm.study.table import Results, budget
 REPLICATES = 1000
 MIN_POINTS_FOR_FLOOR = 5
 MAX_T = 30.0
-REACH = 3.0
-"""How many times beyond the budgets that were run a crossover may lie."""
 SAME = 0.1
 """How far what was spent of one budget may differ between runs that are beside each other."""
 MIN_SHARE = 0.975
-"""Share of replicates that must have one curve below another for that to be stated."""
+"""Share of replicates that must agree on a side for it to be stated."""
 
 Floats = NDArray[np.float64]
 
@@ -233,10 +231,11 @@ def _fit_line(x: Floats, y: Floats, floor: float) -> PowerLaw:
 def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
     """From where on a curve lies on the other side of the baseline; refused where not bounded.
 
-    It is stated if laws that are fitted to the budgets that both were run at cross within
-    :data:`REACH` times those, and so do both ends of the 95% interval of the replicates' crossings
-    in that direction. One curve is said to be below another at all budgets if :data:`MIN_SHARE` of
-    the replicates have it so, of the laws and of the runs themselves.
+    Only budgets that both were run at count, and nothing is extrapolated: it is stated if the runs
+    of the first and of the last of them lie on different sides, and the laws, fitted to these
+    budgets, cross in between, as do both ends of the 95% interval of their replicates. One curve
+    is said to be below another at all budgets if the laws and the runs have it so. Runs lie on a
+    side if :data:`MIN_SHARE` of the replicates do.
     """
 
     def result(verdict: str, *values: float | None) -> Crossover:
@@ -251,42 +250,31 @@ def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
     last = min(curve.x[-1], baseline.x[-1])
     if first >= last:
         return result("not compared: what they spent of those budgets does not overlap")
-    grid = np.geomspace(first / REACH, last * REACH, 2001)
-    inside = (grid >= first) & (grid <= last)
+    grid = np.geomspace(first, last, 2001)
     differences = np.array(
         [a(grid) - b(grid) for a, b in zip(curve.replicates, baseline.replicates, strict=True)]
     )
     # Runs at one budget are beside each other only where it is what goes along.
     are_beside = np.allclose(curve.x, baseline.x, rtol=SAME)
-    measured = curve.drawn - baseline.drawn
-    for sign, word in ((-1, "below"), (1, "above")):
-        on_side = sign * differences > 0
-        is_so = on_side[:, inside].all(1).mean() >= MIN_SHARE
-        if is_so and (not are_beside or ((sign * measured > 0).mean(0) >= MIN_SHARE).all()):
-            is_sure = on_side.all(1).mean() >= MIN_SHARE
-            beyond = "" if is_sure else "; a crossover beyond them cannot be bounded"
-            return result(f"{word} at all budgets that both were run at{beyond}")
+    runs = curve.drawn - baseline.drawn if are_beside else differences[:, [0, -1]]
+    below, above = (runs < 0).mean(0), (runs > 0).mean(0)
+    for share, is_side, word in (
+        (below, differences < 0, "below"),
+        (above, differences > 0, "above"),
+    ):
+        if (share >= MIN_SHARE).all() and is_side.all(1).mean() >= MIN_SHARE:
+            return result(f"{word} at all budgets that both were run at")
     found = _crossing(grid, curve.law(grid) - baseline.law(grid))
-    crossings = [_crossing(grid, d) for d in differences]
-    down, up = (
-        [abs(x) for x in crossings if x and (x > 0) == is_down] for is_down in (True, False)
-    )
-    low, high = 0.0, math.inf
-    if found is not None:
-        spans = [_span(d, x, found > 0) for d, x in zip(differences, crossings, strict=True)]
-        low = float(np.quantile([low for low, _ in spans], 0.025, method="lower"))
-        high = float(np.quantile([high for _, high in spans], 0.975, method="higher"))
-    if found is None or low == 0.0 or high == math.inf:
-        share = {"below": len(down) / len(crossings), "above": len(up) / len(crossings)}
-        shares = " and ".join(f"{one:.0%} {word}" for word, one in share.items())
-        return result(
-            f"cannot be bounded: within {REACH:g} times the budgets that both were run at, the "
-            f"fits {'do not cross' if found is None else 'cross'}; of the replicates, {shares} at "
-            "the end, having begun on the other side"
-        )
-    return result(
-        "below from there on" if found > 0 else "below up to there", abs(found), low, high
-    )
+    sides = (above, below) if found is not None and found > 0 else (below, above)
+    if found is not None and min(sides[0][0], sides[1][-1]) >= MIN_SHARE:
+        crossings = [_span(d, _crossing(grid, d), found > 0) for d in differences]
+        low = float(np.quantile([low for low, _ in crossings], 0.025, method="lower"))
+        high = float(np.quantile([high for _, high in crossings], 0.975, method="higher"))
+        if low > 0 and high < math.inf:
+            word = "from there on" if found > 0 else "up to there"
+            return result(f"below {word}", abs(found), low, high)
+    shares = ", ".join(f"{share:.1%} at {x:.2g}" for x, share in zip(curve.x, below, strict=True))
+    return result(f"cannot be bounded by the runs; share of replicates that are below: {shares}")
 
 
 def _span(difference: Floats, crossing: float | None, is_down: bool) -> tuple[float, float]:

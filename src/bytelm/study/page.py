@@ -67,7 +67,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     machines = "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
     off = [abs(row["flops"] / row["budget_flops"] - 1) for row in rows if row["budget_flops"]]
     worst = max(off, default=0.0)
-    met = f"Each run's FLOPs are within {worst:.2%} of its budget." if off else ""
+    met = f" Each run's FLOPs are within {worst:.2%} of its budget." if off else ""
     counted = "counted in" if plan.include_scorer else "left out of"
     spread = (
         f"Seeds of one configuration differ by {bootstrap.seed_noise:.2%} (standard deviation)."
@@ -76,7 +76,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     )
     return [
         f"Plan `{plan.name}`: {len(rows)} runs, {sum(r['flops'] for r in rows):.3g} training FLOPs "
-        f"in all. {met} Padding is paid for; scoring of what is read by the entropy model is "
+        f"in all.{met} Padding is paid for; scoring of what is read by the entropy model is "
         f"{counted} a run's FLOPs and given beside, as is what its training took. Measured on "
         f"{int(bootstrap.results.num_bytes.sum()):,} bytes of {len(bootstrap.results.num_bytes):,} "
         f"held-out documents, none of which is in the training text. {spread}",
