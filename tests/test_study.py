@@ -665,6 +665,9 @@ def test_laws_alone_do_not_put_a_curve_below_another():
     (base,) = curves_of(made_up(laws, [1e12, 5e12, 3e13]), ["base"])
     lower = through("lower", base.budgets, base.x, base.bpb - 0.1, base.drawn - 0.1)
     assert "below at all budgets" in find_crossover(lower, base).verdict
+    x, *differences = lower.minus(base)
+    assert list(x) == [1e12, 5e12, 3e13]
+    assert np.array(differences) == pytest.approx(-0.1)
     bump = np.array([-0.1, 0.01, -0.1])
     bumped = through("bumped", base.budgets, base.x, base.bpb + bump, base.drawn + bump)
     grid = np.geomspace(1e12, 3e13)

@@ -18,6 +18,8 @@ class Comparison:
     """Of the table: every run that takes part."""
     curves: list[Curve]
     """Of members with at least one run; none for a plain table."""
+    beside: Curve | None
+    """The baseline's curve."""
     crossovers: list[Crossover]
     left_out: list[str]
     """What is missing, and why."""
@@ -43,7 +45,7 @@ def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
     in_flops = {bootstrap.results.rows[row]["budget_flops"] is not None for row in rows}
     planned = " or ".join({True: "training FLOPs", False: "bytes of rows"}[b] for b in in_flops)
     if config.kind == "table":
-        return Comparison(name, config, rows, [], [], left_out, baselines, planned)
+        return Comparison(name, config, rows, [], None, [], left_out, baselines, planned)
     axis = "flops" if config.kind == "training" else "train_bytes"
     curves = {
         member: bootstrap.curve(plan.label(member), _by_budget(bootstrap, rows), axis)
@@ -54,7 +56,7 @@ def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
         find_crossover(curve, beside) for curve in curves.values() if beside and curve is not beside
     ]
     drawn = list(curves.values())
-    return Comparison(name, config, rows, drawn, crossovers, left_out, baselines, planned)
+    return Comparison(name, config, rows, drawn, beside, crossovers, left_out, baselines, planned)
 
 
 def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[int]:

@@ -11,39 +11,62 @@ from bytelm.study.comparison import Comparison
 from bytelm.study.table import budget
 
 MARKERS = "os^DvPX*<>"
+SIDE_STEP = 1.03
+DIFFERENCES = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Where differences from a baseline have a tick, to either side of 0."""
 
 
 def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
     """Bits per byte against budgets: points with 95% intervals, fitted laws with their bands.
 
+    Beside it what is left when the baseline is taken away, whose intervals are narrower.
+
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    figure = new_figure(7.2, 4.6)
-    axis = figure.subplots()
+    beside = comparison.beside
+    figure = new_figure(7.2 if beside is None else 11.0, 4.6)
+    panels = np.atleast_1d(figure.subplots(1, 1 if beside is None else 2))
     for number, curve in enumerate(comparison.curves):
         colour, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
+        style = {"fmt": marker, "ms": 5, "color": colour, "capsize": 2}
         errors = np.abs([curve.bpb - curve.low, curve.high - curve.bpb])
-        axis.errorbar(
-            curve.x, curve.bpb, errors, fmt=marker, ms=5, color=colour, capsize=2, label=curve.name
-        )
+        panels[0].errorbar(curve.x, curve.bpb, errors, label=curve.name, **style)
         if curve.law is not None:
             x = np.geomspace(curve.x[0], curve.x[-1], 100)
-            axis.plot(x, curve.law(x), color=colour, lw=1.2)
-            axis.fill_between(x, *curve.band(x), color=colour, alpha=0.12, lw=0)
+            panels[0].plot(x, curve.law(x), color=colour, lw=1.2)
+            panels[0].fill_between(x, *curve.band(x), color=colour, alpha=0.12, lw=0)
+        if beside is not None and curve is not beside:
+            x, difference, low, high = curve.minus(beside)
+            # Side by side, or those that are alike would hide each other.
+            x = x * SIDE_STEP ** (number - len(comparison.curves) / 2)
+            errors = np.abs([difference - low, high - difference])
+            panels[1].errorbar(x, difference, errors, lw=0.8, **style)
     for crossover in comparison.crossovers:
         if crossover.x is not None:
-            axis.axvline(crossover.x, color="0.6", lw=0.8, ls=":")
-    axis.set_xscale("log")
+            panels[0].axvline(crossover.x, color="0.6", lw=0.8, ls=":")
     # Budgets of one size differ in their last digits: that is nothing to zoom into.
     budgets = np.concatenate([curve.x for curve in comparison.curves])
-    axis.set_xlim(budgets.min() / 1.5, budgets.max() * 1.5)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel("held-out bits per byte")
-    axis.set_title(comparison.config.title, fontsize=10, loc="left")
-    axis.grid(alpha=0.3, which="both")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    for panel in panels:
+        panel.set_xscale("log")
+        panel.set_xlim(budgets.min() / 1.5, budgets.max() * 1.5)
+        panel.set_xlabel(x_label)
+        panel.grid(alpha=0.3, which="both")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out bits per byte")
+    panels[0].set_title(comparison.config.title, fontsize=10, loc="left")
+    panels[0].legend(frameon=False, fontsize=8)
+    if beside is not None:
+        panels[1].axhline(0, color="0.3", lw=1)
+        # Even near 0, logarithmic further away.
+        panels[1].set_yscale("symlog", linthresh=DIFFERENCES[-3])
+        low, high = panels[1].get_ylim()
+        ticks = [-one for one in DIFFERENCES[::-1]] + [0.0, *DIFFERENCES]
+        panels[1].set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks], minor=False)
+        panels[1].set_yticks([], minor=True)
+        panels[1].set_ylim(low, high)
+        panels[1].set_ylabel("difference in bits per byte")
+        panels[1].set_title(f"minus {beside.name}", fontsize=10, loc="left")
     save_figure(figure, path)
 
 

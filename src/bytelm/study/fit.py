@@ -74,6 +74,16 @@ class Curve:
         """Where the 95% of each budget end."""
         return np.quantile(self.drawn, 0.975, axis=0)
 
+    def minus(self, other: "Curve") -> tuple[Floats, Floats, Floats, Floats]:
+        """Differences at shared budgets: where the other is, how large, and their 95%.
+
+        Narrower than those of the curves, since both are measured on the same documents.
+        """
+        shared = np.intersect1d(self.budgets, other.budgets)
+        mine, others = self.at(shared), other.at(shared)
+        low, high = np.quantile(mine.drawn - others.drawn, (0.025, 0.975), axis=0)
+        return others.x, mine.bpb - others.bpb, low, high
+
     def at(self, budgets: Floats) -> "Curve":
         """The curve through some of its budgets alone."""
         kept = np.isin(self.budgets, budgets)
