@@ -15,9 +15,6 @@ from bytelm import cli
 from bytelm.data import read_manifest
 from foreign import hf_model, save_official
 
-# One worker, so that the models below are made once.
-pytestmark = pytest.mark.xdist_group("cli")
-
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
 

@@ -45,9 +45,6 @@ from bytelm.study.runs import RESULT, finished_result, run_slice
 from bytelm.study.table import Results, read_table
 from bytelm.training import Trainer
 
-# One worker, so that the study below is made once.
-pytestmark = pytest.mark.xdist_group("study")
-
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
 TINY = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24}
 PLAN = {
