@@ -811,9 +811,11 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
     assert status == 0
     page = (tmp_path / "page" / "results.md").read_text()
     assert page == (out / "test" / "results.md").read_text()
-    status, shown = bytelm(path, "--only", "blt", "--out", out)
+    status, shown = bytelm(path, "--dry-run", "--only", "6e08", "--only", "1.2e09", "--out", out)
+    assert "2 runs, 2 done" in shown
+    status, shown = bytelm(path, "--only", "byte", "--only", "blt", "--out", out)
     assert status == 1
-    assert "no run of the plan has a name" in shown
+    assert "--only blt: no run of the plan has a name" in shown
     status, shown = bytelm("cpu-studie")
     assert status == 1
     assert "no plan 'cpu-studie'" in shown

@@ -39,7 +39,10 @@ def study(
         Path | None,
         typer.Option(help="Train nothing: draw the table in this folder again, into --out."),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Only runs whose name holds this text.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only runs whose name holds this text, or another where given again."),
+    ] = None,
     speed: Annotated[
         float, typer.Option(min=1.0, help="FLOPs per second of a worker, to estimate time.")
     ] = 1e10,
@@ -61,9 +64,12 @@ def study(
     if redraw is not None:
         console.print(f"{write_page(settled, redraw, folder)}")
         return
-    runs = [run for run in plan_runs(settled) if only is None or only in run.name]
-    if not runs:
-        raise ConfigError(f"--only {only}: no run of the plan has a name with this in it")
+    runs = plan_runs(settled)
+    for text in only or ():
+        if not any(text in run.name for run in runs):
+            raise ConfigError(f"--only {text}: no run of the plan has a name with this in it")
+    if only:
+        runs = [run for run in runs if any(text in run.name for text in only)]
     if dry_run:
         costs = [run_cost(settled, run, folder, speed) for run in runs]
         done = [share_done(folder, run, c.steps) for run, c in zip(runs, costs, strict=True)]
