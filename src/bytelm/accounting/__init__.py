@@ -12,6 +12,7 @@ from bytelm.accounting.breakdown import (
     PartCost,
     break_down,
     break_down_recipe,
+    planned_patch_size,
     total,
 )
 from bytelm.accounting.exact import (
@@ -42,6 +43,7 @@ __all__ = [
     "forward_flops",
     "parameter_counts",
     "parameters_by_part",
+    "planned_patch_size",
     "published",
     "total",
     "training_flops",

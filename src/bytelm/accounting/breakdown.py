@@ -109,7 +109,12 @@ def break_down_recipe(
     assert recipe.patching is not None
     if scorer is not None and not isinstance(recipe.patching, CalibratedPatching):
         raise ConfigError(f"{recipe.patching.kind} patches need no scorer: leave out --scorer")
-    size = _patch_size(recipe.patching) if patch_size is None else patch_size
+    size = planned_patch_size(recipe.patching) if patch_size is None else patch_size
+    if size is None:
+        raise ConfigError(
+            f"how long {recipe.patching.kind} patches are depends on the text: say it, such as "
+            "--patch-size 6"
+        )
     if not 1 <= size <= num_bytes:
         raise ConfigError(
             f"patches of {size:g} bytes are not possible: choose a size between 1 and the context, "
@@ -147,17 +152,13 @@ def _break_down_tokens(
     return Breakdown(parts, formula, num_bytes, num_tokens, "tokens")
 
 
-def _patch_size(rule: PatchingConfig) -> float:
-    """Mean bytes per patch that a rule is meant to make."""
+def planned_patch_size(rule: PatchingConfig) -> float | None:
+    """Mean bytes per patch that a rule is meant to make; ``None`` where it depends on the text."""
     if isinstance(rule, BytePatching):
         return 1.0
     if isinstance(rule, StaticPatching):
         return float(rule.length)
-    if isinstance(rule, CalibratedPatching) and rule.patch_size is not None:
-        return rule.patch_size
-    raise ConfigError(
-        f"how long {rule.kind} patches are depends on the text: say it, such as --patch-size 6"
-    )
+    return rule.patch_size if isinstance(rule, CalibratedPatching) else None
 
 
 def break_down(

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import torch
 
-from bytelm.accounting import forward_flops, parameter_counts
+from bytelm.accounting import forward_flops, parameter_counts, planned_patch_size
 from bytelm.checkpoint import read_config, read_json, replacing, write_json
 from bytelm.config import (
     BLTConfig,
-    CalibratedPatching,
     Recipe,
-    StaticPatching,
     TransformerConfig,
     load_recipe,
     parse,
@@ -257,10 +255,8 @@ def _assumed_unit(plan: Plan, run: Run, recipe: Recipe) -> float | None:
     family, patching = plan.family(run.family), recipe.patching
     if family.unit_bytes is not None:
         return family.unit_bytes
-    if isinstance(patching, CalibratedPatching) and patching.patch_size is not None:
-        return patching.patch_size
-    if isinstance(patching, StaticPatching):
-        return float(patching.length)
+    if patching is not None and (size := planned_patch_size(patching)) is not None:
+        return size
     if patching is None and family.vocab_size is None:
         return None
     raise ConfigError(
