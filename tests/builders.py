@@ -5,7 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 from bytelm import codec
-from bytelm.config import BLTConfig, StackConfig, TransformerConfig, parse
+from bytelm.config import BLTConfig, NgramEmbeddingConfig, StackConfig, TransformerConfig, parse
 from bytelm.model.blt import BLT
 from bytelm.model.layers import init_linear
 from bytelm.model.patched import PatchedModel
@@ -47,6 +47,10 @@ BLT_VARIANTS = {
 }
 
 
+NGRAMS = NgramEmbeddingConfig(sizes=(2, 4), rows=89, functions=2)
+"""Tables for a plain transformer."""
+
+
 def merged(base, changes):
     result = dict(base)
     for key, value in changes.items():
@@ -77,8 +81,8 @@ def random_transformer(seed=0, **changes) -> Transformer:
     return randomise(Transformer(TransformerConfig(**{**options, **changes})), seed)
 
 
-def random_scorer(seed=1, reset_at_newline=False) -> TransformerScorer:
-    transformer = random_transformer(seed, num_layers=1, window=6)
+def random_scorer(seed=1, reset_at_newline=False, ngrams=None) -> TransformerScorer:
+    transformer = random_transformer(seed, num_layers=1, window=6, ngrams=ngrams)
     return TransformerScorer(transformer, reset_at_newline=reset_at_newline)
 
 

@@ -4,6 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from builders import (
     BLT_VARIANTS,
+    NGRAMS,
     blt_config,
     random_blt,
     random_ids,
@@ -122,10 +123,15 @@ def test_parameters_by_part_are_those_of_the_model(variant):
     assert parts["decoder cross-attention"] == sum(
         p.numel() for p in model.decoder.cross_attention.parameters()
     )
-    transformer = random_transformer()
-    assert sum(parameters_by_part(TransformerConfig(**SMALL)).values()) == sum(
-        p.numel() for p in transformer.parameters()
-    )
+
+
+@pytest.mark.parametrize("ngrams", [None, NGRAMS], ids=["bytes", "n-grams"])
+def test_parameters_by_part_of_a_transformer_are_those_of_the_model(ngrams):
+    config, model = TransformerConfig(**SMALL, ngrams=ngrams), random_transformer(ngrams=ngrams)
+    parts, counts = parameters_by_part(config), parameter_counts(model)
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    assert parts.keys() == counts.keys()
+    assert parts.get("n-gram embeddings", 0) == (2 * 2 * 89 * config.dim if ngrams else 0)
 
 
 NUM_BYTES, NUM_PATCHES = 18, 7

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from builders import (
     BLT_VARIANTS,
+    NGRAMS,
     byte_strings,
     cut,
     ids_of,
@@ -44,7 +45,7 @@ MODELS = {
     "capped": lambda: random_patched(max_length=3),
     "reset": lambda: random_patched(reset=True),
     "transformer": random_transformer,
-    "transformer without window": lambda: random_transformer(window=None),
+    "transformer with n-grams": lambda: random_transformer(window=None, ngrams=NGRAMS),
 }
 
 

@@ -436,6 +436,7 @@ def test_models_transformers_cannot_run_are_refused_by_name(tmp_path, model):
         return {"model": config.model_copy(update={"cross_attention": changed})}
 
     ngrams = config.ngrams.model_copy(update={"combine": "mean"})
+    tables = {"ngrams": config.ngrams}
     cases = [
         (with_cross(residual="single"), "residual=single, where it has doubled"),
         (with_cross(num_heads=4), "num_heads=4"),
@@ -446,6 +447,10 @@ def test_models_transformers_cannot_run_are_refused_by_name(tmp_path, model):
         ({"patching": StaticPatching(length=4)}, "patching.kind=static"),
         ({"patching": EntropyPatching(threshold=1.0, max_length=6)}, "max_length"),
         ({"scorer": scorer.model_copy(update={"reset_at_newline": True})}, "reset_at_newline"),
+        (
+            {"scorer": scorer.model_copy(update={"model": scorer.model.model_copy(update=tables)})},
+            "scorer.model.ngrams",
+        ),
     ]
     base = {"patching": rule, "model": config, "scorer": scorer}
     for changes, message in cases:

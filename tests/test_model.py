@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from builders import (
     BLT_VARIANTS,
+    NGRAMS,
     LargestTensor,
     blt_config,
     byte_strings,
@@ -33,7 +34,7 @@ MODELS = {
     "capped": lambda: random_patched(max_length=3),
     "reset": lambda: random_patched(reset=True),
     "transformer": random_transformer,
-    "transformer without window": lambda: random_transformer(window=None),
+    "transformer with n-grams": lambda: random_transformer(window=None, ngrams=NGRAMS),
 }
 
 

@@ -4,14 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 
-from builders import byte_strings, cut, ids_of, piece_sizes, random_ids, random_scorer
+from builders import NGRAMS, byte_strings, cut, ids_of, piece_sizes, random_ids, random_scorer
 from bytelm import codec
 from bytelm.model.scorers import entropy, score_document
 
 
+@pytest.mark.parametrize("ngrams", [None, NGRAMS], ids=["bytes", "n-grams"])
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_stream_fed_in_any_pieces_equals_scoring_the_document_whole(reset):
-    scorer = random_scorer(reset_at_newline=reset)
+def test_a_stream_fed_in_any_pieces_equals_scoring_the_document_whole(reset, ngrams):
+    scorer = random_scorer(reset_at_newline=reset, ngrams=ngrams)
 
     @given(byte_strings, piece_sizes)
     @torch.no_grad()

@@ -122,23 +122,25 @@ def parameters_by_part(config: BLTConfig | TransformerConfig) -> dict[str, int]:
 def parameter_counts(model: BLT | Transformer) -> dict[str, int]:
     """Parameters of a model by its modules; embeddings apart, since they cost no FLOPs."""
     if isinstance(model, Transformer):
+        embedding = model.embedding
         return {
-            "embedding": _count(model.embedding),
+            "embedding": _count(embedding.ids),
+            **({"n-gram embeddings": _count(embedding.ngrams)} if embedding.ngrams else {}),
             "transformer": _count(model.blocks) + _count(model.norm),
             "output": _count(model.output),
         }
     embedding = model.encoder.embedding
     return {
-        "byte embedding": _count(embedding.bytes),
-        "n-gram embeddings": 0 if embedding.ngrams is None else _count(embedding.ngrams),
+        "byte embedding": _count(embedding.ids),
+        "n-gram embeddings": _count(embedding.ngrams),
         "encoder": _count(model.encoder) - _count(embedding),
         "global": _count(model.global_model),
         "decoder": _count(model.decoder),
     }
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
 def _forward(part: Part, num_bytes: int, num_patches: int) -> Flops:

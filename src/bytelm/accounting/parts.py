@@ -8,7 +8,7 @@ patch closes. FLOPs, parameters, memory traffic and caches all follow from these
 from typing import Literal, NamedTuple
 
 from bytelm.codec import VOCAB_SIZE
-from bytelm.config import BLTConfig, StackConfig, TransformerConfig
+from bytelm.config import BLTConfig, NgramEmbeddingConfig, StackConfig, TransformerConfig
 
 Axis = Literal["byte", "patch"]
 
@@ -71,6 +71,7 @@ def _transformer(config: TransformerConfig) -> dict[str, Part]:
     vocab, dim = config.vocab_size, config.dim
     return {
         "embedding": Part(other_parameters=vocab * dim, looked_up=dim),
+        **({"n-gram embeddings": _ngram_tables(config.ngrams, dim)} if config.ngrams else {}),
         "transformer": _stack(config, "byte", config.window),
         "output": Part((Matrix(dim, vocab, 1, "byte"),), other_parameters=dim),
     }
@@ -78,12 +79,9 @@ def _transformer(config: TransformerConfig) -> dict[str, Part]:
 
 def _blt(config: BLTConfig) -> dict[str, Part]:
     local, dim = config.local, config.local.dim
-    tables = len(config.ngrams.sizes) * config.ngrams.functions
     return {
         "byte embedding": Part(other_parameters=VOCAB_SIZE * dim, looked_up=dim),
-        "n-gram embeddings": Part(
-            other_parameters=tables * config.ngrams.rows * dim, looked_up=tables * dim
-        ),
+        "n-gram embeddings": _ngram_tables(config.ngrams, dim),
         "encoder": _stack(local.stack(local.encoder_layers), "byte", local.window),
         "encoder cross-attention": _encoder_cross_attention(config),
         "patch projections": _patch_projections(config),
@@ -92,6 +90,11 @@ def _blt(config: BLTConfig) -> dict[str, Part]:
         "decoder cross-attention": _decoder_cross_attention(config),
         "output": Part((Matrix(dim, VOCAB_SIZE, 1, "byte"),), other_parameters=dim),
     }
+
+
+def _ngram_tables(config: NgramEmbeddingConfig, dim: int) -> Part:
+    tables = len(config.sizes) * config.functions
+    return Part(other_parameters=tables * config.rows * dim, looked_up=tables * dim)
 
 
 def _stack(config: StackConfig, per: Axis, window: int | None) -> Part:

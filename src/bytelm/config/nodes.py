@@ -34,6 +34,17 @@ class StackConfig(Node):
         return self
 
 
+class NgramEmbeddingConfig(Node):
+    """Hash n-gram embeddings, of bytes or tokens; ``sizes: []`` leaves them out."""
+
+    sizes: tuple[Annotated[int, Field(ge=2, le=32)], ...] = Field(
+        default=(3, 4, 5, 6, 7, 8), strict=False
+    )
+    rows: Positive = 500_002
+    functions: Annotated[int, Field(ge=1, le=11)] = 1
+    combine: Literal["sum", "mean"] = "sum"
+
+
 class TransformerConfig(StackConfig):
     """A plain transformer: entropy model, byte-level baseline, or baseline with a tokenizer."""
 
@@ -42,6 +53,8 @@ class TransformerConfig(StackConfig):
     """Positions visible to one, itself included; null for all before it."""
     vocab_size: Annotated[int, Field(ge=260)] = 260
     """Ids: 260 for bytes, more for the tokens of ``data.tokenizer``."""
+    ngrams: NgramEmbeddingConfig | None = None
+    """Added to the embedding of each id, as in a BLT; null for none."""
 
 
 class NgramConfig(Node):
@@ -78,17 +91,6 @@ class LocalConfig(Node):
             ffn_dim=self.ffn_dim,
             rope_theta=self.rope_theta,
         )
-
-
-class NgramEmbeddingConfig(Node):
-    """Hash n-gram embeddings; ``sizes: []`` leaves them out."""
-
-    sizes: tuple[Annotated[int, Field(ge=2, le=32)], ...] = Field(
-        default=(3, 4, 5, 6, 7, 8), strict=False
-    )
-    rows: Positive = 500_002
-    functions: Annotated[int, Field(ge=1, le=11)] = 1
-    combine: Literal["sum", "mean"] = "sum"
 
 
 class CrossAttentionConfig(Node):

@@ -8,7 +8,7 @@ from bytelm.generation.decoding import (
     stream,
 )
 from bytelm.generation.sampling import GREEDY, Sampler, Sampling
-from bytelm.generation.session import PatchedSession, Session, TransformerSession, start_session
+from bytelm.generation.session import PatchedSession, Session, start_session
 
 __all__ = [
     "GREEDY",
@@ -18,7 +18,6 @@ __all__ = [
     "Sampling",
     "Session",
     "continue_from",
-    "TransformerSession",
     "generate",
     "reference_generate",
     "start_session",

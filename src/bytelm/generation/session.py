@@ -21,8 +21,8 @@ from bytelm.model.graphs import (
     DecoderGraph,
     EncoderGraph,
     PatchGraph,
+    TransformerStream,
     can_capture,
-    transformer_step,
 )
 from bytelm.model.patched import PatchedModel
 from bytelm.model.step import DecoderStep, EncoderStep, PatchStep, can_step
@@ -40,29 +40,7 @@ class Session(Protocol):
 
 def start_session(model: PatchedModel | Transformer) -> Session:
     """A session for either kind of model, whose weights must stay where they are while it lives."""
-    return PatchedSession(model) if isinstance(model, PatchedModel) else TransformerSession(model)
-
-
-def _no_logits(ids: Int[Tensor, " bytes"]) -> Float[Tensor, "0 vocab"]:
-    return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
-
-
-class TransformerSession:
-    """A plain transformer at work on one document."""
-
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
-        self._cache = model.spec.cache()
-        self._step = transformer_step(model, self._cache)
-
-    @torch.inference_mode()
-    def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
-        """Logits of the id after each of the document's next ``ids``."""
-        if not len(ids):
-            return _no_logits(ids)
-        if len(ids) == 1 and self._step and self._cache.position:
-            return self._step(int(ids)).clone()
-        return self._model.run(ids[None], self._cache.extend(len(ids), ids.device))[0]
+    return PatchedSession(model) if isinstance(model, PatchedModel) else TransformerStream(model)
 
 
 class _Caches(NamedTuple):
@@ -117,7 +95,7 @@ class PatchedSession:
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
         """Logits of the id after each of the document's next ``ids``."""
         if not len(ids):
-            return _no_logits(ids)
+            return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
         entropies = self._scorer.feed(ids) if self._scorer else None
         # The rule is applied where the answer is read.
         on_host = None if entropies is None else entropies.cpu()

@@ -48,7 +48,7 @@ NAMING = Naming(
         "key_value_norm": ("k_norm",),
     },
     single={
-        "encoder.embedding.bytes": "model.local_encoder.embed_tokens",
+        "encoder.embedding.ids": "model.local_encoder.embed_tokens",
         "encoder.pool_projection": "model.local_encoder.patch_embedding_projection",
         "encoder.patch_projection": "model.global_transformer.token_embedding_projection",
         "decoder.latent_projection": "model.local_decoder.patch_embedding_projection",
@@ -56,7 +56,7 @@ NAMING = Naming(
         "decoder.output": "lm_head",
     },
     scorer={
-        "embedding": "model.patcher.embed_tokens",
+        "embedding.ids": "model.patcher.embed_tokens",
         "norm": "model.patcher.norm",
         "output": "model.patcher.lm_head",
     },
@@ -357,6 +357,9 @@ def _expressible(
     if scorer is not None:
         refusals["a table of n-grams as entropy model, where it has a transformer"] = (
             scorer.model.kind == "table"
+        )
+        refusals["scorer.model.ngrams, which it has not"] = (
+            isinstance(scorer.model, TransformerConfig) and scorer.model.ngrams is not None
         )
         refusals["scorer.reset_at_newline, which it has not"] = scorer.reset_at_newline
     wrong = [what for what, is_wrong in refusals.items() if is_wrong]

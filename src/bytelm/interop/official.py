@@ -45,14 +45,14 @@ NAMING = Naming(
         "key_value_norm": ("cross_attn_norm_kv",),
     },
     single={
-        "encoder.embedding.bytes": "local_encoder.tok_embeddings",
+        "encoder.embedding.ids": "local_encoder.tok_embeddings",
         "encoder.pool_projection": "local_encoder.patch_embedding_projection",
         "encoder.patch_projection": "global_transformer.token_embedding_projection",
         "decoder.latent_projection": "local_decoder.patch_embedding_projection",
         "decoder.norm": "local_decoder.norm",
         "decoder.output": "local_decoder.output",
     },
-    scorer={"embedding": "tok_embeddings", "norm": "norm", "output": "output"},
+    scorer={"embedding.ids": "tok_embeddings", "norm": "norm", "output": "output"},
     parts={
         "encoder.blocks": "local_encoder.layers",
         "encoder.cross_attention": "local_encoder.cross_attn_layers",

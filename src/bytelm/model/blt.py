@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bytelm import codec, kernels
 from bytelm.config import BLTConfig
 from bytelm.model.attention import Context
-from bytelm.model.embedding import ByteEmbedding
+from bytelm.model.embedding import NgramEmbedding
 from bytelm.model.layers import (
     DecoderCrossAttention,
     EncoderCrossAttention,
@@ -44,12 +44,8 @@ class LocalEncoder(nn.Module):
         stack = local.stack(local.encoder_layers)
         self.spec = stack_spec(stack, local.window)
         self.slots = cross.slots
-        self.embedding = ByteEmbedding(
-            dim=local.dim,
-            ngram_sizes=config.ngrams.sizes,
-            ngram_rows=config.ngrams.rows,
-            ngram_functions=config.ngrams.functions,
-            combine=config.ngrams.combine,
+        self.embedding = NgramEmbedding(
+            vocab_size=codec.VOCAB_SIZE, dim=local.dim, config=config.ngrams
         )
         self.blocks = build_blocks(stack)
         self.cross_attention = nn.ModuleList(

@@ -1,7 +1,6 @@
-"""Byte embeddings with hash n-grams (paper section 3.2.1 and appendix C)."""
+"""Embeddings of ids with hash n-grams (paper section 3.2.1 and appendix C)."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bytelm import codec
+from bytelm.config import NgramEmbeddingConfig
 
 # Ten-digit primes, one per hash function, in the order that released checkpoints use.
 PRIMES = (
@@ -24,8 +24,6 @@ PRIMES = (
     5463458053,
     3367900313,
 )
-
-Combine = Literal["sum", "mean"]
 
 
 def ngram_hashes(
@@ -64,39 +62,33 @@ def _last_hashes(ids: Sequence[int], sizes: Sequence[int], prime: int) -> list[i
     return [by_size[n] - 2**64 * (by_size[n] >= 2**63) for n in sizes]
 
 
-class ByteEmbedding(nn.Module):
-    """The embedding of each byte plus those of the hashed n-grams that end at it.
+class NgramEmbedding(nn.Module):
+    """The embedding of each id plus those of the hashed n-grams that end at it.
 
     ::
 
-        e[i] = E[id[i]] + sum_{n, f} E_{n,f}[hash_{n,f}(ids[i-n+1..i]) mod rows]
+        e[i] = E[ids[i]] + sum_{n, f} E_{n,f}[hash_{n,f}(ids[i-n+1..i]) mod rows]
 
     and, with ``combine="mean"``, divided by the number of terms as in the paper (equation 4); the
     released checkpoints do not divide. All n-gram tables are one matrix: table ``t``, functions
     outermost, holds rows ``t * rows`` and up. N-grams never reach before the document's start.
+    The paper's are of bytes; the same tables serve a model of tokens.
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        ngram_sizes: Sequence[int],
-        ngram_rows: int,
-        ngram_functions: int,
-        combine: Combine,
-    ) -> None:
+    def __init__(self, *, vocab_size: int, dim: int, config: NgramEmbeddingConfig | None) -> None:
         super().__init__()
-        self.ngram_sizes = tuple(ngram_sizes)
-        self.ngram_rows = ngram_rows
-        self.ngram_functions = ngram_functions
-        num_tables = len(self.ngram_sizes) * ngram_functions
-        self.scale = 1.0 / (1 + num_tables) if combine == "mean" else 1.0
-        self.bytes = nn.Embedding(codec.VOCAB_SIZE, dim)
-        self.ngrams = nn.Embedding(num_tables * ngram_rows, dim) if num_tables else None
+        config = config or NgramEmbeddingConfig(sizes=())
+        self.ngram_sizes = config.sizes
+        self.ngram_rows = config.rows
+        self.ngram_functions = config.functions
+        num_tables = len(config.sizes) * config.functions
+        self.scale = 1.0 / (1 + num_tables) if config.combine == "mean" else 1.0
+        self.ids = nn.Embedding(vocab_size, dim)
+        self.ngrams = nn.Embedding(num_tables * config.rows, dim) if num_tables else None
 
     @property
     def context(self) -> int:
-        """Ids before a byte that its embedding depends on."""
+        """Ids before one that its embedding depends on."""
         return max(self.ngram_sizes, default=1) - 1
 
     def stream(self) -> "EmbeddingStream":
@@ -106,7 +98,7 @@ class ByteEmbedding(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
     ) -> Float[Tensor, "batch bytes dim"]:
-        embedded = self.bytes(ids)
+        embedded = self.ids(ids)
         if self.ngrams is None:
             return embedded
         rows = self.ngram_indices(ids, positions)
@@ -118,7 +110,7 @@ class ByteEmbedding(nn.Module):
 
         The same rows as :meth:`forward` finds, by integers in place of dozens of tensors.
         """
-        weight = self.bytes.weight
+        weight = self.ids.weight
         embedded = weight[ids[-1]]
         if self.ngrams is not None:
             primes = PRIMES[: self.ngram_functions]
@@ -131,7 +123,7 @@ class ByteEmbedding(nn.Module):
     def ngram_indices(
         self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
     ) -> Int[Tensor, "batch bytes tables"]:
-        """Row of the n-gram matrix for each byte and table."""
+        """Row of the n-gram matrix for each id and table."""
         hashes = torch.cat(
             [
                 ngram_hashes(ids, positions, self.ngram_sizes, prime)
@@ -144,12 +136,16 @@ class ByteEmbedding(nn.Module):
 
 
 class EmbeddingStream:
-    """A :class:`ByteEmbedding` at work on one document: n-grams reach back into older ids."""
+    """A :class:`NgramEmbedding` at work on one document: n-grams reach back into older ids."""
 
-    def __init__(self, embedding: ByteEmbedding) -> None:
+    def __init__(self, embedding: NgramEmbedding) -> None:
         self._embedding = embedding
         self._recent: list[int] = []
         self._position = 0
+
+    def clear(self) -> None:
+        """Start a new document."""
+        self._recent, self._position = [], 0
 
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "1 bytes dim"]:
         """Embeddings of the document's next ids."""
@@ -160,12 +156,12 @@ class EmbeddingStream:
         self._remember(joined[-self._embedding.context - 1 :].tolist(), len(ids))
         return self._embedding(joined[None], positions[None])[:, num_recent:]
 
-    def take(self, byte_id: int) -> list[int]:
+    def take(self, new_id: int) -> list[int]:
         """The document's next id, after those before it that its embedding depends on.
 
-        For :meth:`ByteEmbedding.embed_last`, in place of :meth:`feed`.
+        For :meth:`NgramEmbedding.embed_last`, in place of :meth:`feed`.
         """
-        ids = [*self._recent, byte_id]
+        ids = [*self._recent, new_id]
         self._remember(ids, 1)
         return ids
 

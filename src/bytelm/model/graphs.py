@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bytelm import codec
 from bytelm.model.attention import StackCache
 from bytelm.model.blt import BLT, LocalDecoder, LocalEncoder, Readable
+from bytelm.model.embedding import NgramEmbedding
 from bytelm.model.step import TransformerStep, can_step
 from bytelm.model.transformer import Transformer
 
@@ -90,52 +91,85 @@ class _Graph(Generic[Out]):
         return replay
 
 
+class _LastEmbedded:
+    """The embedding of the last of a document's ids, from numbers: its position, the ids."""
+
+    def __init__(self, embedding: NgramEmbedding) -> None:
+        self._embedding = embedding
+        self._device = embedding.ids.weight.device
+
+    def __call__(self, numbers: Int[Tensor, " numbers"]) -> Float[Tensor, "1 1 dim"]:
+        """It, after those that :attr:`NgramEmbedding.context` says that it depends on."""
+        position, ids = numbers[:1], numbers[1:]
+        positions = position + torch.arange(-self._embedding.context, 1, device=self._device)
+        return self._embedding(ids[None], positions[None])[:, -1:]
+
+    def numbers(self, ids: Sequence[int]) -> tuple[torch.device, *tuple[int, ...]]:
+        """The device of a graph, and its numbers after the position."""
+        missing = self._embedding.context + 1 - len(ids)
+        return self._device, *[codec.BOE] * missing, *ids
+
+
 class TransformerGraph:
     """One id through a plain transformer."""
 
     def __init__(self, model: Transformer, cache: StackCache) -> None:
-        self._device = model.embedding.weight.device
+        self._embedding = _LastEmbedded(model.embedding)
 
-        def run(numbers: Int[Tensor, "2"]) -> Float[Tensor, "1 vocab"]:
-            position, byte_id = numbers.split(1)
-            return model.run(byte_id[None], cache.at(position))[0]
+        def run(numbers: Int[Tensor, " numbers"]) -> Float[Tensor, "1 vocab"]:
+            return model.run(self._embedding(numbers), cache.at(numbers[:1]))[0]
 
         self._graph = _Graph(run, cache)
 
-    def __call__(self, byte_id: int) -> Float[Tensor, "1 vocab"]:
-        """Logits of the next id; in a buffer that the next step overwrites."""
-        return self._graph(self._device, byte_id)
+    def __call__(self, ids: Sequence[int]) -> Float[Tensor, "1 vocab"]:
+        """Logits of the id after the last of the ids; in a buffer that the next step overwrites."""
+        return self._graph(*self._embedding.numbers(ids))
 
 
-def transformer_step(
-    model: Transformer, cache: StackCache
-) -> TransformerStep | TransformerGraph | None:
-    """What takes a single id, where steps are written for the model; its cache is not empty."""
-    if can_step(model):
-        return TransformerStep(model, cache)
-    return TransformerGraph(model, cache) if can_capture(model) else None
+class TransformerStream:
+    """A plain transformer at work on one document."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self._cache = model.spec.cache()
+        self._embedding = model.embedding.stream()
+        self._step: TransformerStep | TransformerGraph | None = None
+        if can_step(model):
+            self._step = TransformerStep(model, self._cache)
+        elif can_capture(model):
+            self._step = TransformerGraph(model, self._cache)
+
+    @torch.inference_mode()
+    def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
+        """Logits of the id after each of the document's next ``ids``."""
+        if not len(ids):
+            return ids.new_empty(0, self._model.output.out_features, dtype=torch.float32)
+        # The first id gives the caches the shapes that steps rely on.
+        if len(ids) == 1 and self._step and self._cache.position:
+            return self._step(self._embedding.take(int(ids))).clone()
+        context = self._cache.extend(len(ids), ids.device)
+        return self._model.run(self._embedding.feed(ids), context)[0]
+
+    def clear(self) -> None:
+        """Start a new document."""
+        self._cache.clear()
+        self._embedding.clear()
 
 
 class EncoderGraph:
     """One byte through a local encoder, its embedding included."""
 
     def __init__(self, encoder: LocalEncoder, cache: StackCache) -> None:
-        embedding = encoder.embedding
-        self._device = embedding.bytes.weight.device
-        self._context = embedding.context
+        self._embedding = _LastEmbedded(encoder.embedding)
 
         def run(numbers: Int[Tensor, " numbers"]) -> list[Float[Tensor, "1 1 dim"]]:
-            position, ids = numbers[:1], numbers[1:]
-            positions = position + torch.arange(-embedding.context, 1, device=self._device)
-            embedded = embedding(ids[None], positions[None])[:, -1:]
-            return encoder.byte_states(embedded, cache.at(position))
+            return encoder.byte_states(self._embedding(numbers), cache.at(numbers[:1]))
 
         self._graph = _Graph(run, cache)
 
     def __call__(self, ids: Sequence[int]) -> list[Float[Tensor, "1 1 dim"]]:
         """States that patches read, as ``LocalEncoder.byte_states``, of the last of the ids."""
-        missing = self._context + 1 - len(ids)
-        states = self._graph(self._device, *[codec.BOE] * missing, *ids)
+        states = self._graph(*self._embedding.numbers(ids))
         return [state.clone() for state in states]
 
 

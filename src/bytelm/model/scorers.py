@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bytelm import codec
-from bytelm.model.graphs import transformer_step
+from bytelm.model.graphs import TransformerStream
 from bytelm.model.transformer import Transformer
 
 STREAM_CHUNK = 8192
@@ -124,8 +124,7 @@ class TransformerScorerStream:
 
     def __init__(self, scorer: TransformerScorer) -> None:
         self._scorer = scorer
-        self._cache = scorer.transformer.spec.cache()
-        self._step = transformer_step(scorer.transformer, self._cache)
+        self._stream = TransformerStream(scorer.transformer)
 
     @torch.inference_mode()
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
@@ -140,17 +139,12 @@ class TransformerScorerStream:
         pieces = [self._continue(ids[:first])] if first else []
         if first < last:
             pieces.append(self._scorer.entropies(ids[None, first:last])[0])
-        self._cache.clear()
+        self._stream.clear()
         pieces.append(self._continue(ids[last:]))
         return torch.cat(pieces)
 
     def _continue(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
-        if not len(ids):
-            return torch.zeros(0, device=ids.device)
-        if len(ids) == 1 and self._step and self._cache.position:
-            return entropy(self._step(int(ids)))
-        context = self._cache.extend(len(ids), ids.device)
-        return entropy(self._scorer.transformer.run(ids[None], context))[0]
+        return entropy(self._stream.feed(ids))
 
 
 def split_at_newlines(

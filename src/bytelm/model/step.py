@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bytelm.kernels import NORM_EPS
 from bytelm.model.attention import AttentionCache, StackCache
 from bytelm.model.blt import BLT, LocalDecoder, LocalEncoder, Readable
+from bytelm.model.embedding import NgramEmbedding
 from bytelm.model.layers import Block, DecoderCrossAttention, EncoderCrossAttention
 from bytelm.model.transformer import Transformer
 
@@ -97,14 +98,16 @@ class TransformerStep:
     """One id through a plain transformer."""
 
     def __init__(self, model: Transformer, cache: StackCache) -> None:
-        self._embedding = model.embedding.weight
+        self._embedding = model.embedding
         self._blocks = StackStep(model.blocks, cache)
         self._head = _NormLinear(model.norm.weight, model.output.weight)
 
-    def __call__(self, byte_id: int) -> Float[Tensor, "1 vocab"]:
-        """Logits of the next id; in a buffer that the next step overwrites."""
-        x = self._embedding[byte_id : byte_id + 1].clone()
-        return self._head(self._blocks(x)[-1])
+    def __call__(self, ids: Sequence[int]) -> Float[Tensor, "1 vocab"]:
+        """Logits of the id after the last of the ids; in a buffer that the next step overwrites.
+
+        The others are those before it that its embedding depends on.
+        """
+        return self._head(self._blocks(_embedded(self._embedding, ids))[-1])
 
 
 class EncoderStep:
@@ -120,8 +123,7 @@ class EncoderStep:
 
         The others are those before it that its embedding depends on.
         """
-        # Without n-grams it is a row of the table, and the blocks overwrite it.
-        states = self._blocks(self._embedding.embed_last(ids)[0].clone())
+        states = self._blocks(_embedded(self._embedding, ids))
         return [state[None] for state in states[-self._num_read :]]
 
 
@@ -217,6 +219,11 @@ class _CrossStep:
         self._project(x)
         torch.bmm(_weights(self._queries, self._keys, self._scale), self._values, out=self._mixed)
         torch.addmm(x, self._flat, self._out, beta=self._residual_scale, out=x)
+
+
+def _embedded(embedding: NgramEmbedding, ids: Sequence[int]) -> Float[Tensor, "1 dim"]:
+    """Embedding of the last of the ids, for blocks to overwrite: it may be a row of the table."""
+    return embedding.embed_last(ids)[0].clone()
 
 
 def _weights(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bytelm import kernels
 from bytelm.config import StackConfig, TransformerConfig
 from bytelm.model.attention import Context, StackSpec
+from bytelm.model.embedding import NgramEmbedding
 from bytelm.model.layers import Block, init_stack
 from bytelm.patching import row_positions
 
@@ -30,7 +31,9 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.spec = stack_spec(config, config.window)
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = NgramEmbedding(
+            vocab_size=config.vocab_size, dim=config.dim, config=config.ngrams
+        )
         self.blocks = build_blocks(config)
         self.norm = nn.RMSNorm(config.dim, eps=kernels.NORM_EPS)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -52,13 +55,13 @@ class Transformer(nn.Module):
         """
         if documents is None:
             documents = torch.zeros_like(ids)
-        return self.run(ids, self.spec.over_rows(documents, row_positions(documents)))
+        positions = row_positions(documents)
+        return self.run(self.embedding(ids, positions), self.spec.over_rows(documents, positions))
 
     def run(
-        self, ids: Int[Tensor, "batch bytes"], context: Context
+        self, x: Float[Tensor, "batch bytes dim"], context: Context
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Logits in any context: packed rows, or the continuation of a cached document."""
-        x = self.embedding(ids)
+        """Logits of embedded ids in any context: packed rows, or more of a cached document."""
         for layer, block in enumerate(self.blocks):
             x = block(x, context.factors, context.attend(layer))
         return kernels.norm_linear(x, self.norm.weight, self.output.weight).float()
