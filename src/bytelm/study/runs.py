@@ -168,7 +168,8 @@ def _work(plan: Plan, run: Run, out: Path, deadline: float | None, slot: int, wo
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
     else:
-        torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+        # Of what OMP_NUM_THREADS leaves: two studies that each took every core would fight for them.
+        torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
     folder = _folder(out, run)
     (folder / ERROR).unlink(missing_ok=True)
     try:
