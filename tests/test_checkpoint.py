@@ -128,7 +128,7 @@ def test_another_format_is_named(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**config, "format": 7, "bytelm": "9.9"})
     with pytest.raises(
-        CheckpointError, match=r"has format 7, this version of bytelm reads 2.*9\.9"
+        CheckpointError, match=r"has format 7, this version of bytelm reads 1.*9\.9"
     ):
         load_model(reseal(folder))
 

@@ -46,7 +46,7 @@ try:
 except ImportError:  # Windows has no such locks: there, keeping processes apart is the user's care
     fcntl = None
 
-FORMAT = 2
+FORMAT = 1
 CONFIG, MODEL, SCORER, TOKENIZER, FILES = (
     "config.json",
     "model.safetensors",
@@ -64,7 +64,7 @@ class CheckpointConfig(ModelDescription):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format: Literal[2] = FORMAT
+    format: Literal[1] = FORMAT
     bytelm: str = __version__
     torch: str = torch.__version__
     training: dict[str, Any] | None = None
