@@ -98,8 +98,10 @@ def threshold_between(entropies: torch.Tensor, quantile: float) -> float:
     return float((values[at] + values[at + 1]) / 2)
 
 
-def random_patched(variant="base", seed=0, max_length=None, rule=None, reset=False) -> PatchedModel:
-    scorer = random_scorer(seed + 1, reset_at_newline=reset)
+def random_patched(
+    variant="base", seed=0, max_length=None, rule=None, reset=False, scorer_ngrams=None
+) -> PatchedModel:
+    scorer = random_scorer(seed + 1, reset_at_newline=reset, ngrams=scorer_ngrams)
     if rule is None:
         sample = torch.randint(0, codec.VOCAB_SIZE, (1, 400), generator=torch.Generator())
         with torch.no_grad():

@@ -21,7 +21,7 @@ from bytelm.accounting import (
     total,
     training_flops,
 )
-from bytelm.config import TransformerConfig
+from bytelm.config import NgramEmbeddingConfig, TransformerConfig
 from bytelm.generation import start_session
 from bytelm.model.attention import StackCache
 from bytelm.patching import StaticRule, build_patches
@@ -132,6 +132,8 @@ def test_parameters_by_part_of_a_transformer_are_those_of_the_model(ngrams):
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     assert parts.keys() == counts.keys()
     assert parts.get("n-gram embeddings", 0) == (2 * 2 * 89 * config.dim if ngrams else 0)
+    none = NgramEmbeddingConfig(sizes=())
+    assert TransformerConfig(**SMALL, ngrams=none) == TransformerConfig(**SMALL)
 
 
 NUM_BYTES, NUM_PATCHES = 18, 7
@@ -176,6 +178,8 @@ def test_what_runs_per_patch_is_read_once_per_patch():
     norms = 2 * config.local.dim * config.local.decoder_layers
     assert costs["decoder"].weights_read == 2 * (parts["decoder"] - norms)
     assert costs["n-gram embeddings"].weights_read == 2 * 3 * config.local.dim
+    tables = decode_costs(TransformerConfig(**SMALL, ngrams=NGRAMS), 60, element_size=2)
+    assert tables["n-gram embeddings"].weights_read == 2 * 4 * SMALL["dim"]
 
 
 def held(cache: StackCache, element_size=4):

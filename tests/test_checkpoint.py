@@ -4,13 +4,21 @@ import os
 import pytest
 import torch
 
-from builders import BLT_VARIANTS, blt_config, random_ids, random_patched, random_transformer
+from builders import (
+    BLT_VARIANTS,
+    blt_config,
+    random_blt,
+    random_ids,
+    random_patched,
+    random_transformer,
+)
 from bytelm.checkpoint import (
     FILES,
     find_checkpoint,
     fingerprint,
     load_model,
     load_scorer,
+    load_tensors,
     save_model,
     save_tensors,
     saved_steps,
@@ -74,6 +82,20 @@ def test_a_rule_without_entropies_saves_no_scorer(tmp_path):
     ids = random_ids(40)[None]
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "m")[0](ids), model(ids))
+
+
+@pytest.mark.parametrize("model", [random_blt, random_transformer])
+def test_embeddings_under_their_older_names_are_read(tmp_path, model):
+    tensors = model().state_dict()
+    table = "embedding.bytes.weight" if model is random_blt else "embedding.weight"
+    older = {name.replace("embedding.ids.weight", table): x for name, x in tensors.items()}
+    assert older.keys() != tensors.keys()
+    save_tensors(tmp_path / "model", older)
+    read = load_tensors(tmp_path / "model")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], x) for name, x in tensors.items())
+    save_tensors(tmp_path / "moments", {f"{name}/exp_avg": x for name, x in older.items()})
+    assert load_tensors(tmp_path / "moments").keys() == {f"{name}/exp_avg" for name in tensors}
 
 
 def test_transformers_and_tables_are_models_and_scorers(tmp_path):

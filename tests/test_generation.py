@@ -32,6 +32,7 @@ from bytelm.generation import session as generation_session
 from bytelm.generation.sampling import filtered_probabilities
 from bytelm.kernels import projections, segments
 from bytelm.model import graphs as model_graphs
+from bytelm.model import stream as model_stream
 from bytelm.patching import EntropyRule, SpaceRule, StaticRule
 
 MODELS = {
@@ -43,7 +44,7 @@ MODELS = {
     "one patch after another": lambda: random_patched(rule=EntropyRule(threshold=-1.0)),
     "never a boundary": lambda: random_patched(rule=EntropyRule(threshold=99.0)),
     "capped": lambda: random_patched(max_length=3),
-    "reset": lambda: random_patched(reset=True),
+    "reset": lambda: random_patched(reset=True, scorer_ngrams=NGRAMS),
     "transformer": random_transformer,
     "transformer with n-grams": lambda: random_transformer(window=None, ngrams=NGRAMS),
 }
@@ -72,7 +73,7 @@ def single_bytes(request, monkeypatch):
         for kernel_module in (projections, segments):
             monkeypatch.setattr(kernel_module, "is_eager_cpu", lambda _: False)
     if request.param != "steps":
-        for module in (model_graphs, generation_session):
+        for module in (model_stream, generation_session):
             monkeypatch.setattr(module, "can_step", lambda _: False)
             monkeypatch.setattr(module, "can_capture", lambda _: True)
         monkeypatch.setattr(model_graphs, "PATCH_BYTES", 4)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import random_transformer
+from builders import NGRAMS, random_transformer
 from bytelm import codec, load
 from bytelm.checkpoint import load_scorer, save_model
 from bytelm.config import ModelDescription, TransformerConfig
@@ -22,7 +22,9 @@ TOKENIZER = train_tokenizer([TEXT, b"caf\xc3\xa9 <eos> special 1 " * 9, b"\xff\x
 
 
 def token_model(tokenizer=TOKENIZER, seed=0):
-    transformer = random_transformer(seed, vocab_size=tokenizer.vocab_size, window=None)
+    transformer = random_transformer(
+        seed, vocab_size=tokenizer.vocab_size, window=None, ngrams=NGRAMS
+    )
     return TokenModel(transformer, tokenizer)
 
 
@@ -157,7 +159,12 @@ def test_generation_is_that_of_full_forwards(prompt, seed):
 def test_a_model_of_tokens_that_was_saved_is_the_same(tmp_path):
     description = ModelDescription(
         model=TransformerConfig(
-            dim=32, num_layers=2, num_heads=2, ffn_dim=48, vocab_size=TOKENIZER.vocab_size
+            dim=32,
+            num_layers=2,
+            num_heads=2,
+            ffn_dim=48,
+            vocab_size=TOKENIZER.vocab_size,
+            ngrams=NGRAMS,
         ),
         tokens=True,
     )

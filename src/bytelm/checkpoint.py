@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -221,6 +222,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(str(error)) from error
 
 
+_OLD_EMBEDDING = re.compile(r"(^|\.)embedding\.(bytes\.)?weight\b")
+"""The embedding's name before every kind of model had the same one."""
+
+
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Read tensors in safetensors form.
 
@@ -228,9 +233,10 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         CheckpointError: the file is damaged.
     """
     try:
-        return load_file(path, device=str(device))
+        tensors = load_file(path, device=str(device))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    return {_OLD_EMBEDDING.sub(r"\1embedding.ids.weight", n): x for n, x in tensors.items()}
 
 
 def write_model(

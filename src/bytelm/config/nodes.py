@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -55,6 +55,11 @@ class TransformerConfig(StackConfig):
     """Ids: 260 for bytes, more for the tokens of ``data.tokenizer``."""
     ngrams: NgramEmbeddingConfig | None = None
     """Added to the embedding of each id, as in a BLT; null for none."""
+
+    @field_validator("ngrams")
+    @classmethod
+    def _no_sizes_are_none(cls, ngrams: NgramEmbeddingConfig | None) -> NgramEmbeddingConfig | None:
+        return ngrams if ngrams and ngrams.sizes else None
 
 
 class NgramConfig(Node):

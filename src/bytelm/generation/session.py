@@ -21,11 +21,11 @@ from bytelm.model.graphs import (
     DecoderGraph,
     EncoderGraph,
     PatchGraph,
-    TransformerStream,
     can_capture,
 )
 from bytelm.model.patched import PatchedModel
 from bytelm.model.step import DecoderStep, EncoderStep, PatchStep, can_step
+from bytelm.model.stream import TransformerStream
 from bytelm.model.transformer import Transformer
 
 

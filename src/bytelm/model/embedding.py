@@ -32,7 +32,7 @@ def ngram_hashes(
     sizes: Sequence[int],
     prime: int,
 ) -> Int[Tensor, "batch bytes sizes"]:
-    """Rolling polynomial hashes of the n-grams that end at each byte, modulo 2^64.
+    """Rolling polynomial hashes of the n-grams that end at each id, modulo 2^64.
 
     For size ``n``, with ids before the document's start taken as 0 (BOE)::
 
@@ -149,6 +149,8 @@ class EmbeddingStream:
 
     def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "1 bytes dim"]:
         """Embeddings of the document's next ids."""
+        if self._embedding.ngrams is None:
+            return self._embedding.ids(ids)[None]
         num_recent = len(self._recent)
         joined = torch.cat((ids.new_tensor(self._recent), ids))
         first = self._position - num_recent
@@ -166,6 +168,6 @@ class EmbeddingStream:
         return ids
 
     def _remember(self, ids: list[int], num_new: int) -> None:
-        """Keep the last ids that n-grams of later bytes reach back to."""
+        """Keep the last ids that later n-grams reach back to."""
         self._recent = ids[max(len(ids) - self._embedding.context, 0) :]
         self._position += num_new

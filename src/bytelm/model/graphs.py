@@ -19,7 +19,6 @@ from bytelm import codec
 from bytelm.model.attention import StackCache
 from bytelm.model.blt import BLT, LocalDecoder, LocalEncoder, Readable
 from bytelm.model.embedding import NgramEmbedding
-from bytelm.model.step import TransformerStep, can_step
 from bytelm.model.transformer import Transformer
 
 Out = TypeVar("Out")
@@ -101,8 +100,8 @@ class _LastEmbedded:
     def __call__(self, numbers: Int[Tensor, " numbers"]) -> Float[Tensor, "1 1 dim"]:
         """It, after those that :attr:`NgramEmbedding.context` says that it depends on."""
         position, ids = numbers[:1], numbers[1:]
-        positions = position + torch.arange(-self._embedding.context, 1, device=self._device)
-        return self._embedding(ids[None], positions[None])[:, -1:]
+        before = torch.arange(-self._embedding.context, 1, device=self._device)
+        return self._embedding(ids[None], (position + before)[None])[:, -1:]
 
     def numbers(self, ids: Sequence[int]) -> tuple[torch.device, *tuple[int, ...]]:
         """The device of a graph, and its numbers after the position."""
@@ -124,36 +123,6 @@ class TransformerGraph:
     def __call__(self, ids: Sequence[int]) -> Float[Tensor, "1 vocab"]:
         """Logits of the id after the last of the ids; in a buffer that the next step overwrites."""
         return self._graph(*self._embedding.numbers(ids))
-
-
-class TransformerStream:
-    """A plain transformer at work on one document."""
-
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
-        self._cache = model.spec.cache()
-        self._embedding = model.embedding.stream()
-        self._step: TransformerStep | TransformerGraph | None = None
-        if can_step(model):
-            self._step = TransformerStep(model, self._cache)
-        elif can_capture(model):
-            self._step = TransformerGraph(model, self._cache)
-
-    @torch.inference_mode()
-    def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, "bytes vocab"]:
-        """Logits of the id after each of the document's next ``ids``."""
-        if not len(ids):
-            return ids.new_empty(0, self._model.output.out_features, dtype=torch.float32)
-        # The first id gives the caches the shapes that steps rely on.
-        if len(ids) == 1 and self._step and self._cache.position:
-            return self._step(self._embedding.take(int(ids))).clone()
-        context = self._cache.extend(len(ids), ids.device)
-        return self._model.run(self._embedding.feed(ids), context)[0]
-
-    def clear(self) -> None:
-        """Start a new document."""
-        self._cache.clear()
-        self._embedding.clear()
 
 
 class EncoderGraph:

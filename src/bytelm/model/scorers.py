@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bytelm import codec
-from bytelm.model.graphs import TransformerStream
+from bytelm.model.stream import TransformerStream
 from bytelm.model.transformer import Transformer
 
 STREAM_CHUNK = 8192

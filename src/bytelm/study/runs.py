@@ -168,7 +168,7 @@ def _work(plan: Plan, run: Run, out: Path, deadline: float | None, slot: int, wo
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
     else:
-        # Of what OMP_NUM_THREADS leaves: two studies that each took every core would fight for them.
+        # Of what OMP_NUM_THREADS leaves: studies that each take all cores fight for them.
         torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
     folder = _folder(out, run)
     (folder / ERROR).unlink(missing_ok=True)
