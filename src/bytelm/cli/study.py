@@ -29,7 +29,10 @@ def study(
         bool, typer.Option("--dry-run", help="Show what every run costs; train nothing.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(min=1, help="Runs at once, on their share of the threads, over all CUDA devices.")
+        int,
+        typer.Option(
+            min=1, help="Runs at once, on their share of the threads, over all CUDA devices."
+        ),
     ] = 1,
     time_limit: Annotated[
         str | None,
