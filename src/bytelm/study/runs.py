@@ -83,7 +83,8 @@ def run_all(
         plan: of the study.
         runs: which.
         out: folder of the study, its text prepared.
-        workers: processes; they share the threads of this process and, with CUDA, are spread over the devices.
+        workers: processes; they share the threads of this one and, with CUDA, are spread over the
+            devices.
         console: where progress is shown.
         deadline: by ``time.time()``, after which no step begins.
 
