@@ -10,7 +10,9 @@ from bytelm.figures import new_figure, save_figure
 from bytelm.study.comparison import Comparison
 from bytelm.study.table import budget
 
+COLOURS = (*(f"C{number}" for number in range(10)), "black")
 MARKERS = "os^DvPX*<>"
+"""One less than colours: families look alike only after 110."""
 SIDE_STEP = 1.03
 DIFFERENCES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Where differences from a baseline have a tick, to either side of 0."""
@@ -25,10 +27,10 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
     beside = comparison.beside
-    figure = new_figure(7.2 if beside is None else 11.0, 4.6)
+    figure = new_figure(7.2 if beside is None else 11.0, 4.2)
     panels = np.atleast_1d(figure.subplots(1, 1 if beside is None else 2))
     for number, curve in enumerate(comparison.curves):
-        colour, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
+        colour, marker = _look(number)
         style = {"fmt": marker, "ms": 5, "color": colour, "capsize": 2}
         errors = np.abs([curve.bpb - curve.low, curve.high - curve.bpb])
         panels[0].errorbar(curve.x, curve.bpb, errors, label=curve.name, **style)
@@ -55,7 +57,7 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("held-out bits per byte")
     panels[0].set_title(comparison.config.title, fontsize=10, loc="left")
-    panels[0].legend(frameon=False, fontsize=8)
+    _add_legend(figure, panels[0])
     if beside is not None:
         panels[1].axhline(0, color="0.3", lw=1)
         # Even near 0, logarithmic further away.
@@ -76,30 +78,24 @@ def draw_units(rows: Sequence[dict[str, Any]], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    figure = new_figure(6.6, 4.4)
+    figure = new_figure(9.6, 4.4)
     axis = figure.subplots()
     labels = list(dict.fromkeys(row["label"] for row in rows))
     budgets = sorted({budget(row) for row in rows})
     for row in rows:
-        number = labels.index(row["label"])
+        colour, marker = _look(labels.index(row["label"]))
         shade = 0.3 + 0.7 * (budgets.index(budget(row)) + 1) / len(budgets)
-        axis.scatter(
-            row["unit_bytes"] or 1.0,
-            row["bpb"],
-            color=f"C{number % 10}",
-            marker=MARKERS[number % len(MARKERS)],
-            alpha=shade,
-            s=30,
-        )
+        unit = row["unit_bytes"] or 1.0
+        axis.scatter(unit, row["bpb"], color=colour, marker=marker, alpha=shade, s=30)
     for number, label in enumerate(labels):
-        marker = MARKERS[number % len(MARKERS)]
-        axis.scatter([], [], color=f"C{number % 10}", marker=marker, label=label)
+        colour, marker = _look(number)
+        axis.scatter([], [], color=colour, marker=marker, label=label)
     axis.set_xlabel("bytes per patch or token of held-out text (1 for a model of bytes)")
     axis.set_ylabel("held-out bits per byte")
     axis.set_title("Darker: larger training budgets", fontsize=9, loc="left")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    _add_legend(figure, axis)
     save_figure(figure, path)
 
 
@@ -115,7 +111,8 @@ def draw_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for number, label in enumerate(labels):
         mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["flops"])
         flops = [row["flops"] for row in mine]
-        style = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "ms": 4}
+        colour, marker = _look(number)
+        style = {"color": colour, "marker": marker, "ms": 4}
         panels[0].plot(flops, [r["seconds"] for r in mine], lw=0, label=label, **style)
         panels[1].plot(flops, [r["peak_bytes"] / 1e9 for r in mine], lw=0, **style)
     for panel, name in zip(panels, ("training seconds", "peak memory, GB"), strict=True):
@@ -125,5 +122,21 @@ def draw_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7)
+    _add_legend(figure, panels[0])
     save_figure(figure, path)
+
+
+def _look(number: int) -> tuple[str, str]:
+    """Colour and marker of a family."""
+    return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+
+
+def _add_legend(figure: Any, axis: Any) -> None:
+    """A legend of its own room below the panels, where it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    width, height = figure.get_size_inches()
+    columns = max(int(width / (0.5 + 0.065 * max(map(len, labels)))), 1)
+    figure.set_size_inches(width, height + 0.19 * (len(labels) // columns + 1))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
