@@ -5,7 +5,7 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile(
-    "default", deadline=None, max_examples=20, derandomize=True, print_blob=True
+    "default", deadline=None, max_examples=16, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("default")
 
