@@ -14,10 +14,12 @@ from benchmarks.subjects import PATCH_SIZE, random_words
 from benchmarks.timing import Sample, measure, time_once
 from bytelm import codec
 from bytelm.checkpoint import save_model
-from bytelm.config import ModelDescription, NgramConfig, TableConfig
+from bytelm.config import FittedNgramConfig, ModelDescription, NgramConfig
 from bytelm.data import Dataset, Loader, PrepareOptions, prepare
-from bytelm.model.ngram import fit_ngram_scorer
+from bytelm.lm import ScorerLM
 from bytelm.patching import EntropyRule, Patcher, SpaceRule
+from bytelm.scoring import fit_ngram_scorer
+from bytelm.units import ByteUnits, PatchUnits, Units
 
 TEXT_BYTES, QUICK_TEXT_BYTES = 4_000_000, 100_000
 DOCUMENT_BYTES = 2000
@@ -32,7 +34,7 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
         work = Path(folder)
         text = random_words(QUICK_TEXT_BYTES if settings.quick else TEXT_BYTES)
         (work / "text.jsonl").write_text(_documents(text))
-        _save_table(text[: len(text) // 4], work / "scorer")
+        _save_scorer(text[: len(text) // 4], work / "scorer")
         report("data: preparation")
         measurements = _prepare(work, len(text), settings)
         report("data: loader")
@@ -45,16 +47,16 @@ def _documents(text: bytes) -> str:
     return "".join(json.dumps({"text": piece.decode()}) + "\n" for piece in pieces)
 
 
-def _save_table(text: bytes, folder: Path) -> None:
+def _save_scorer(text: bytes, folder: Path) -> None:
     config = NgramConfig()
     scorer = fit_ngram_scorer([codec.encode(text)], config)
-    table = TableConfig(max_order=config.max_order, num_contexts=len(scorer.keys))
-    save_model(folder, scorer, ModelDescription(model=table))
+    fitted = FittedNgramConfig(max_order=config.max_order, num_contexts=len(scorer.keys))
+    save_model(folder, ScorerLM(scorer), ModelDescription(model=fitted))
 
 
 def _prepare(work: Path, num_bytes: int, settings: Settings) -> list[dict[str, Any]]:
     measurements = []
-    for name, scorer in (("plain", None), ("with an n-gram table", work / "scorer")):
+    for name, scorer in (("plain", None), ("with an n-gram scorer", work / "scorer")):
         samples: list[Sample] = []
         options = PrepareOptions(scorer=scorer, workers=1)
         inputs = [str(work / "text.jsonl")]
@@ -69,24 +71,24 @@ def _prepare(work: Path, num_bytes: int, settings: Settings) -> list[dict[str, A
 
 def _load(work: Path, settings: Settings) -> list[dict[str, Any]]:
     """Steps of a loader: rows read, patched, packed and stacked."""
-    dataset = Dataset(work / "with an n-gram table", "train")
-    # Not calibrated: the entropies of a table of random words have too few values for that.
+    dataset = Dataset(work / "with an n-gram scorer", "train")
+    # Not calibrated: entropies of random words by n-grams have too few values for that.
     threshold = float(np.quantile(dataset.entropies(0, 0, DOCUMENT_BYTES), 1 - 1 / PATCH_SIZE))
-    patchers = {
-        "no patches": None,
-        "space patches": Patcher(SpaceRule()),
-        "entropy patches": Patcher(EntropyRule(threshold=threshold)),
+    ways: dict[str, Units] = {
+        "no patches": ByteUnits(),
+        "space patches": PatchUnits(Patcher(SpaceRule())),
+        "entropy patches": PatchUnits(Patcher(EntropyRule(threshold=threshold))),
     }
     row_bytes = QUICK_ROW_BYTES if settings.quick else ROW_BYTES
     steps = QUICK_STEPS if settings.quick else STEPS
     measurements = []
-    for name, patcher in patchers.items():
+    for name, units in ways.items():
         loader = Loader(
             dataset,
+            units=units,
             row_bytes=row_bytes,
-            row_patches=row_bytes // 2 if patcher else None,
+            row_units=row_bytes // 2 if units.has_budget else None,
             rows_per_step=ROWS_PER_STEP,
-            patcher=patcher,
         )
 
         def read(loader: Loader = loader) -> None:

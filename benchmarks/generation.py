@@ -24,7 +24,7 @@ from benchmarks.subjects import (
 )
 from benchmarks.timing import Sample, time_once
 from bytelm import codec
-from bytelm.generation import start_session
+from bytelm.inference import Session
 from bytelm.patching import EntropyRule, Patcher
 
 PROMPTS, QUICK_PROMPTS = (256, 1024, 2048), (64,)
@@ -105,7 +105,7 @@ def _ours(pair: Pair, ids: Tensor, count: int, settings: Settings) -> tuple[Samp
     The prompt yields the first byte, and the last byte is fed as well, so there are ``count``
     steps and ``count`` bytes but for the one that the last step yields.
     """
-    session = start_session(pair.ours)
+    session = Session(pair.ours)
     chosen: list[int] = []
 
     def prefill() -> None:

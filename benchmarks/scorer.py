@@ -11,11 +11,10 @@ from benchmarks.parts.models import build
 from benchmarks.settings import Settings
 from benchmarks.subjects import Pair, build_pair, random_words, shape_of, takes_part
 from benchmarks.timing import measure
-from bytelm import codec
+from bytelm import codec, cpu
 from bytelm.config import NgramConfig, TransformerConfig, load_recipe
-from bytelm.model.build import ScorerModule
-from bytelm.model.ngram import NgramScorer, fit_ngram_scorer
-from bytelm.model.scorers import Scorer, TransformerScorer, score_document
+from bytelm.patching import Scorer
+from bytelm.scoring import NgramScorer, TransformerScorer, fit_ngram_scorer, score_document
 
 ROW_BYTES, QUICK_ROW_BYTES = 8192, 256
 STREAMED_ROWS = 4
@@ -24,8 +23,8 @@ SINGLE_BYTES, QUICK_SINGLE_BYTES = 512, 16
 """Bytes that are fed one at a time."""
 TOLERANCE = 1e-4
 """Largest difference of entropies, in nats, between the two."""
-TABLE_BYTES, QUICK_TABLE_BYTES = 2_000_000, 20_000
-"""Text that the n-gram table is counted on."""
+NGRAM_BYTES, QUICK_NGRAM_BYTES = 2_000_000, 20_000
+"""Text whose n-grams are counted."""
 
 
 @torch.no_grad()
@@ -36,10 +35,10 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     text = random_words(row_bytes * STREAMED_ROWS - 1)
     ids = torch.from_numpy(codec.encode(text)).to(settings.device)
     assert isinstance(pair.ours.scorer, TransformerScorer)
-    scorers: dict[str, ScorerModule] = {
+    scorers: dict[str, Scorer] = {
         "transformer of the comparison model": pair.ours.scorer,
         "transformer of recipe entropy-tiny": _entropy_tiny().to(settings.device),
-        "n-gram table": _table(settings).to(settings.device),
+        "n-gram scorer": _ngrams(settings).to(settings.device),
     }
     measurements = []
     for name, scorer in scorers.items():
@@ -83,11 +82,11 @@ def _measure(
 def _entropy_tiny() -> TransformerScorer:
     config = load_recipe("entropy-tiny").model
     assert isinstance(config, TransformerConfig)
-    return TransformerScorer(build(config, "cpu")).eval()
+    return TransformerScorer(cpu.fuse(build(config, "cpu"))).eval()
 
 
-def _table(settings: Settings) -> NgramScorer:
+def _ngrams(settings: Settings) -> NgramScorer:
     """Counted on other text than it scores."""
-    num_bytes = QUICK_TABLE_BYTES if settings.quick else TABLE_BYTES
+    num_bytes = QUICK_NGRAM_BYTES if settings.quick else NGRAM_BYTES
     sequences = [codec.encode(random_words(num_bytes, seed=1)).astype(np.int64)]
     return fit_ngram_scorer(sequences, NgramConfig())

@@ -14,8 +14,8 @@ from transformers.models.blt import modeling_blt
 from benchmarks.settings import Device, Precision, Settings
 from bytelm import codec, interop
 from bytelm.config import BLTConfig
+from bytelm.lm import PatchedLM
 from bytelm.model.blt import BLT
-from bytelm.model.patched import PatchedModel
 from bytelm.patching import Patches, build_patches
 
 PATCH_SIZE = 4
@@ -56,7 +56,7 @@ class Shape:
     global_layers: int = 6
     slots: int = 2
     window: int = 512
-    ngram_rows: int = 2600
+    num_buckets: int = 2600
     patcher_dim: int = 128
     patcher_heads: int = 2
     patcher_ffn: int = 384
@@ -64,7 +64,7 @@ class Shape:
 
 
 COMPARISON = Shape()
-"""31 million parameters, of which 4 million are n-gram tables."""
+"""31 million parameters, of which 4 million are hash embeddings."""
 QUICK = Shape(
     local_dim=32,
     local_heads=2,
@@ -75,7 +75,7 @@ QUICK = Shape(
     global_ffn=64,
     global_layers=2,
     window=16,
-    ngram_rows=97,
+    num_buckets=97,
     patcher_dim=32,
     patcher_heads=2,
     patcher_ffn=48,
@@ -100,7 +100,7 @@ def takes_part(settings: Settings, num_bytes: int) -> bool:
 class Pair(NamedTuple):
     """One model in both implementations."""
 
-    ours: PatchedModel
+    ours: PatchedLM
     theirs: Any
     """``transformers.BltForCausalLM``; only right with ``use_cache=False``."""
     config: BLTConfig
@@ -123,7 +123,7 @@ def build_pair(shape: Shape, device: Device = "cpu") -> Pair:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(Path(folder) / "hf")
         lm = interop.import_hf(Path(folder) / "hf")
-    assert isinstance(lm.module, PatchedModel)
+    assert isinstance(lm.module, PatchedLM)
     assert isinstance(lm.config.model, BLTConfig)
     lm.module.blt.requires_grad_(True)
     return Pair(lm.module.to(device), theirs.to(device), lm.config.model)
@@ -141,7 +141,7 @@ def their_config(shape: Shape) -> transformers.BltConfig:
     return transformers.BltConfig(
         cross_attn_k=shape.slots,
         encoder_hash_byte_group_size=[3, 4, 5, 6, 7, 8],
-        encoder_hash_byte_group_vocab=shape.ngram_rows,
+        encoder_hash_byte_group_vocab=shape.num_buckets,
         encoder_hash_byte_group_nb_functions=1,
         patching_threshold=0.0,
         local_attention_window_len=shape.window,

@@ -1,17 +1,29 @@
 """Small random models and byte strings that the tests share."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from bytelm import codec
-from bytelm.config import BLTConfig, NgramEmbeddingConfig, StackConfig, TransformerConfig, parse
+from bytelm.config import (
+    BlockConfig,
+    BLTConfig,
+    HashEmbeddingConfig,
+    NgramConfig,
+    RopeScaling,
+    StackConfig,
+    TransformerConfig,
+    parse,
+)
+from bytelm.lm import ByteLM, PatchedLM
 from bytelm.model.blt import BLT
 from bytelm.model.layers import init_linear
-from bytelm.model.patched import PatchedModel
-from bytelm.model.scorers import TransformerScorer
 from bytelm.model.transformer import Transformer
-from bytelm.patching import EntropyRule, Patcher
+from bytelm.patching import EntropyRule, Patcher, SpaceRule, StaticRule
+from bytelm.scoring import NgramScorer, TransformerScorer, fit_ngram_scorer
 
 BASE_BLT = {
     "local": {
@@ -24,7 +36,7 @@ BASE_BLT = {
     },
     "global_model": {"dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64},
     "cross_attention": {"slots": 2, "num_heads": 2},
-    "ngrams": {"sizes": [3, 4, 5], "rows": 97},
+    "hash_embeddings": {"sizes": [3, 4, 5], "num_buckets": 97},
 }
 
 # One per corner of the ablations: each differs from BASE_BLT in the named options.
@@ -41,14 +53,18 @@ BLT_VARIANTS = {
         "cross_attention": {"queries": "learned", "decoder": "first"},
     },
     "no cross-attention": {"cross_attention": {"encoder": "none", "decoder": "none"}},
-    "no n-grams": {"ngrams": {"sizes": []}, "local": {"window": None}},
-    "many tables": {"ngrams": {"functions": 2, "combine": "mean"}, "local": {"window": 3}},
+    "no n-grams": {"hash_embeddings": {"sizes": []}, "local": {"window": None}},
+    "many tables": {"hash_embeddings": {"functions": 2, "combine": "mean"}, "local": {"window": 3}},
     "no projection": {"global_model": {"dim": 64}},
+    "grouped heads": {
+        "local": {"num_heads": 4, "num_kv_heads": 2},
+        "global_model": {"num_heads": 4, "num_kv_heads": 1, "norm_eps": 1e-3},
+    },
 }
 
 
-NGRAMS = NgramEmbeddingConfig(sizes=(2, 4), rows=89, functions=2)
-"""Tables for a plain transformer."""
+NGRAMS = HashEmbeddingConfig(sizes=(2, 4), num_buckets=89, functions=2)
+"""Hash embeddings for a plain transformer."""
 
 
 def merged(base, changes):
@@ -67,9 +83,27 @@ def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     for parameter in model.parameters():
-        if not parameter.any():
+        if parameter.any():
+            continue
+        if parameter.dim() > 1:
             init_linear(parameter, generator)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     return model.eval()
+
+
+def block_config(**changes) -> BlockConfig:
+    return BlockConfig(**{"dim": 16, "num_heads": 2, "ffn_dim": 24, **changes})
+
+
+def randomise_module(module, seed=0):
+    """Weights of about unit gain, biases and norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            std = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+            parameter.normal_(float("norm" in name), std, generator=generator)
+    return module
 
 
 def random_blt(variant="base", seed=0) -> BLT:
@@ -81,8 +115,12 @@ def random_transformer(seed=0, **changes) -> Transformer:
     return randomise(Transformer(TransformerConfig(**{**options, **changes})), seed)
 
 
+def random_byte_lm(seed=0, **changes) -> ByteLM:
+    return ByteLM(random_transformer(seed, **changes)).eval()
+
+
 def random_scorer(seed=1, reset_at_newline=False, ngrams=None) -> TransformerScorer:
-    transformer = random_transformer(seed, num_layers=1, window=6, ngrams=ngrams)
+    transformer = random_transformer(seed, num_layers=1, window=6, hash_embeddings=ngrams)
     return TransformerScorer(transformer, reset_at_newline=reset_at_newline)
 
 
@@ -98,16 +136,96 @@ def threshold_between(entropies: torch.Tensor, quantile: float) -> float:
     return float((values[at] + values[at + 1]) / 2)
 
 
+def fitted_ngram_scorer(reset_at_newline=False) -> NgramScorer:
+    documents = [random_ids(400, seed=n, num_values=40).numpy() for n in range(3)]
+    documents.append(codec.encode(b"the cat sat on the mat\n" * 9))
+    scorer = fit_ngram_scorer(documents, NgramConfig(max_order=3, min_count=1))
+    scorer.reset_at_newline = reset_at_newline
+    return scorer
+
+
 def random_patched(
-    variant="base", seed=0, max_length=None, rule=None, reset=False, scorer_ngrams=None
-) -> PatchedModel:
-    scorer = random_scorer(seed + 1, reset_at_newline=reset, ngrams=scorer_ngrams)
+    variant="base",
+    seed=0,
+    max_length=None,
+    rule=None,
+    reset=False,
+    scorer_ngrams=None,
+    ngram_scorer=False,
+) -> PatchedLM:
+    if ngram_scorer:
+        scorer = fitted_ngram_scorer()
+    else:
+        scorer = random_scorer(seed + 1, reset_at_newline=reset, ngrams=scorer_ngrams)
     if rule is None:
         sample = torch.randint(0, codec.VOCAB_SIZE, (1, 400), generator=torch.Generator())
         with torch.no_grad():
             entropies = scorer.entropies(sample)
         rule = EntropyRule(threshold=threshold_between(entropies, 0.6))
-    return PatchedModel(random_blt(variant, seed), Patcher(rule, max_length), scorer).eval()
+    return PatchedLM(random_blt(variant, seed), Patcher(rule, max_length), scorer).eval()
+
+
+def lm_models():
+    """Makers of models of every kind, by name: each must have every property."""
+    return {
+        **{name: (lambda name=name: random_patched(name)) for name in BLT_VARIANTS},
+        "space": lambda: random_patched(rule=SpaceRule()),
+        "static": lambda: random_patched(rule=StaticRule(3)),
+        "monotonic": lambda: random_patched(rule=EntropyRule(increase=0.05)),
+        "combined": lambda: random_patched(rule=EntropyRule(threshold=4.0, increase=0.01)),
+        "every byte a patch": lambda: random_patched(rule=EntropyRule(threshold=-1.0)),
+        "never a boundary": lambda: random_patched(rule=EntropyRule(threshold=99.0)),
+        "capped": lambda: random_patched(max_length=3),
+        "reset": lambda: random_patched(reset=True, scorer_ngrams=NGRAMS),
+        "n-gram scorer": lambda: random_patched(ngram_scorer=True),
+        "stateful rule": lambda: random_patched(rule=CumulativeRule(9.0), max_length=5),
+        "learned rule": lambda: random_patched(rule=LearnedRule(32)),
+        "transformer": random_byte_lm,
+        "transformer with n-grams": lambda: random_byte_lm(window=None, hash_embeddings=NGRAMS),
+        "llama-like": lambda: random_byte_lm(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=12,
+            norm_eps=1e-3,
+            qk_norm=True,
+            qkv_bias=True,
+            rope_layout="half",
+            rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=64),
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class CumulativeRule:
+    """A patch begins once the entropies since the last boundary add up to a budget."""
+
+    budget: float
+    needs_entropies: ClassVar[bool] = True
+
+    def start(self):
+        return 0.0
+
+    def advance(self, seen, memory):
+        decisions = []
+        for entropy in seen.entropies.tolist():
+            memory += entropy
+            decisions.append(memory > self.budget)
+            memory = 0.0 if decisions[-1] else memory
+        return torch.tensor(decisions), memory
+
+
+class LearnedRule(torch.nn.Module):
+    """A linear head on the encoder's states says where patches begin."""
+
+    needs_entropies: ClassVar[bool] = False
+    needs_states: ClassVar[bool] = True
+
+    def __init__(self, dim):
+        super().__init__()
+        self.head = torch.nn.Linear(dim, 1)
+
+    def forward(self, seen):
+        return self.head(seen.states)[..., 0] > 0.3
 
 
 def stack_config(**changes) -> StackConfig:

@@ -12,6 +12,11 @@ BASE = {
     "local_dim": 32,
     "global_dim": 48,
     "heads": 2,
+    "global_heads": 2,
+    "global_kv_heads": 2,
+    "patcher_kv_heads": 2,
+    "eps": 1e-5,
+    "scaling": {"rope_type": "default"},
     "encoder_layers": 1,
     "decoder_layers": 2,
     "encoder_all": False,
@@ -37,10 +42,24 @@ VARIANTS = {
     "one n-gram size": {"sizes": [8], "rows": 501},
     "no window": {"window": None, "patcher_window": None},
     "wide window": {"window": 40},
+    "grouped heads": {"global_heads": 4, "global_kv_heads": 2, "patcher_kv_heads": 1, "eps": 1e-2},
+}
+# Options that the official format lacks.
+SCALED = {
+    "linear rope": {"scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama 3 rope": {
+        "scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
 }
 
 
-def stack(dim, layers, heads, ffn, theta=500_000.0, **more):
+def stack(c, dim, layers, heads, ffn, theta=500_000.0, **more):
     return {
         "hidden_size": dim,
         "num_hidden_layers": layers,
@@ -48,7 +67,8 @@ def stack(dim, layers, heads, ffn, theta=500_000.0, **more):
         "num_key_value_heads": heads,
         "head_dim": dim // heads,
         "intermediate_size": ffn,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rms_norm_eps": c["eps"],
+        "rope_parameters": {"rope_theta": theta, **c["scaling"]},
         **more,
     }
 
@@ -69,12 +89,14 @@ def hf_config(threshold=0.0, **changes):
         encoder_hash_byte_group_nb_functions=c["functions"],
         patching_threshold=threshold,
         local_attention_window_len=c["window"],
-        encoder_config=stack(c["local_dim"], c["encoder_layers"], *local, **between)
+        encoder_config=stack(c, c["local_dim"], c["encoder_layers"], *local, **between)
         | {"cross_attn_all_layers": c["encoder_all"]},
-        decoder_config=stack(c["local_dim"], c["decoder_layers"], *local, **between)
+        decoder_config=stack(c, c["local_dim"], c["decoder_layers"], *local, **between)
         | {"cross_attn_all_layers": c["decoder_all"]},
-        global_config=stack(c["global_dim"], 2, 2, ffn_dim(c["global_dim"])),
-        patcher_config=stack(32, 2, 2, 48, 10_000.0, sliding_window=c["patcher_window"]),
+        global_config=stack(c, c["global_dim"], 2, c["global_heads"], ffn_dim(c["global_dim"]))
+        | {"num_key_value_heads": c["global_kv_heads"]},
+        patcher_config=stack(c, 32, 2, 2, 48, 10_000.0, sliding_window=c["patcher_window"])
+        | {"num_key_value_heads": c["patcher_kv_heads"]},
     )
 
 
@@ -154,6 +176,7 @@ def official_args(model):
         "n_layers_local_encoder": encoder.num_hidden_layers,
         "n_layers_local_decoder": decoder.num_hidden_layers,
         "n_heads_global": middle.num_attention_heads,
+        "n_kv_heads_global": middle.num_key_value_heads,
         "n_heads_local_encoder": encoder.num_attention_heads,
         "n_heads_local_decoder": decoder.num_attention_heads,
         "patching_mode": "entropy",
@@ -175,7 +198,7 @@ def official_args(model):
         "local_attention_window_len": c.local_attention_window_len,
         "max_encoder_seq_length": 24576,
         "rope_theta": 500000.0,
-        "norm_eps": 1e-5,
+        "norm_eps": encoder.rms_norm_eps,
         "multiple_of": 16,
         "ffn_dim_multiplier": 0.5,
         "attn_bias_type": "local_block_causal",
@@ -188,6 +211,8 @@ def official_args(model):
         "dim": patcher.hidden_size,
         "n_layers": patcher.num_hidden_layers,
         "n_heads": patcher.num_attention_heads,
+        "n_kv_heads": patcher.num_key_value_heads,
+        "norm_eps": patcher.rms_norm_eps,
         "vocab_size": 260,
         "max_seqlen": 8192,
         "multiple_of": 16,

@@ -12,7 +12,8 @@ from bytelm.config import (
     StaticPatching,
 )
 from bytelm.errors import PatchingError
-from bytelm.patching import PatchSample, calibrate, patch_statistics
+from bytelm.patching import PatchSample, build_patcher, calibrate
+from bytelm.patching import patch_statistics as statistics_of
 from bytelm.patching.calibration import TOLERANCE
 
 
@@ -26,6 +27,10 @@ def sample_of(sizes, seed=0):
 
 
 SAMPLE = sample_of([4000, 300, 1, 2000])
+
+
+def patch_statistics(rule, sample):
+    return statistics_of(build_patcher(rule), sample)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_what_cannot_be_reached_is_named_with_what_can(rule, size, message):
 
 @pytest.mark.parametrize("size", [2.4, 3.59, 5.46, 5.88])
 def test_frequent_values_do_not_carry_the_threshold_away(size):
-    """Tables give the same entropy to every occurrence of a context: single values weigh a lot."""
+    """N-gram scorers give every occurrence of a context the same entropy."""
     generator = torch.Generator().manual_seed(0)
     common = torch.rand(60, generator=generator).repeat_interleave(60)
     entropies = torch.cat((torch.rand(20_000, generator=generator), common))

@@ -8,12 +8,13 @@ from builders import (
     BLT_VARIANTS,
     blt_config,
     random_blt,
+    random_byte_lm,
     random_ids,
     random_patched,
     random_transformer,
 )
+from bytelm import cpu
 from bytelm.checkpoint import (
-    FILES,
     find_checkpoint,
     fingerprint,
     load_model,
@@ -22,21 +23,21 @@ from bytelm.checkpoint import (
     save_model,
     save_tensors,
     saved_steps,
-    write_json,
-    writing_folder,
 )
 from bytelm.config import (
     EntropyPatching,
+    FittedNgramConfig,
     ModelDescription,
     NgramConfig,
     ScorerConfig,
     SpacePatching,
-    TableConfig,
     TransformerConfig,
 )
-from bytelm.errors import CheckpointError
-from bytelm.model.ngram import NgramScorer, fit_ngram_scorer
+from bytelm.errors import CheckpointError, ConfigError
+from bytelm.lm import ScorerLM
 from bytelm.patching import EntropyRule, SpaceRule
+from bytelm.scoring import NgramScorer, fit_ngram_scorer
+from bytelm.storage import FILES, atomic_folder, write_json
 
 SMALL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "window": 8}
 SCORER = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
@@ -56,7 +57,7 @@ def patched_description(model, variant="base"):
 
 
 def saved(tmp_path, variant="base"):
-    model = random_patched(variant, reset=True, max_length=5)
+    model = cpu.fuse(random_patched(variant, reset=True, max_length=5))
     save_model(tmp_path / "m", model, patched_description(model, variant))
     return model, tmp_path / "m"
 
@@ -73,7 +74,7 @@ def test_a_saved_model_gives_the_same_logits(tmp_path, variant):
 
 
 def test_a_rule_without_entropies_saves_no_scorer(tmp_path):
-    model = random_patched(rule=SpaceRule())
+    model = cpu.fuse(random_patched(rule=SpaceRule()))
     model.scorer = None
     save_model(
         tmp_path / "m", model, ModelDescription(model=blt_config(), patching=SpacePatching())
@@ -86,32 +87,39 @@ def test_a_rule_without_entropies_saves_no_scorer(tmp_path):
 
 @pytest.mark.parametrize("model", [random_blt, random_transformer])
 def test_embeddings_under_their_older_names_are_read(tmp_path, model):
-    tensors = model().state_dict()
+    module = model()
+    tensors = module.state_dict()
     table = "embedding.bytes.weight" if model is random_blt else "embedding.weight"
     older = {name.replace("embedding.ids.weight", table): x for name, x in tensors.items()}
     assert older.keys() != tensors.keys()
     save_tensors(tmp_path / "model", older)
-    read = load_tensors(tmp_path / "model")
+    read = load_tensors(tmp_path / "model", module)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], x) for name, x in tensors.items())
     save_tensors(tmp_path / "moments", {f"{name}/exp_avg": x for name, x in older.items()})
-    assert load_tensors(tmp_path / "moments").keys() == {f"{name}/exp_avg" for name in tensors}
+    moments = load_tensors(tmp_path / "moments", module)
+    assert moments.keys() == {f"{name}/exp_avg" for name in tensors}
 
 
-def test_transformers_and_tables_are_models_and_scorers(tmp_path):
-    transformer = random_transformer()
+def test_transformers_and_ngram_scorers_are_models_and_scorers(tmp_path):
+    transformer = cpu.fuse(random_byte_lm())
     save_model(tmp_path / "t", transformer, ModelDescription(model=TransformerConfig(**SMALL)))
-    table = fit_ngram_scorer([random_ids(500, num_values=20).numpy()], NgramConfig(max_order=2))
-    config = TableConfig(max_order=2, num_contexts=len(table.keys))
-    save_model(tmp_path / "n", table, ModelDescription(model=config))
+    ngrams = fit_ngram_scorer([random_ids(500, num_values=20).numpy()], NgramConfig(max_order=2))
+    config = FittedNgramConfig(max_order=2, num_contexts=len(ngrams.keys))
+    save_model(tmp_path / "n", ScorerLM(ngrams), ModelDescription(model=config))
     ids = random_ids(60, num_values=20)[None]
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "t")[0](ids), transformer(ids))
         scorer, _ = load_scorer(tmp_path / "n", reset_at_newline=False)
-        assert torch.equal(scorer.entropies(ids), table.entropies(ids))
+        assert torch.equal(scorer.entropies(ids), ngrams.entropies(ids))
         loaded = load_model(tmp_path / "n")[0]
-        assert isinstance(loaded, NgramScorer)
-        assert len(table.keys) > 10
+        assert isinstance(loaded, ScorerLM)
+        assert isinstance(loaded.get_scorer(), NgramScorer)
+        assert len(ngrams.keys) > 10
+        with pytest.raises(ConfigError, match="holds entropies only"):
+            loaded(ids)
+        with pytest.raises(ConfigError, match="holds entropies only"):
+            loaded.new_state()
         assert fingerprint(tmp_path / "n") != fingerprint(tmp_path / "t")
 
 
@@ -139,7 +147,7 @@ def reseal(folder):
     """Write ``files.json`` anew, as if the folder had been saved as it is."""
     os.remove(folder / FILES)
     other = folder.with_name("resealed")
-    with writing_folder(other) as temporary:
+    with atomic_folder(other) as temporary:
         for path in folder.iterdir():
             (temporary / path.name).write_bytes(path.read_bytes())
     return other
@@ -213,7 +221,7 @@ def test_other_folders_among_the_checkpoints_are_left_out(tmp_path):
 
 def test_a_blt_is_no_scorer(tmp_path):
     _, folder = saved(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a blt model, which is not a scorer"):
+    with pytest.raises(CheckpointError, match="holds a blt model, not a scorer"):
         load_scorer(folder, reset_at_newline=False)
 
 

@@ -1,19 +1,39 @@
+"""Configuration: recipes as YAML, overrides, mistakes, names of earlier versions, new kinds."""
+
 import re
+from importlib.metadata import EntryPoint
+from typing import Annotated, Literal
 
 import pytest
-import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
 
-from builders import BASE_BLT
+from builders import BASE_BLT, merged
 from bytelm.config import (
+    RULES,
+    BlockConfig,
     BLTConfig,
+    CalibratedPatching,
     CombinedPatching,
+    HashEmbeddingConfig,
+    Kinds,
+    ModelDescription,
     NgramConfig,
-    TableDataConfig,
-    TableRecipe,
+    NgramDataConfig,
+    NgramRecipe,
+    Node,
+    PatchingConfig,
+    Recipe,
+    TransformerConfig,
     differences,
     dump_yaml,
+    kinds,
     load_recipe,
+    nearest,
+    open_node,
     parse,
+    read_mapping,
     recipe_names,
 )
 from bytelm.errors import ConfigError
@@ -23,12 +43,61 @@ RECIPE = {
     "patching": {"kind": "entropy", "patch_size": 4.5},
     "train": {"steps": 10},
 }
+PATCHING = [
+    {"kind": "entropy", "threshold": 1.3354},
+    {"kind": "monotonic", "increase": -1e-7, "max_length": 8},
+    {"kind": "combined", "patch_size": 4.5, "increase": 1e22},
+    {"kind": "static", "length": 4},
+    {"kind": "space"},
+    {"kind": "byte"},
+]
+TRANSFORMER = {"kind": "transformer", "dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8}
+
+sizes = st.integers(2, 32)
+positive = st.integers(1, 10**6)
+rates = st.floats(1e-9, 1e3)
+words = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=8)
+
+
+@st.composite
+def recipes(draw):
+    """Recipes with the options in which YAML, types and names are most likely to go wrong."""
+    model = merged(
+        RECIPE["model"],
+        {
+            "hash_embeddings": {"num_buckets": draw(positive), "sizes": draw(st.lists(sizes))},
+            "local": {"num_kv_heads": draw(st.sampled_from([None, 1, 2]))},
+            "global_model": {"norm_eps": draw(rates), "qk_norm": draw(st.booleans())},
+        },
+    )
+    parts = st.dictionaries(st.sampled_from(BLTConfig.lr_parts), rates, max_size=3)
+    return Recipe.model_validate(
+        {
+            "model": model,
+            "patching": draw(st.sampled_from(PATCHING)),
+            "data": {
+                "path": draw(words),
+                "mixture": draw(st.none() | st.dictionaries(words, rates, min_size=1)),
+            },
+            "optimizer": {"learning_rate": draw(rates), "lr_multipliers": draw(parts)},
+            "train": {"steps": draw(positive), "compile": draw(st.sampled_from([None, True]))},
+        }
+    )
+
+
+def earlier(recipe):
+    """Return a recipe as plain data in the names of earlier versions."""
+    data = recipe.model_dump()
+    ngrams = data["model"]["ngrams"] = data["model"].pop("hash_embeddings")
+    ngrams["rows"] = ngrams.pop("num_buckets")
+    data["optimizer"]["rates"] = data["optimizer"].pop("lr_multipliers")
+    return data
 
 
 @pytest.fixture
 def path(tmp_path):
     target = tmp_path / "recipe.yaml"
-    target.write_text(yaml.safe_dump(RECIPE))
+    target.write_text(dump_yaml(Recipe.model_validate(RECIPE)))
     return str(target)
 
 
@@ -38,17 +107,70 @@ def error(path, *overrides):
     return str(caught.value)
 
 
-def test_recipes_survive_being_written_and_read(path, tmp_path):
-    recipe = load_recipe(path, ["data.mixture={a: 1.0, b: 2.5}", "optimizer.learning_rate=1e-3"])
-    (tmp_path / "copy.yaml").write_text(dump_yaml(recipe))
-    assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
+# YAML -------------------------------------------------------------------------------------------
+
+
+@given(recipes())
+def test_recipes_survive_being_written_and_read(recipe):
+    assert parse(Recipe, read_mapping(dump_yaml(recipe), "test"), "test") == recipe
+
+
+@given(recipes())
+def test_recipes_of_earlier_versions_are_read(recipe):
+    assert parse(Recipe, earlier(recipe), "test") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0o10", 8),
+        ("1e-3", 0.001),
+        ("1_000", 1000),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("2026-11-01", "2026-11-01"),
+        ("12:30:00", "12:30:00"),
+        ("[1, 2]", [1, 2]),
+    ],
+)
+def test_values_are_those_of_yaml_1_2_without_dates(text, value):
+    found = read_mapping(f"a: {text}", "test")["a"]
+    assert (found, type(found)) == (value, type(value))
+    assert read_mapping("a: 0", "test", [f"a={text}"]) == {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("- a\n", "must hold a mapping, not list"),
+        ("", "NoneType"),
+        ("train: {steps: 1}\ntrain: {steps: 2}\n", 'found duplicate key "train"'),
+        ("model: !!python/object:os.system {}", "is not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipe_are_named(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_text(content)
+    assert message in error(str(tmp_path / "r.yaml"))
+
+
+def test_sections_that_share_an_anchor_are_overridden_apart():
+    text = "a: &shared {x: {y: 1}}\nb: *shared\n"
+    assert read_mapping(text, "test", ["a.x.y=2"]) == {"a": {"x": {"y": 2}}, "b": {"x": {"y": 1}}}
+
+
+# Overrides --------------------------------------------------------------------------------------
 
 
 def test_overrides_reach_any_depth_and_are_read_as_yaml(path):
     recipe = load_recipe(
         path,
         [
-            "model.ngrams.sizes=[2, 3]",
+            "model.hash_embeddings.sizes=[2, 3]",
             "train.micro_rows=2",
             "optimizer.learning_rate=1e-3",
             "train.compile=true",
@@ -57,10 +179,32 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml(path):
         ],
     )
     assert isinstance(recipe.model, BLTConfig)
-    assert recipe.model.ngrams.sizes == (2, 3)
+    assert recipe.model.hash_embeddings.sizes == (2, 3)
     assert recipe.optimizer.learning_rate == 0.001
     assert recipe.train.compile is True
     assert recipe.data.path == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("old", "present"),
+    [
+        ("model.ngrams.rows=53", "model.hash_embeddings.num_buckets=53"),
+        ("model.ngrams={rows: 53}", "model.hash_embeddings={num_buckets: 53}"),
+        ("model.hash_embeddings={rows: 53}", "model.hash_embeddings={num_buckets: 53}"),
+        ("optimizer.rates.global=0.1", "optimizer.lr_multipliers.global=0.1"),
+        ("optimizer.rates={global: 0.1}", "optimizer.lr_multipliers={global: 0.1}"),
+    ],
+)
+def test_overrides_may_use_names_of_earlier_versions(path, old, present):
+    assert load_recipe(path, [old]) == load_recipe(path, [present]) != load_recipe(path)
+
+
+def test_an_old_override_wins_over_the_recipes_own_value(path):
+    recipe = load_recipe(path, ["model.hash_embeddings.num_buckets=7", "model.ngrams.rows=9"])
+    assert recipe.model.hash_embeddings.num_buckets == 9
+
+
+# Mistakes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,8 +219,15 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml(path):
         ("train.steps=0", "train.steps: Input should be greater than or equal to 1, not 0"),
         ("patching.patch_size=1", "patching.patch_size: Input should be greater than 1"),
         ("model.local.num_heads=3", "dim 32 must be num_heads 3 times an even head dimension"),
-        ("model.kind=mamba", "Input tag 'mamba' found using 'kind' does not match any of"),
+        ("model.local.num_kv_heads=3", "num_heads 2 must be a multiple of num_kv_heads 3"),
+        ("model.kind=mamba", "model.kind: 'mamba' is none of transformer, blt"),
+        ("model.kind=blts", "is none of transformer, blt; did you mean 'blt'?"),
+        ("model.kind=null", "model.kind: None is none of transformer, blt"),
+        ("patching={}", "'patching.kind' is missing: one of byte, static, space, entropy,"),
         ("patching=null", "a blt model needs a patching section"),
+        ("data.path=007", "data.path: Input should be a valid string, not 7: write it in quotes"),
+        ("data.tokenizer=t.json", "a blt model reads bytes: remove data.tokenizer"),
+        ("optimizer.lr_multipliers.head=2", "lr_multipliers names 'head'; of a blt model it can"),
         ("train", "must have the form key.path=value"),
         ("=3", "must have the form key.path=value"),
         ("train.steps.more=3", "'steps' holds a value, not a section"),
@@ -90,44 +241,48 @@ def test_mistakes_are_named_with_the_path_and_the_nearest_name(path, override, m
     assert message in error(path, override)
 
 
-def test_missing_keys_are_named(tmp_path):
+def test_missing_keys_are_named_unless_another_is_misspelt(path, tmp_path):
     (tmp_path / "r.yaml").write_text("model: {kind: transformer}\n")
     assert "'model.dim' is missing" in error(str(tmp_path / "r.yaml"))
+    message = error(str(tmp_path / "r.yaml"), "model.dmi=3")
+    assert "unknown key 'model.dmi'; did you mean 'dim'?" in message
 
 
-def test_a_table_takes_no_training_options(tmp_path):
+def test_mistakes_in_lists_and_mappings_of_sections_are_located():
+    class Item(Node):
+        size: int
+
+    class Box(Node):
+        items: dict[str, Item] = Field(default_factory=dict)
+        rows: Annotated[tuple[Item, ...], "metadata"] = ()
+
+    for data, where in (
+        ({"items": {"first": {"size": 1}, "second": {"sise": 1}}}, "items.second.sise"),
+        ({"rows": [{"size": 1}, {"sise": 2}]}, "rows.1.sise"),
+    ):
+        with pytest.raises(ConfigError, match=f"'{where}'; did you mean 'size'"):
+            parse(Box, merged({}, data) | {"rows": tuple(data.get("rows", ()))}, "test")
+
+
+def test_an_ngram_scorer_takes_no_training_options(tmp_path):
     (tmp_path / "r.yaml").write_text("model: {kind: ngram}\n")
     recipe = load_recipe(str(tmp_path / "r.yaml"), ["seed=3", "data.path=d"])
-    assert recipe == TableRecipe(model=NgramConfig(), data=TableDataConfig(path="d"), seed=3)
+    assert recipe == NgramRecipe(model=NgramConfig(), data=NgramDataConfig(path="d"), seed=3)
     message = error(str(tmp_path / "r.yaml"), "optimizer.learning_rate=9.0")
     assert "unknown key 'optimizer'" in message
     assert "valid here: model, data, seed" in message
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("model: [", "is not valid YAML"),
-        ("- a\n", "must hold a mapping, not list"),
-        ("", "NoneType"),
-        ("train: {steps: 1}\ntrain: {steps: 2}\n", "key 'train' is given twice"),
-    ],
-)
-def test_files_that_are_no_recipe_are_named(tmp_path, content, message):
-    (tmp_path / "r.yaml").write_text(content)
-    assert message in error(str(tmp_path / "r.yaml"))
-
-
 def test_unknown_recipes_are_named_with_the_nearest(tmp_path):
     assert "did you mean 'blt-1b'?" in error("blt-1bb")
     assert re.search("cannot read recipe .*: .*directory", error(str(tmp_path)))
+    assert nearest("nothing", ["like", "it"]) == ""
 
 
 def test_a_transformer_takes_no_patching(path):
-    message = error(
-        path, "model={kind: transformer, dim: 8, num_layers: 1, num_heads: 1, ffn_dim: 8}"
+    assert "a transformer model has no patches: remove patching" in error(
+        path, f"model={TRANSFORMER}".replace("'", "")
     )
-    assert "a transformer model has no patches: remove patching" in message
 
 
 def test_differences_are_listed_by_path():
@@ -137,6 +292,11 @@ def test_differences_are_listed_by_path():
         "d: 3 -> None",
         "e: None -> 4",
     ]
+
+
+@given(recipes(), recipes())
+def test_recipes_are_equal_if_they_have_no_differences(one, other):
+    assert (one == other) == (not differences(one.model_dump(), other.model_dump()))
 
 
 def test_the_combined_rule_needs_its_increase():
@@ -152,3 +312,123 @@ def test_learned_queries_need_encoder_cross_attention():
 
 def test_recipes_are_listed():
     assert {"blt-8b", "entropy-100m", "entropy-ngram"} <= set(recipe_names())
+
+
+# Blocks and rules -------------------------------------------------------------------------------
+
+
+def test_a_block_has_the_heads_that_its_options_say():
+    block = BlockConfig(dim=64, num_heads=8, ffn_dim=96)
+    assert (block.kv_heads, block.head_width) == (8, 8)
+    block = BlockConfig(dim=64, num_heads=8, num_kv_heads=2, head_dim=12, ffn_dim=96)
+    assert (block.kv_heads, block.head_width) == (2, 12)
+    with pytest.raises(ValueError, match="even head dimension"):
+        BlockConfig(dim=64, num_heads=8, head_dim=7, ffn_dim=96)
+
+
+def test_no_hash_embeddings_are_the_same_as_none_of_any_size():
+    config = parse(TransformerConfig, {**TRANSFORMER, "hash_embeddings": {"sizes": []}}, "test")
+    assert config.hash_embeddings is None
+    config = parse(TransformerConfig, {**TRANSFORMER, "hash_embeddings": {"sizes": [3]}}, "test")
+    assert config.hash_embeddings == HashEmbeddingConfig(sizes=(3,))
+
+
+@pytest.mark.parametrize("data", PATCHING)
+def test_rules_say_whether_they_need_calibration_and_how_long_patches_will_be(data):
+    rule = parse(ModelDescription, {"model": RECIPE["model"], "patching": data}, "test").patching
+    planned = {"static": 4.0, "byte": 1.0, "combined": 4.5}
+    assert rule.planned_size == planned.get(data["kind"])
+    assert rule.needs_calibration == (data["kind"] == "combined")
+    if isinstance(rule, CalibratedPatching):
+        calibrated = rule.with_threshold(0.25)
+        assert getattr(calibrated, rule.threshold_name) == 0.25
+        assert not calibrated.needs_calibration
+
+
+# Kinds ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registries():
+    """Leave the registries as they were."""
+    before = dict(RULES._nodes)
+    yield
+    RULES._nodes.clear()
+    RULES._nodes.update(before)
+    for user in Kinds._users:
+        user.model_rebuild(force=True)
+
+
+class EveryOther(PatchingConfig):
+    kind: Literal["every_other"] = "every_other"
+    phase: int = 0
+
+
+ADDED = {"patching": {"kind": "every_other", "phase": 1}}
+
+
+def test_a_kind_that_is_added_is_known_to_recipes_and_checkpoints(registries):
+    with pytest.raises(ConfigError, match="'every_other' is none of byte, static"):
+        parse(Recipe, {**RECIPE, **ADDED}, "test")
+    assert RULES.add(EveryOther) is EveryOther
+    recipe = parse(Recipe, {**RECIPE, **ADDED}, "test")
+    assert recipe.patching == EveryOther(phase=1)
+    assert parse(Recipe, read_mapping(dump_yaml(recipe), "test"), "test") == recipe
+    description = parse(ModelDescription, {"model": RECIPE["model"], **ADDED}, "test")
+    assert description.patching == EveryOther(phase=1)
+    with pytest.raises(ConfigError, match=r"'patching\.phse'; did you mean 'phase'"):
+        parse(Recipe, {**RECIPE, "patching": {"kind": "every_other", "phse": 1}}, "test")
+
+
+def test_a_kind_cannot_be_taken_twice_or_have_no_name(registries):
+    RULES.add(EveryOther)
+    RULES.add(EveryOther)  # the same module may be imported twice
+
+    class Another(PatchingConfig):
+        kind: Literal["every_other"] = "every_other"
+
+    with pytest.raises(ConfigError, match="'every_other' exists already, as EveryOther"):
+        RULES.add(Another)
+
+    class Nameless(Node):
+        size: int = 1
+
+    with pytest.raises(ConfigError, match="Nameless has no kind: declare"):
+        Kinds("thing").add(Nameless)
+
+
+def test_kinds_of_other_packages_are_imported_when_one_is_not_known(registries, monkeypatch):
+    asked = []
+
+    def found(group):
+        asked.append(group)
+        return [EntryPoint("mine", "test_config:add_every_other", group)]
+
+    monkeypatch.setattr(kinds, "entry_points", found)
+    monkeypatch.setattr(EntryPoint, "load", lambda _: RULES.add(EveryOther))
+    assert parse(Recipe, {**RECIPE, "train": {"steps": 3}}, "test")
+    assert not asked  # a recipe of known kinds imports nothing
+    assert parse(Recipe, {**RECIPE, **ADDED}, "test").patching == EveryOther(phase=1)
+    assert asked == ["bytelm.kinds"]
+
+
+def test_open_fields_of_nodes_made_elsewhere_follow_too(registries):
+    things: Kinds[Node] = Kinds("thing")
+
+    class First(Node):
+        kind: Literal["first"] = "first"
+
+    class Second(Node):
+        kind: Literal["second"] = "second"
+
+    things.add(First)
+
+    @open_node
+    class Holder(Node):
+        thing: Annotated[Node, things]
+
+    assert parse(Holder, {"thing": {"kind": "first"}}, "test").thing == First()
+    with pytest.raises(ConfigError, match=r"thing\.kind: 'second' is none of first"):
+        parse(Holder, {"thing": {"kind": "second"}}, "test")
+    things.add(Second)
+    assert parse(Holder, {"thing": {"kind": "second"}}, "test").thing == Second()

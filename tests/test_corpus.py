@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import json
 import lzma
@@ -5,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,17 +30,23 @@ def read(*arguments, **options):
     return [(d.source, d.data) for i in inputs for d in reader.read(i)]
 
 
-def zstd(data):
+def arrow_compress(codec, data):
     sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as out:
+    with pa.CompressedOutputStream(sink, codec) as out:
         out.write(data)
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"),
-    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)],
-)
+COMPRESSORS = {
+    ".bz2": bz2.compress,
+    ".gz": gzip.compress,
+    ".lz4": partial(arrow_compress, "lz4"),
+    ".xz": lzma.compress,
+    ".zst": partial(arrow_compress, "zstd"),
+}
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), *COMPRESSORS.items()])
 def test_records_and_text_are_read_through_compression(tmp_path, suffix, compress):
     (tmp_path / f"books-03.jsonl{suffix}").write_bytes(compress(JSONL))
     (tmp_path / f"raw.txt{suffix}").write_bytes(compress(b"\xff\x00any bytes\r\n"))
@@ -180,17 +188,27 @@ def test_lone_surrogates_in_json_are_kept(tmp_path):
     assert read(tmp_path / "a.jsonl") == [("a", b"\xed\xa0\x80")]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.xz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_that_were_joined_are_read_to_the_end(tmp_path, suffix):
+    parts = [COMPRESSORS[suffix](bytes([letter]) * 100_000) for letter in b"abc"]
+    (tmp_path / f"a.txt{suffix}").write_bytes(b"".join(parts))
+    ((_, data),) = read(tmp_path)
+    assert data == b"a" * 100_000 + b"b" * 100_000 + b"c" * 100_000
+
+
+DAMAGED = {
+    "a.parquet": b"PAR1nonsense",
+    **{f"a.jsonl{suffix}": compress(JSONL * 1000) for suffix, compress in COMPRESSORS.items()},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files_are_named(tmp_path, name):
-    whole = {
-        "a.txt.gz": gzip.compress(b"x" * 10_000),
-        "a.txt.xz": lzma.compress(b"x" * 10_000),
-        "a.jsonl.zst": zstd(JSONL * 1000),
-        "a.parquet": b"PAR1nonsense",
-    }[name]
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=f"cannot read .*{name}"):
-        read(tmp_path / name)
+    whole = DAMAGED[name]
+    for damaged in (whole[: len(whole) // 2], b"nonsense" + whole):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=f"cannot read .*{name}"):
+            read(tmp_path / name)
 
 
 def test_missing_inputs_are_named(tmp_path):
@@ -212,8 +230,9 @@ def test_one_line_of_many_megabytes(tmp_path):
     assert [len(data) for _, data in read(tmp_path)] == [len(text)] * 2
 
 
-def test_progress_follows_the_compressed_file(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL * 3000))
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_progress_follows_the_compressed_file(tmp_path, suffix):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESSORS[suffix](JSONL * 3000))
     (source,) = find_inputs([str(tmp_path)], ReadOptions())
     reader, positions = Reader(ReadOptions()), []
     for _ in reader.read(source):

@@ -18,7 +18,7 @@ import bytelm
 from builders import LargestTensor, pack, random_ids
 from bytelm import codec, interop
 from bytelm.errors import CheckpointError
-from bytelm.generation import start_session
+from bytelm.inference import Session
 from bytelm.patching import Patcher, SpaceRule, StaticRule
 from foreign import hf_model, save_official
 
@@ -95,7 +95,7 @@ def test_cached_steps_equal_one_full_forward(lm, theirs, pieces):
         ]
     is_fault(gap(torch.cat(steps), logits(theirs, ids[None])[0]) > FAR, "cache")
 
-    session = start_session(lm.module)
+    session = Session(lm.module)
     steps = [session.feed(piece) for piece in ids.split(pieces)]
     assert gap(torch.cat(steps), lm.module(ids[None])[0]) < CLOSE
 

@@ -12,7 +12,7 @@ from builders import ids_of, random_ids
 from bytelm import codec, interop
 from bytelm.interop import huggingface
 from bytelm.interop.names import blt_names
-from foreign import VARIANTS, hf_model, save_official
+from foreign import SCALED, VARIANTS, hf_model, save_official
 
 
 def imported(theirs, folder):
@@ -21,9 +21,12 @@ def imported(theirs, folder):
     return interop.import_hf(folder)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+ALL = {**VARIANTS, **SCALED}
+
+
+@pytest.fixture(scope="module", params=ALL)
 def pair(request, tmp_path_factory):
-    theirs = hf_model(**VARIANTS[request.param])
+    theirs = hf_model(**ALL[request.param])
     return imported(theirs, tmp_path_factory.mktemp("pair") / "hf"), theirs
 
 
@@ -138,8 +141,7 @@ def test_several_encoder_layers_refine_one_pooling_as_in_the_official_code(tmp_p
     with torch.no_grad():
         patches = lm.module.segment(ids).patches
         expected = reference_official_encoder(theirs, ids, patches.encoder_ids, patches.num_patches)
-        context = blt.encoder.spec.over_rows(patches.documents, patches.positions)
-        states = blt.encoder.byte_states(blt.encoder.embedding(ids, patches.positions), context)
+        states, _ = blt.encode(ids, patches.documents, patches.positions)
         vectors = blt.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
         expected = theirs.model.global_transformer.token_embedding_projection(
             expected.reshape(1, patches.num_patches, -1)

@@ -49,3 +49,9 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
         draw_entropies(text(b"ab"), tmp_path / "a.nonsense")
     with pytest.raises(ConfigError, match="cannot write"):
         draw_entropies(text(b"ab"), tmp_path / "missing" / "a.svg")
+
+
+def test_a_figure_without_a_suffix_is_a_png(tmp_path):
+    draw_entropies(text(b"ab"), tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -20,10 +20,7 @@ windows = st.sampled_from([None, 1, 2, 100, 128, 129, 512])
 
 def dense(documents, window):
     """What each query sees, position by position."""
-    index = torch.arange(documents.shape[1])
-    distance = index[:, None] - index
-    seen = (distance >= 0) & (distance < (window or len(index)))
-    return seen & (documents[:, :, None] == documents[:, None])
+    return kernels.Mask(documents, window).allowed(0, documents.shape[1])
 
 
 @given(rows, windows)
@@ -67,7 +64,7 @@ def test_flex_attention_under_the_mask_equals_the_reference(window):
     mask = flex_mask(documents, window)
     heads_first = (x.transpose(1, 2) for x in (queries, keys, values))
     out = flex_attention(*heads_first, block_mask=mask).transpose(1, 2)
-    expected = kernels.reference_attention(queries, keys, values, documents, window)
+    expected = kernels.reference_attention(queries, keys, values, kernels.Mask(documents, window))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -75,11 +72,13 @@ def test_flex_attention_under_the_mask_equals_the_reference(window):
 @pytest.mark.parametrize("window", [None, 100, 512])
 def test_attention_on_cuda_equals_the_reference_with_gradients(window):
     documents = torch.arange(4).repeat_interleave(torch.tensor([700, 1, 900, 447]))[None].cuda()
-    inputs = torch.randn(3, 1, 2048, 2, 64, device="cuda").unbind()
+    mask = kernels.Mask(documents, window)
+    queries = torch.randn(1, 2048, 4, 64, device="cuda")
+    inputs = [queries, *torch.randn(2, 1, 2048, 2, 64, device="cuda")]
     results = []
     for function in (
-        lambda *x: kernels.attention(*x, kernels.attention_mask(documents, window)),
-        lambda *x: kernels.reference_attention(*x, documents, window),
+        lambda *x: kernels.attention(*x, kernels.plan_attention(mask)),
+        lambda *x: kernels.reference_attention(*x, mask),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = function(*leaves)
@@ -91,7 +90,7 @@ def test_attention_on_cuda_equals_the_reference_with_gradients(window):
 
 COMPILED = """
 import torch
-from bytelm.kernels import reference_attention
+from bytelm.kernels import Mask, reference_attention
 from bytelm.kernels.flex import flex, flex_mask
 
 @torch.compile(fullgraph=True, backend="aot_eager")
@@ -102,7 +101,7 @@ def attend(queries, keys, values, documents):
 inputs = torch.randn(3, 1, 384, 2, 16).unbind()
 for first in (130, 30, 384):
     documents = torch.arange(384)[None].ge(first).long()
-    expected = reference_attention(*inputs, documents, 100)
+    expected = reference_attention(*inputs, Mask(documents, 100))
     torch.testing.assert_close(attend(*inputs, documents), expected, rtol=1e-5, atol=1e-5)
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 """

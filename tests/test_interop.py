@@ -16,7 +16,7 @@ from bytelm import codec, interop
 from bytelm.config import EntropyPatching, ModelDescription, StaticPatching
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.interop import huggingface, weights
-from foreign import VARIANTS, hf_model, save_consolidated, save_official
+from foreign import SCALED, VARIANTS, hf_model, save_consolidated, save_official
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -54,7 +54,9 @@ def test_every_format_gives_the_same_model(tmp_path, theirs):
         assert torch.equal(logits(other), expected)
 
 
-def test_there_and_back_gives_the_same_bits(tmp_path, theirs):
+@pytest.mark.parametrize("variant", [*VARIANTS, *SCALED])
+def test_there_and_back_gives_the_same_bits(tmp_path, variant):
+    theirs = hf_model(**{**VARIANTS, **SCALED}[variant])
     theirs.save_pretrained(tmp_path / "hf")
     interop.convert_hf(tmp_path / "hf", tmp_path / "ours")
     lm = bytelm.load(tmp_path / "ours", "cpu", "stored")
@@ -222,7 +224,8 @@ def test_a_failed_download_is_explained(tmp_path, monkeypatch):
 
 BLT_REFUSALS = [
     ({"norm_type": "layernorm"}, "norm_type is 'layernorm', where bytelm supports only 'rmsnorm'"),
-    ({"n_kv_heads": 1}, "n_kv_heads is 1"),
+    ({"n_kv_heads_global": 1}, r"layers.0.attention.wk.weight has shape \[48, 48\], not \[24"),
+    ({"n_heads_global": 3, "n_kv_heads_global": 2}, "must be a multiple of num_kv_heads 2"),
     ({"cross_attn_window_encoder": 2}, "cross_attn_window_encoder is 2"),
     ({"downsampling_by_pooling": "avg"}, "downsampling_by_pooling is 'avg'"),
     ({"cross_attn_init_by_pooling": False}, "cross_attn_init_by_pooling is off"),
@@ -240,7 +243,7 @@ BLT_REFUSALS = [
     ({"rope_theta": True}, "rope_theta is True"),
     ({"n_heads_local_encoder": 0, "n_heads_local_decoder": 0}, "num_heads"),
     ({"multiple_of": 0}, "multiple_of is 0"),
-    ({"encoder_hash_byte_group_size": "3;4"}, "ngrams.sizes"),
+    ({"encoder_hash_byte_group_size": "3;4"}, "hash_embeddings.sizes"),
     ({"max_patch_length": 0}, "max_length"),
     ({"max_encoder_seq_length": -1}, "context_bytes"),
     ({"encoder_hash_byte_group_vocab": 98}, r"encoder_hash_tok_embedding.0.weight has shape \[97"),
@@ -294,11 +297,22 @@ HF_REFUSALS = [
     ({"max_patch_length": 0}, "max_length"),
     ({"something": [1]}, r"something is \[1\], an option that bytelm does not know"),
     ({"cross_attn_k": 3}, "cross_attn_k is 2, where bytelm supports only 3"),
-    ({"encoder_config": {"rms_norm_eps": 1e-6}}, "encoder_config: rms_norm_eps is 1e-06"),
-    ({"encoder_config": {"num_key_value_heads": 1}}, "num_key_value_heads is 1"),
+    ({"encoder_config": {"rms_norm_eps": 1e-6}}, "encoder's eps is 1e-06 and the decoder's 1e-05"),
+    ({"encoder_config": {"num_key_value_heads": 1}}, "has 1 key-value heads for 2 heads"),
+    (
+        {"encoder_config": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
+        "the encoder's scaling is .*'linear'.* and the decoder's None",
+    ),
+    (
+        {"global_config": {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}},
+        "lacks low_freq_factor",
+    ),
     ({"decoder_config": {"intermediate_size": 64}}, "the encoder's ffn is 48 and the decoder's 64"),
     ({"global_config": {"hidden_act": "gelu"}}, "global_config: hidden_act is 'gelu'"),
-    ({"patcher_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type is 'yarn'"),
+    (
+        {"patcher_config": {"rope_parameters": {"rope_type": "yarn"}}},
+        "rope_type 'yarn' is not supported",
+    ),
     (
         {"encoder_config": {"cross_attn_all_layers": True, "num_hidden_layers": 2}},
         "pools anew before each",
@@ -435,21 +449,21 @@ def test_models_transformers_cannot_run_are_refused_by_name(tmp_path, model):
         changed = cross.model_copy(update=changes)
         return {"model": config.model_copy(update={"cross_attention": changed})}
 
-    ngrams = config.ngrams.model_copy(update={"combine": "mean"})
-    tables = {"ngrams": config.ngrams}
+    ngrams = config.hash_embeddings.model_copy(update={"combine": "mean"})
+    tables = {"hash_embeddings": config.hash_embeddings}
     cases = [
         (with_cross(residual="single"), "residual=single, where it has doubled"),
         (with_cross(num_heads=4), "num_heads=4"),
         (with_cross(decoder="none"), "decoder=none"),
         (with_cross(queries="learned"), "queries=learned"),
-        ({"model": config.model_copy(update={"ngrams": ngrams})}, "combine=mean"),
+        ({"model": config.model_copy(update={"hash_embeddings": ngrams})}, "combine=mean"),
         ({"model": scorer.model}, "a transformer model is not a BLT"),
         ({"patching": StaticPatching(length=4)}, "patching.kind=static"),
         ({"patching": EntropyPatching(threshold=1.0, max_length=6)}, "max_length"),
         ({"scorer": scorer.model_copy(update={"reset_at_newline": True})}, "reset_at_newline"),
         (
             {"scorer": scorer.model_copy(update={"model": scorer.model.model_copy(update=tables)})},
-            "scorer.model.ngrams",
+            "scorer.model.hash_embeddings",
         ),
     ]
     base = {"patching": rule, "model": config, "scorer": scorer}

@@ -6,14 +6,15 @@ from builders import random_ids, random_patched
 from bytelm.checkpoint import save_model
 from bytelm.config import (
     EntropyPatching,
+    FittedNgramConfig,
     ModelDescription,
     NgramConfig,
     SpacePatching,
     StaticPatching,
-    TableConfig,
 )
 from bytelm.errors import ConfigError
-from bytelm.model.ngram import fit_ngram_scorer
+from bytelm.lm import ScorerLM
+from bytelm.scoring import fit_ngram_scorer
 from test_checkpoint import patched_description
 
 
@@ -68,10 +69,10 @@ def test_generation_is_bytes_and_streams_text(lm):
     )
 
 
-def test_a_table_patches_and_does_not_predict(tmp_path):
-    table = fit_ngram_scorer([random_ids(300, num_values=9).numpy()], NgramConfig(max_order=2))
-    description = ModelDescription(model=TableConfig(max_order=2, num_contexts=len(table.keys)))
-    save_model(tmp_path / "t", table, description)
+def test_an_ngram_scorer_patches_and_does_not_predict(tmp_path):
+    ngrams = fit_ngram_scorer([random_ids(300, num_values=9).numpy()], NgramConfig(max_order=2))
+    config = FittedNgramConfig(max_order=2, num_contexts=len(ngrams.keys))
+    save_model(tmp_path / "t", ScorerLM(ngrams), ModelDescription(model=config))
     lm = bytelm.load(tmp_path / "t")
     assert lm.patch("abc", EntropyPatching(threshold=99.0)).patches == [b"abc"]
     with pytest.raises(ConfigError, match="it can patch text, not predict it"):

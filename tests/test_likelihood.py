@@ -9,22 +9,24 @@ from builders import (
     byte_strings,
     ids_of,
     random_blt,
+    random_byte_lm,
     random_patched,
     random_transformer,
     threshold_between,
 )
 from bytelm import codec
 from bytelm.errors import ConfigError
-from bytelm.evaluation import evaluate, likelihood, total
-from bytelm.model.patched import PatchedModel
-from bytelm.model.scorers import TransformerScorer
+from bytelm.evaluation import evaluate, total
+from bytelm.lm import PatchedLM
 from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patches
+from bytelm.scoring import TransformerScorer
+from bytelm.training import objective
 
 MODELS = {
     "patched": random_patched,
     "reset": lambda: random_patched(reset=True),
     "space": lambda: random_patched(rule=SpaceRule()),
-    "transformer": random_transformer,
+    "transformer": random_byte_lm,
 }
 
 
@@ -61,13 +63,13 @@ def test_every_byte_is_scored_once_whatever_the_stride(model, stride):
     found = evaluate(model, [("x", data)], context_bytes=30, stride=stride)["x"]
     assert found.num_bytes == len(data)
     assert found.num_positions == len(data) + 1
-    if found.num_patches:
-        assert 1 <= found.patch_size <= 30
+    if found.num_units:
+        assert 1 <= found.unit_bytes <= 30
 
 
 def test_overlap_gives_bytes_more_context_and_pieces_keep_whole_document_entropies():
     """With a stride of one, each byte is predicted from exactly the context before it."""
-    model, context = random_transformer(window=None), 12
+    model, context = random_byte_lm(window=None), 12
     data = b"forty bytes of text, give or take a few."
     ids = torch.from_numpy(codec.encode(data))
     expected = 0.0
@@ -85,11 +87,11 @@ def test_patches_are_those_of_the_whole_document():
     model = wide_scorer_model()
     data = b"one document, patched as a whole, whatever the pieces " * 3
     whole = model.segment(ids_of(data)[None])
-    assert evaluate(model, [("x", data)], context_bytes=1000)["x"].num_patches == (
+    assert evaluate(model, [("x", data)], context_bytes=1000)["x"].num_units == (
         whole.patches.num_patches
     )
     pieces = evaluate(model, [("x", data)], context_bytes=20, stride=1)["x"]
-    assert pieces.num_patches == whole.patches.num_patches
+    assert pieces.num_units == whole.patches.num_patches
 
     # Without overlap each piece begins with a patch of one byte; all other patches are the same.
     ids, cut = codec.encode(data, eos=True), 0
@@ -100,7 +102,7 @@ def test_patches_are_those_of_the_whole_document():
         boundary = model.patcher.next_boundary(piece, entropies)
         cut += build_patches(boundary).num_patches
     found = evaluate(model, [("x", data)], context_bytes=20)["x"]
-    assert found.num_patches == cut
+    assert found.num_units == cut
 
 
 def wide_scorer_model():
@@ -108,20 +110,20 @@ def wide_scorer_model():
     data = ids_of(b"one document, patched as a whole, whatever the pieces " * 3)
     with torch.no_grad():
         threshold = threshold_between(scorer.entropies(data[None]), 0.6)
-    return PatchedModel(random_blt(), Patcher(EntropyRule(threshold=threshold)), scorer).eval()
+    return PatchedLM(random_blt(), Patcher(EntropyRule(threshold=threshold)), scorer).eval()
 
 
 def test_rows_are_no_longer_than_what_they_hold(monkeypatch):
     lengths = []
-    inner = likelihood.make_batch
+    inner = objective.make_batch
 
     def watched(rows):
         batch = inner(rows)
         lengths.append(batch.ids.shape[1])
         return batch
 
-    monkeypatch.setattr(likelihood, "make_batch", watched)
-    evaluate(random_transformer(), [("x", b"short"), ("x", b"also")], context_bytes=1000)
+    monkeypatch.setattr(objective, "make_batch", watched)
+    evaluate(random_byte_lm(), [("x", b"short"), ("x", b"also")], context_bytes=1000)
     assert lengths == [11]
 
 
@@ -136,7 +138,7 @@ def test_totals():
 
 
 def test_text_without_bytes_and_bad_strides():
-    model = random_transformer()
+    model = random_byte_lm()
     assert evaluate(model, [("a", b"")], context_bytes=9)["a"].num_bytes == 0
     assert evaluate(model, [], context_bytes=9) == {}
     for stride in (-1, 0, 10):

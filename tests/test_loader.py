@@ -16,12 +16,12 @@ from bytelm.data import (
     PrepareOptions,
     ReadOptions,
     Row,
-    Stretch,
     prepare,
 )
-from bytelm.data.packing import make_batch, stretch_boundaries
+from bytelm.data.packing import make_batch
 from bytelm.errors import DataError
 from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patches
+from bytelm.units import ByteUnits, PatchUnits, Span
 
 SIZES = {"alpha": [5, 700, 40], "beta": [1, 1, 90], "gamma": [2000]}
 
@@ -45,9 +45,9 @@ def dataset(tmp_path_factory):
 def loader(dataset, **changes):
     options = {
         "row_bytes": 64,
-        "row_patches": 20,
+        "row_units": 20,
         "rows_per_step": 6,
-        "patcher": Patcher(SpaceRule()),
+        "units": PatchUnits(Patcher(SpaceRule())),
         "seed": 3,
     }
     return Loader(dataset, **{**options, **changes})
@@ -94,15 +94,15 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(dataset, world_
 
 def test_every_id_is_a_target_once_an_epoch(dataset):
     """Over whole epochs, every position of every document is predicted equally often."""
-    one = loader(dataset, rows_per_step=1, row_patches=None, patcher=None)
+    one = loader(dataset, rows_per_step=1, row_units=None, units=ByteUnits())
     seen = Counter()
     total = sum(n + 1 for sizes in SIZES.values() for n in sizes)
     state = one._streams[0]
     while True:
         row = one._fill(0)
-        for stretch in row.stretches:
-            for offset in range(stretch.num_positions):
-                seen[stretch.document, stretch.begin + offset] += 1
+        for span in row.spans:
+            for offset in range(span.num_positions):
+                seen[span.document, span.begin + offset] += 1
         if sum(seen.values()) >= 3 * total and state.begin == state.end:
             break
     positions = {(d, p) for d in range(len(dataset)) for p in range(int(dataset.lengths[d]) + 1)}
@@ -112,12 +112,10 @@ def test_every_id_is_a_target_once_an_epoch(dataset):
 
 def test_epochs_are_shuffled_differently_and_by_the_seed(dataset):
     def order(seed, pieces):
-        one = loader(dataset, rows_per_step=1, row_patches=None, patcher=None, seed=seed)
+        one = loader(dataset, rows_per_step=1, row_units=None, units=ByteUnits(), seed=seed)
         found = []
         while len(found) < pieces:
-            found += [
-                (s.document, s.begin // 64) for s in one._fill(0).stretches if not s.begin % 64
-            ]
+            found += [(s.document, s.begin // 64) for s in one._fill(0).spans if not s.begin % 64]
         return found[:pieces]
 
     epoch = len(loader(dataset)._components[0])
@@ -134,10 +132,10 @@ def test_rows_keep_to_both_budgets_and_one_of_them_is_used_up(dataset):
         assert batch.ids.shape == (6, 64)
         assert batch.next_boundary is not None
         patches = build_patches(batch.next_boundary, batch.documents)
-        assert torch.equal(patches.counts, batch.patch_counts)
+        assert torch.equal(patches.counts, batch.unit_counts)
         used = (batch.documents >= 0).sum(1)
-        assert ((used == 64) | (batch.patch_counts == 20)).all()
-        assert (batch.patch_counts <= 20).all()
+        assert ((used == 64) | (batch.unit_counts == 20)).all()
+        assert (batch.unit_counts <= 20).all()
         assert torch.equal(batch.targets == IGNORED, batch.documents < 0)
 
 
@@ -150,34 +148,34 @@ def test_targets_are_the_next_ids_of_the_same_document(dataset):
 
 
 @given(st.integers(1, 20), st.integers(1, 40), st.lists(st.integers(0, 60), min_size=1, max_size=5))
-def test_a_packed_row_holds_patches_of_its_stretches_alone(max_patches, max_bytes, sizes):
+def test_a_packed_row_holds_patches_of_its_spans_alone(max_patches, max_bytes, sizes):
     rng = np.random.default_rng(sum(sizes))
-    patcher = Patcher(EntropyRule(threshold=0.5))
-    row = Row(max_bytes, max_patches, patcher)
+    units = PatchUnits(Patcher(EntropyRule(threshold=0.5)))
+    row = Row(max_bytes, max_patches, units)
     for number, size in enumerate(sizes):
         if row.is_full:
             break
         ids = codec.encode(rng.bytes(size), eos=True)
-        taken = row.add(Stretch(number, 0, ids, rng.random(size + 1, dtype=np.float32)))
+        taken = row.add(Span(number, 0, ids, rng.random(size + 1, dtype=np.float32)))
         assert 1 <= taken <= size + 1
     batch = make_batch([row])
     assert batch.next_boundary is not None
-    patches = build_patches(batch.next_boundary, batch.documents, batch.num_patches)
-    assert patches.counts.item() == row.num_patches <= max_patches
-    for number, stretch in enumerate(row.stretches):
+    patches = build_patches(batch.next_boundary, batch.documents, batch.budget)
+    assert patches.counts.item() == row.num_units <= max_patches
+    for number, span in enumerate(row.spans):
         own = batch.next_boundary[0][batch.documents[0] == number].numpy()
-        assert np.array_equal(own, stretch_boundaries(patcher, stretch))
+        assert np.array_equal(own, units.segment(span).next_boundary)
 
 
 def test_a_mixture_sets_the_share_of_bytes(dataset):
     shares = {"alpha": 1.0, "beta": 2.0, "gamma": 5.0}
-    one = loader(dataset, mixture=shares, row_patches=None, patcher=None, rows_per_step=4)
+    one = loader(dataset, mixture=shares, row_units=None, units=ByteUnits(), rows_per_step=4)
     seen = Counter()
     for _ in range(400):
         for r in range(4):
-            for stretch in one._fill(r).stretches:
-                source = dataset.source_names[dataset.source_ids[stretch.document]]
-                seen[source] += stretch.num_positions
+            for span in one._fill(r).spans:
+                source = dataset.source_names[dataset.source_ids[span.document]]
+                seen[source] += span.num_positions
     total = seen.total()
     for name, share in shares.items():
         assert seen[name] / total == pytest.approx(share / 8, rel=0.1)
@@ -187,7 +185,7 @@ def test_bad_requests_are_named(dataset, tmp_path):
     with pytest.raises(DataError, match="names 'delta', which is none of the sources: alpha, beta"):
         loader(dataset, mixture={"delta": 1.0})
     with pytest.raises(DataError, match="has no entropies, which the patching rule needs"):
-        loader(dataset, patcher=Patcher(EntropyRule(threshold=1.0)))
+        loader(dataset, units=PatchUnits(Patcher(EntropyRule(threshold=1.0))))
     with pytest.raises(DataError, match="is of 6 rows a step on each rank, not 4"):
         loader(dataset, rows_per_step=4).restore(loader(dataset).state())
     with pytest.raises(DataError, match="6 rows a step cannot be shared by 8 ranks"):
@@ -204,4 +202,4 @@ def test_micro_batches_are_the_rows_in_order(dataset, rows):
     parts = batch.split(rows)
     assert [len(p.ids) for p in parts[:-1]] == [rows] * (len(parts) - 1)
     assert [row for part in parts for row in rows_of(part)] == rows_of(batch)
-    assert all(part.num_patches == batch.num_patches for part in parts)
+    assert all(part.budget == batch.budget for part in parts)

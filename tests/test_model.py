@@ -7,35 +7,23 @@ from hypothesis import strategies as st
 
 from builders import (
     BLT_VARIANTS,
-    NGRAMS,
     LargestTensor,
     blt_config,
     byte_strings,
     ids_of,
+    lm_models,
     pack,
     random_blt,
     random_ids,
     random_patched,
-    random_transformer,
     threshold_between,
 )
 from bytelm import codec
-from bytelm.generation import start_session
 from bytelm.model.blt import BLT
 from bytelm.model.embedding import PRIMES, ngram_hashes
-from bytelm.patching import EntropyRule, Patcher, SpaceRule, StaticRule, build_patches
+from bytelm.patching import EntropyRule, Patcher, StaticRule, build_patches
 
-MODELS = {
-    **{name: (lambda name=name: random_patched(name)) for name in BLT_VARIANTS},
-    "space": lambda: random_patched(rule=SpaceRule()),
-    "static": lambda: random_patched(rule=StaticRule(3)),
-    "monotonic": lambda: random_patched(rule=EntropyRule(increase=0.05)),
-    "combined": lambda: random_patched(rule=EntropyRule(threshold=4.0, increase=0.01)),
-    "capped": lambda: random_patched(max_length=3),
-    "reset": lambda: random_patched(reset=True),
-    "transformer": random_transformer,
-    "transformer with n-grams": lambda: random_transformer(window=None, ngrams=NGRAMS),
-}
+MODELS = lm_models()
 
 
 @pytest.fixture(params=MODELS, scope="module")
@@ -186,15 +174,10 @@ def test_an_entropy_rule_cuts_where_the_scorers_entropy_exceeds_the_threshold():
     assert torch.equal(patches.encoder_ids[0], starts.cumsum(0) - 1)
 
 
-@pytest.mark.parametrize("run", ["rows", "session"])
-def test_no_tensor_of_a_whole_model_is_bytes_by_patches(run):
+def test_no_tensor_of_a_whole_model_is_bytes_by_patches():
     model, num_bytes = random_patched(rule=StaticRule(2)), 4096
-    ids = random_ids(num_bytes)
     with LargestTensor() as largest, torch.no_grad():
-        if run == "rows":
-            model(ids[None])
-        else:
-            start_session(model).feed(ids)
+        model(random_ids(num_bytes)[None])
     assert 0 < largest.num_bytes < num_bytes * num_bytes // 2
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from builders import byte_strings, cut, ids_of, pack, piece_sizes
 from bytelm import codec
 from bytelm.config import NgramConfig
-from bytelm.model.ngram import fit_ngram_scorer
+from bytelm.scoring import fit_ngram_scorer
 
 TEXT = [b"the cat sat on the mat\n", b"the dog\nsat on the log\n" * 3, b"", b"\xff\x00\xff\x00"]
 
@@ -63,8 +63,8 @@ def test_a_stream_fed_in_any_pieces_equals_scoring_the_document_whole(reset):
     @given(byte_strings, piece_sizes)
     def check(document, sizes):
         ids = ids_of(document)
-        stream = scorer.stream()
-        pieces = [stream.feed(piece) for piece in cut(ids, sizes)]
+        state = scorer.new_state()
+        pieces = [state.prefill(0, piece) for piece in cut(ids, sizes)]
         assert torch.equal(torch.cat(pieces), scorer.entropies(ids[None])[0])
 
     check()

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import byte_strings, cut, ids_of, pack, piece_sizes
+from builders import (
+    CumulativeRule,
+    LearnedRule,
+    byte_strings,
+    cut,
+    ids_of,
+    pack,
+    piece_sizes,
+    randomise_module,
+)
 from bytelm import codec
 from bytelm.patching import (
     PADDING,
@@ -24,6 +33,8 @@ RULES = {
     "global": EntropyRule(threshold=0.6),
     "monotonic": EntropyRule(increase=0.1),
     "combined": EntropyRule(threshold=0.4, increase=0.05),
+    "stateful": CumulativeRule(1.3),
+    "learned": randomise_module(LearnedRule(5)),
 }
 patchers = st.builds(
     Patcher, st.sampled_from(list(RULES.values())), st.sampled_from([None, 1, 2, 3, 7])
@@ -33,7 +44,7 @@ patchers = st.builds(
 def entropies_of(ids):
     """A stand-in for a scorer: a causal function of the last two ids, in 0..1."""
     previous = ids.roll(1, -1)
-    previous[..., 0] = 0
+    previous[..., :1] = 0
     return ((ids * 37 + previous * 11) % 101).float() / 101
 
 
@@ -42,8 +53,17 @@ def starts(next_boundary):
     return [0, *(next_boundary.nonzero().flatten() + 1).tolist()]
 
 
+def states_of(ids):
+    """A stand-in for an encoder: vectors that follow from the last two ids."""
+    seen = torch.stack([entropies_of(ids), ids.float() / 260], -1)
+    return torch.cat((seen, seen.square(), seen[..., :1].sin()), -1)
+
+
 def one(patcher, ids):
-    return patcher.next_boundary(ids[None], entropies_of(ids)[None])[0]
+    with torch.no_grad():
+        return patcher.next_boundary(
+            ids[None], entropies_of(ids)[None], states=states_of(ids)[None]
+        )[0]
 
 
 @given(patchers, byte_strings, byte_strings)
@@ -56,18 +76,64 @@ def test_patching_of_a_prefix_is_the_prefix_of_the_patching(patcher, prefix, res
 @given(patchers, byte_strings, piece_sizes)
 def test_a_stream_fed_in_any_pieces_equals_the_whole(patcher, document, sizes):
     ids = ids_of(document)
-    stream = patcher.stream()
-    fed = zip(cut(ids, sizes), cut(entropies_of(ids), sizes), strict=True)
-    pieces = [stream.feed(*piece) for piece in fed]
+    state = patcher.new_state()
+    seen = (ids, entropies_of(ids), states_of(ids))
+    with torch.no_grad():
+        pieces = [
+            state.prefill(0, *piece) for piece in zip(*(cut(x, sizes) for x in seen), strict=True)
+        ]
     assert torch.equal(torch.cat(pieces), one(patcher, ids))
+
+
+@given(patchers, st.lists(byte_strings, min_size=1, max_size=3))
+def test_slots_fed_byte_by_byte_equal_each_document_alone(patcher, documents):
+    each = [ids_of(document) for document in documents]
+    state = patcher.new_state(len(each))
+    found = [[] for _ in each]
+    with torch.no_grad():
+        for at in range(max(map(len, each))):
+            slots = [slot for slot, ids in enumerate(each) if at < len(ids)]
+            seen = [
+                [f(each[slot])[at] for slot in slots]
+                for f in (torch.clone, entropies_of, states_of)
+            ]
+            decided = state.decode(*(torch.stack(x) for x in seen), slots=slots)
+            for slot, decision in zip(slots, decided, strict=True):
+                found[slot].append(decision)
+    for decisions, ids in zip(found, each, strict=True):
+        assert torch.equal(torch.stack(decisions), one(patcher, ids))
+
+
+@given(patchers, byte_strings, byte_strings, byte_strings)
+def test_a_rule_rewinds(patcher, first, second, third):
+    """As if what came after the snapshot had never been seen."""
+    state = patcher.new_state()
+
+    def feed(data):
+        ids = torch.tensor(list(data), dtype=torch.long) + 4
+        with torch.no_grad():
+            return state.prefill(0, ids, entropies_of(ids), states_of(ids))
+
+    feed(b"x" + first)
+    snapshot = state.snapshot(0)
+    expected = feed(second)
+    feed(third)
+    state.rollback(0, snapshot)
+    assert torch.equal(feed(second), expected)
+    state.reset(0)
+    assert torch.equal(feed(b"x" + first), one(patcher, torch.tensor(list(b"x" + first)) + 4))
 
 
 @given(patchers, st.lists(byte_strings, min_size=1, max_size=4), st.integers(0, 5))
 def test_documents_of_a_packed_row_are_patched_as_if_alone(patcher, documents, padding):
     each = [ids_of(d) for d in documents]
     ids, numbers = pack(each, sum(map(len, each)) + padding)
-    entropies = pack([entropies_of(d) for d in each], len(ids))[0].float()
-    packed = patcher.next_boundary(ids[None], entropies[None], numbers[None])[0]
+    entropies = torch.zeros(len(ids))
+    entropies[: sum(map(len, each))] = torch.cat([entropies_of(d) for d in each])
+    states = torch.zeros(len(ids), 5)
+    states[: sum(map(len, each))] = torch.cat([states_of(d) for d in each])
+    with torch.no_grad():
+        packed = patcher.next_boundary(ids[None], entropies[None], numbers[None], states[None])[0]
     alone = torch.cat([one(patcher, d) for d in each])
     assert torch.equal(packed[: len(alone)], alone)
 

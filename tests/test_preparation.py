@@ -10,15 +10,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from builders import random_transformer
+from builders import random_byte_lm
 from bytelm import codec
-from bytelm.checkpoint import fingerprint, load_scorer, locked, save_model
+from bytelm.checkpoint import fingerprint, load_scorer, save_model
 from bytelm.config import EntropyPatching, ModelDescription, TransformerConfig
 from bytelm.data import Dataset, PrepareOptions, ReadOptions, prepare, writing
 from bytelm.data.calibration import calibrate_folder
 from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import CheckpointError, ConfigError, DataError
-from bytelm.model.scorers import score_document
+from bytelm.scoring import score_document
+from bytelm.storage import locked
 
 TEXTS = [f"document {i}: {'word ' * (i % 50)}\n" for i in range(200)]
 SMALL = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
@@ -35,7 +36,7 @@ def corpus(tmp_path):
 def scorer(tmp_path):
     folder = tmp_path / "scorer-run"
     description = ModelDescription(model=TransformerConfig(**SMALL))
-    save_model(folder, random_transformer(**SMALL), description)
+    save_model(folder, random_byte_lm(**SMALL), description)
     return folder
 
 
@@ -228,7 +229,7 @@ def test_a_stopped_preparation_with_another_scorer_leaves_nothing_behind(
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], tmp_path / "d", PrepareOptions(scorer=scorer, workers=1))
     other = tmp_path / "other"
-    save_model(other, random_transformer(seed=9, **SMALL), ModelDescription(
+    save_model(other, random_byte_lm(seed=9, **SMALL), ModelDescription(
         model=TransformerConfig(**SMALL)))  # fmt: skip
     manifest = prepare([corpus], tmp_path / "d", PrepareOptions(scorer=other, workers=1))
     assert manifest.scorer is not None
@@ -354,7 +355,7 @@ def test_a_folder_that_is_not_prepared_data_is_named(tmp_path):
 def test_a_model_without_a_window_is_refused_as_scorer(corpus, tmp_path):
     unbounded = {**SMALL, "window": None}
     description = ModelDescription(model=TransformerConfig(**unbounded))
-    save_model(tmp_path / "full", random_transformer(**unbounded), description)
+    save_model(tmp_path / "full", random_byte_lm(**unbounded), description)
     with pytest.raises(CheckpointError, match="has no window"):
         prepare([corpus], tmp_path / "d", PrepareOptions(scorer=tmp_path / "full"))
 

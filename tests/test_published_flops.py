@@ -26,7 +26,7 @@ def llama_per_byte(dim, num_layers, tokenizer, context):
         ffn_dim=round(dim * 8 / 3),
         vocab_size=vocab_size,
     )
-    return published.transformer_per_byte(config, context, bytes_per_token=bytes_per_token)
+    return published.transformer_per_byte(config, context, unit_bytes=bytes_per_token)
 
 
 def blt(name, **overrides) -> BLTConfig:

@@ -10,12 +10,13 @@ from builders import NGRAMS, random_transformer
 from bytelm import codec, load
 from bytelm.checkpoint import load_scorer, save_model
 from bytelm.config import ModelDescription, TransformerConfig
-from bytelm.data.packing import Row, Stretch, make_batch
+from bytelm.data.packing import Row, make_batch
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.evaluation import evaluate, total
-from bytelm.generation import generate
-from bytelm.model.tokenized import TokenModel
+from bytelm.inference import generate
+from bytelm.lm import ByteLM, TokenLM
 from bytelm.tokens import Tokenizer, load_tokenizer, train_tokenizer
+from bytelm.units import Span, TokenUnits
 
 TEXT = b"the cat sat on the mat, the dog lay on the log; that is 12345 things.\n" * 20
 TOKENIZER = train_tokenizer([TEXT, b"caf\xc3\xa9 <eos> special 1 " * 9, b"\xff\xfe"], 300)
@@ -23,13 +24,13 @@ TOKENIZER = train_tokenizer([TEXT, b"caf\xc3\xa9 <eos> special 1 " * 9, b"\xff\x
 
 def token_model(tokenizer=TOKENIZER, seed=0):
     transformer = random_transformer(
-        seed, vocab_size=tokenizer.vocab_size, window=None, ngrams=NGRAMS
+        seed, vocab_size=tokenizer.vocab_size, window=None, hash_embeddings=NGRAMS
     )
-    return TokenModel(transformer, tokenizer)
+    return TokenLM(transformer, tokenizer)
 
 
-def stretch(data: bytes, begin=0):
-    return Stretch(0, begin, codec.encode(data, eos=True), None)
+def span(data: bytes, begin=0):
+    return Span(0, begin, codec.encode(data, eos=True), None)
 
 
 @given(st.binary(max_size=200) | st.text(max_size=80).map(codec.to_bytes))
@@ -90,20 +91,20 @@ def test_sizes_that_cannot_be_are_refused():
 def test_a_row_predicts_every_byte_once(documents, max_tokens):
     done = []
     for data in documents:
-        rest = stretch(data)
+        rest = span(data)
         while len(rest.ids) > 1:
-            row = Row(64, max_tokens, tokenizer=TOKENIZER)
+            row = Row(64, max_tokens, TokenUnits(TOKENIZER))
             taken = row.add(rest)
             batch = make_batch([row])
-            assert 0 < row.num_patches <= max_tokens
+            assert 0 < row.num_units <= max_tokens
             assert batch.ids.shape == (1, max_tokens)
             assert int(batch.byte_counts) == taken
-            targets = batch.targets[0, : row.num_patches]
+            targets = batch.targets[0, : row.num_units]
             done += [TOKENIZER.decode(int(t)) for t in targets]
             assert int(batch.target_bytes.sum()) == sum(map(len, done[-len(targets) :]))
             # What is read is what was predicted before, after the byte (or BOS) that was known.
             assert batch.ids[0, 0] == rest.ids[0]
-            assert torch.equal(batch.ids[0, 1 : row.num_patches], targets[:-1])
+            assert torch.equal(batch.ids[0, 1 : row.num_units], targets[:-1])
             rest = rest._replace(begin=rest.begin + taken, ids=rest.ids[taken:])
     assert b"".join(done) == b"".join(documents)
 
@@ -116,7 +117,7 @@ def test_bits_per_byte_are_those_of_the_tokens():
     found = evaluate(model, [("a", data)], context_bytes=512)["a"]
     assert found.nats == pytest.approx(float(nats[:-1].sum()), rel=1e-5)
     assert found.num_bytes == 100
-    assert found.num_patches == len(tokens) - 1
+    assert found.num_units == len(tokens) - 1
 
 
 @given(st.binary(max_size=150), st.integers(1, 16))
@@ -130,7 +131,9 @@ def test_without_merges_the_model_is_the_byte_model(documents):
     model = token_model(Tokenizer([]))
     labelled = [("a", d) for d in documents]
     tokens = total(evaluate(model, labelled, context_bytes=64, stride=16).values())
-    plain = total(evaluate(model.transformer, labelled, context_bytes=64, stride=16).values())
+    plain = total(
+        evaluate(ByteLM(model.transformer), labelled, context_bytes=64, stride=16).values()
+    )
     assert tokens.nats == pytest.approx(plain.nats, rel=1e-5, abs=1e-6)
     assert tokens.num_bytes == plain.num_bytes
 
@@ -164,7 +167,7 @@ def test_a_model_of_tokens_that_was_saved_is_the_same(tmp_path):
             num_heads=2,
             ffn_dim=48,
             vocab_size=TOKENIZER.vocab_size,
-            ngrams=NGRAMS,
+            hash_embeddings=NGRAMS,
         ),
         tokens=True,
     )
@@ -175,7 +178,7 @@ def test_a_model_of_tokens_that_was_saved_is_the_same(tmp_path):
         total(evaluate(model, [("", TEXT[:300])], context_bytes=8192).values()).bits_per_byte
     )
     assert lm.generate("the ", max_bytes=12) == generate(model, b"the ", max_bytes=12)
-    with pytest.raises(ConfigError, match="no entropies of bytes"):
+    with pytest.raises(ConfigError, match="token models have no byte entropies"):
         lm.entropies("the")
     with pytest.raises(CheckpointError, match="a model of tokens"):
         load_scorer(tmp_path / "m", reset_at_newline=False)

@@ -12,25 +12,44 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builders import BASE_BLT, NGRAMS, random_blt, random_ids, random_transformer
-from bytelm.checkpoint import load_model, locked, save_model, saved_steps
+from builders import (
+    BASE_BLT,
+    NGRAMS,
+    random_blt,
+    random_byte_lm,
+    random_ids,
+    random_transformer,
+)
+from bytelm.checkpoint import load_model, save_model, saved_steps
 from bytelm.config import (
     CombinedPatching,
     ModelDescription,
     MonotonicPatching,
+    NgramRecipe,
     Node,
     OptimizerConfig,
     Recipe,
+    RopeScaling,
     StaticPatching,
-    TableRecipe,
     TransformerConfig,
     dump_yaml,
     parse,
 )
-from bytelm.config.reading import _nodes_in
+from bytelm.config.reading import _held_in
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
-from bytelm.training import Trainer, build_optimizer, fit_table, learning_rate, train, trainer
+from bytelm.progress import Callback, StopTraining
+from bytelm.storage import locked
+from bytelm.training import (
+    Trainer,
+    build_optimizer,
+    fit_ngrams,
+    learning_rate,
+    setup,
+    state,
+    train,
+    trainer,
+)
 
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
@@ -48,7 +67,7 @@ def data(tmp_path_factory):
     scorer = TransformerConfig(**{**SMALL, "window": 6})
     save_model(
         folder / "scorer",
-        random_transformer(num_layers=1, window=6),
+        random_byte_lm(num_layers=1, window=6),
         ModelDescription(model=scorer),
     )
     options = PrepareOptions(scorer=folder / "scorer", workers=1, validation_share=0.1)
@@ -198,9 +217,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 ):
     nats = trainer.position_nats
 
-    def poisoned(logits, batch):
+    def poisoned(lm, batch):
         poisoned.calls += 1
-        return nats(logits, batch) * (math.nan if poisoned.calls == 5 else 1.0)
+        return nats(lm, batch) * (math.nan if poisoned.calls == 5 else 1.0)
 
     poisoned.calls = 0
     monkeypatch.setattr(trainer, "position_nats", poisoned)
@@ -213,8 +232,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    from bytelm.training import state
-
     save = state.save_tensors
 
     def full(path, tensors):
@@ -342,58 +359,59 @@ def test_parts_learn_at_rates_of_their_own():
     model = random_blt()
     names = {id(p): n for n, p in model.named_parameters()}
     rates = {"embeddings": 3.0, "global": 0.1, "output": 2.0}
-    groups = build_optimizer(model, OptimizerConfig(rates=rates)).param_groups
-    found = {names[id(p)]: group["rate"] for group in groups for p in group["params"]}
+    groups = build_optimizer(model, OptimizerConfig(lr_multipliers=rates)).param_groups
+    found = {names[id(p)]: group["lr_multiplier"] for group in groups for p in group["params"]}
     assert len(found) == len(names)
     for name, rate in found.items():
         special = {"global_model": 0.1, "decoder.output": 2.0}
         wanted = [value for part, value in special.items() if name.startswith(f"{part}.")]
         assert rate == (3.0 if "embedding" in name else wanted[0] if wanted else 1.0), name
     assert sorted(set(found.values())) == [0.1, 1.0, 2.0, 3.0]
-    model = random_transformer(ngrams=NGRAMS)
-    groups = build_optimizer(model, OptimizerConfig(rates=rates)).param_groups
+    model = random_transformer(hash_embeddings=NGRAMS)
+    groups = build_optimizer(model, OptimizerConfig(lr_multipliers=rates)).param_groups
     tables = {id(model.embedding.ids.weight), id(model.embedding.ngrams.weight)}
     for group in groups:
-        assert group["rate"] in (1.0, 2.0, 3.0)
+        assert group["lr_multiplier"] in (1.0, 2.0, 3.0)
         for parameter in group["params"]:
-            assert (group["rate"] == 3.0) == (id(parameter) in tables)
+            assert (group["lr_multiplier"] == 3.0) == (id(parameter) in tables)
 
 
 def test_the_rate_of_a_part_scales_its_steps(data):
     """A rate so small that nothing moves leaves a part as it was, and the others move."""
-    settings = changed(recipe(data), "optimizer", rates={"global": 1e-12})
+    settings = changed(recipe(data), "optimizer", lr_multipliers={"global": 1e-12})
     one = Trainer(settings)
-    before = {n: p.detach().clone() for n, p in one.setup.trained.named_parameters()}
+    before = {n: p.detach().clone() for n, p in one.lm.trained.named_parameters()}
     # What a branch adds begins at 0, and so do gradients before it.
     for _ in range(3):
         one.step()
-    for name, parameter in one.setup.trained.named_parameters():
+    for name, parameter in one.lm.trained.named_parameters():
         moved = float((parameter.detach() - before[name]).abs().max())
         assert (moved < 1e-9) == name.startswith("global_model."), name
 
 
 def test_rates_of_parts_that_are_not_there_are_refused(data):
-    with pytest.raises(ConfigError, match="can name embeddings and output only"):
+    with pytest.raises(ConfigError, match="of a transformer model it can name embeddings, output"):
         parse(
             Recipe,
             {
                 **recipe(data, "transformer").model_dump(mode="json"),
-                "optimizer": {"rates": {"global": 0.1}},
+                "optimizer": {"lr_multipliers": {"global": 0.1}},
             },
             "test",
         )
 
 
-def test_a_table_is_fitted_and_saved(data, tmp_path):
-    settings = parse(TableRecipe, {"model": {"kind": "ngram"}, "data": {"path": data}}, "test")
-    table = fit_table(settings, tmp_path / "t")
+def test_an_ngram_scorer_is_fitted_and_saved(data, tmp_path):
+    settings = parse(NgramRecipe, {"model": {"kind": "ngram"}, "data": {"path": data}}, "test")
+    scorer = fit_ngrams(settings, tmp_path / "t")
     ids = random_ids(30)[None]
-    assert torch.equal(load_model(tmp_path / "t")[0].entropies(ids), table.entropies(ids))
-    assert len(table.keys) > 50
-    again = fit_table(settings, tmp_path / "t")
-    assert torch.equal(again.values, table.values)
+    loaded = load_model(tmp_path / "t")[0].get_scorer()
+    assert torch.equal(loaded.entropies(ids), scorer.entropies(ids))
+    assert len(scorer.keys) > 50
+    again = fit_ngrams(settings, tmp_path / "t")
+    assert torch.equal(again.values, scorer.values)
     with pytest.raises(CheckpointError, match="exists"):
-        fit_table(settings.model_copy(update={"seed": 3}), tmp_path / "t")
+        fit_ngrams(settings.model_copy(update={"seed": 3}), tmp_path / "t")
 
 
 def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
@@ -413,8 +431,10 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Node, "__getattribute__", watched)
     train(recipe(data, steps=4), tmp_path / "blt")
     train(recipe(data, "transformer", steps=1), tmp_path / "transformer")
+    scaled = TransformerConfig(**{**SMALL, "rope_scaling": RopeScaling(kind="llama3", factor=2.0)})
+    Trainer(recipe(data, "transformer").model_copy(update={"model": scaled})).step()
     table = {"model": {"kind": "ngram"}, "data": {"path": data}}
-    fit_table(parse(TableRecipe, table, "test"), tmp_path / "table")
+    fit_ngrams(parse(NgramRecipe, table, "test"), tmp_path / "table")
     for rule in (StaticPatching(length=3), MonotonicPatching(increase=0.001),
                  CombinedPatching(increase=0.001, threshold=1.0)):  # fmt: skip
         settings = recipe(data, steps=1).model_copy(update={"patching": rule})
@@ -425,13 +445,97 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
         for name, field in node.model_fields.items():
             if name != "kind":
                 yield node, name
-            for child in _nodes_in(field.annotation):
-                if child not in seen:
+            for child in _held_in(field.annotation, *field.metadata):
+                if isinstance(child, type) and child not in seen:
                     seen.add(child)
                     yield from settings_of(child, seen)
 
-    every = {*settings_of(Recipe, set()), *settings_of(TableRecipe, set())}
+    every = {*settings_of(Recipe, set()), *settings_of(NgramRecipe, set())}
     assert {(owner(node, name), name) for node, name in every} - read == set()
+
+
+# Callbacks --------------------------------------------------------------------------------------
+
+
+class Recorder(Callback):
+    """Keeps what it is told."""
+
+    def __init__(self, stop_at=None):
+        self.told, self.stop_at = [], stop_at
+
+    def on_begin(self, step, steps):
+        self.told.append(("begin", step, steps))
+
+    def on_metrics(self, step, metrics):
+        self.told.append(("validation" if "validation_bpb" in metrics else "report", step))
+        if step == self.stop_at:
+            raise StopTraining
+
+    def on_checkpoint(self, step, folder):
+        assert load_model(folder)
+        self.told.append(("checkpoint", step))
+
+    def on_end(self):
+        self.told.append(("end",))
+
+
+def test_callbacks_are_told_what_happens_in_order(data, tmp_path):
+    one, other = Recorder(), Recorder()
+    train(recipe(data, steps=5), tmp_path / "r", callbacks=[one, other])
+    assert one.told == other.told
+    assert one.told == [
+        ("begin", 0, 5),
+        ("report", 2),
+        ("checkpoint", 3),
+        ("report", 4),
+        ("validation", 4),
+        ("report", 5),
+        ("validation", 5),
+        ("checkpoint", 5),
+        ("end",),
+    ]
+
+
+def test_a_callback_can_stop_a_run_that_resumes_to_the_same_bits(data, tmp_path):
+    train(recipe(data), tmp_path / "whole")
+    stopping = Recorder(stop_at=4)
+    result = train(recipe(data), tmp_path / "stopped", callbacks=[stopping])
+    assert (result.step, result.finished) == (4, False)
+    assert stopping.told[-2:] == [("checkpoint", 4), ("end",)]
+    resumed = Recorder()
+    assert train(recipe(data), tmp_path / "stopped", callbacks=[resumed]).finished
+    assert resumed.told[0] == ("begin", 4, 9)
+    a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_a_failed_run_ends_too(data, tmp_path):
+    class Broken(Callback):
+        def on_metrics(self, step, metrics):
+            raise ZeroDivisionError
+
+    watching = Recorder()
+    with pytest.raises(ZeroDivisionError):
+        train(recipe(data), tmp_path / "r", callbacks=[watching, Broken()])
+    assert watching.told == [("begin", 0, 9), ("report", 2), ("end",)]
+
+
+def test_parameters_without_gradients_do_not_keep_a_run_from_resuming(data, tmp_path, monkeypatch):
+    """A rule that is learned by other means, say, or a layer that is frozen."""
+    build = setup.build_lm
+
+    def frozen(*args, **kwargs):
+        lm = build(*args, **kwargs)
+        lm.trained.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+        return lm
+
+    monkeypatch.setattr(setup, "build_lm", frozen)
+    settings = recipe(data, "transformer", steps=4)
+    train(settings, tmp_path / "r", time_limit=0.0)
+    one = Trainer(settings)
+    state.load_step(saved_steps(tmp_path / "r")[-1], one.lm.trained, one.optimizer, one.device)
+    assert one.lm.trained.unused not in one.optimizer.state
 
 
 @pytest.mark.slow
@@ -466,7 +570,7 @@ def test_signals_end_a_run_that_resumes_to_the_same_bits(data, tmp_path, number)
     assert len(saved_steps(run)) < 20
     if number != signal.SIGKILL:
         assert process.returncode == 0
-        assert b"the same command goes on" in printed
+        assert b"the same command resumes" in printed
     subprocess.run([*command, str(run)], check=True, stdout=subprocess.DEVNULL)
     a, b = (saved_steps(tmp_path / n)[-1] for n in ("whole", "stopped"))
     assert a.name == b.name

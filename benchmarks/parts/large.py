@@ -16,10 +16,10 @@ from benchmarks.parts.notes import Notes, Target
 from benchmarks.subjects import english
 from benchmarks.timing import Sample, time_once
 from bytelm import codec
-from bytelm.generation import start_session
-from bytelm.model.patched import PatchedModel
-from bytelm.model.scorers import TransformerScorer
+from bytelm.inference import Session
+from bytelm.lm import PatchedLM
 from bytelm.patching import EntropyRule, Patcher, StaticRule
+from bytelm.scoring import TransformerScorer
 
 PROMPT_BYTES, TINY_PROMPT_BYTES = 1024, 64
 NEW_BYTES, TINY_NEW_BYTES = 256, 8
@@ -38,7 +38,7 @@ def run(target: Target, notes: Notes) -> None:
     notes.put("parameters", num_parameters(blt))
     ids = torch.from_numpy(codec.encode(english(prompt_bytes(target)))).to(target.device)
     with notes.attempt("static patches"):
-        model = PatchedModel(blt, Patcher(StaticRule(STATIC_LENGTH)), None).eval()
+        model = PatchedLM(blt, Patcher(StaticRule(STATIC_LENGTH)), None).eval()
         notes.put("static patches", measure(model, ids, target, bandwidth))
         if target.device == "cuda":
             notes.put("kernels per byte", _kernels(model, ids))
@@ -47,7 +47,7 @@ def run(target: Target, notes: Notes) -> None:
         values = scorer.entropies(ids[None])[0].sort().values
         at = len(values) - len(values) // STATIC_LENGTH
         rule = EntropyRule(threshold=float(values[at - 1 : at + 1].mean()))
-        model = PatchedModel(blt, Patcher(rule), scorer).eval()
+        model = PatchedLM(blt, Patcher(rule), scorer).eval()
         notes.put("entropy patches", measure(model, ids, target, bandwidth))
 
 
@@ -56,7 +56,7 @@ def prompt_bytes(target: Target) -> int:
     return TINY_PROMPT_BYTES if target.tiny else PROMPT_BYTES
 
 
-def measure(model: PatchedModel, ids: Tensor, target: Target, bandwidth: float) -> dict[str, Any]:
+def measure(model: PatchedLM, ids: Tensor, target: Target, bandwidth: float) -> dict[str, Any]:
     """Rates of the prompt and of bytes after it, and the rate that memory allows."""
     count = TINY_NEW_BYTES if target.tiny else NEW_BYTES
     if target.device == "cuda":
@@ -81,7 +81,7 @@ def measure(model: PatchedModel, ids: Tensor, target: Target, bandwidth: float) 
     return found
 
 
-def bytes_read(model: PatchedModel, patch_size: float) -> dict[str, float]:
+def bytes_read(model: PatchedLM, patch_size: float) -> dict[str, float]:
     """Bytes of weights that a byte and a patch must read; rows of tables are nothing."""
     blt = model.blt
     encoder, decoder = blt.encoder, blt.decoder
@@ -106,9 +106,9 @@ def _size(module: Any) -> int:
 
 
 def _generate(
-    model: PatchedModel, ids: Tensor, count: int, target: Target
+    model: PatchedLM, ids: Tensor, count: int, target: Target
 ) -> tuple[Sample, Sample, list[int]]:
-    session = start_session(model)
+    session = Session(model)
     chosen: list[int] = []
 
     def prefill() -> None:
@@ -123,9 +123,9 @@ def _generate(
     return prefill_time, time_once(lambda: steps(count), target.device), chosen
 
 
-def _kernels(model: PatchedModel, ids: Tensor) -> float:
+def _kernels(model: PatchedLM, ids: Tensor) -> float:
     """Kernels and copies that the device runs for a byte, on average."""
-    session = start_session(model)
+    session = Session(model)
     chosen = choose(session.feed(ids)[-1])
     for _ in range(FIRST_BYTES):
         chosen = choose(session.feed(ids.new_tensor([chosen]))[-1])

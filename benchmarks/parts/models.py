@@ -13,8 +13,8 @@ from bytelm import codec
 from bytelm.config import (
     BLTConfig,
     CrossAttentionConfig,
+    HashEmbeddingConfig,
     LocalConfig,
-    NgramEmbeddingConfig,
     StackConfig,
     TransformerConfig,
     load_recipe,
@@ -23,7 +23,7 @@ from bytelm.model.blt import BLT
 from bytelm.model.layers import init_linear
 from bytelm.model.transformer import Transformer
 from bytelm.patching import Patches, build_patches
-from bytelm.training.setup import PATCH_MARGIN
+from bytelm.units import PatchUnits
 
 RECIPE, SCORER_RECIPE = "blt-1b", "entropy-100m"
 PATCH_SIZE = 4.5
@@ -34,23 +34,23 @@ TINY_BLT = BLTConfig(
     local=LocalConfig(dim=32, num_heads=2, ffn_dim=48, decoder_layers=1, window=16),
     global_model=StackConfig(dim=48, num_layers=1, num_heads=2, ffn_dim=64),
     cross_attention=CrossAttentionConfig(num_heads=2),
-    ngrams=NgramEmbeddingConfig(rows=97),
+    hash_embeddings=HashEmbeddingConfig(num_buckets=97),
 )
 MEDIUM_BLT = BLTConfig(
     local=LocalConfig(dim=256, num_heads=4, ffn_dim=768, decoder_layers=4, window=512),
     global_model=StackConfig(dim=512, num_layers=6, num_heads=8, ffn_dim=1536),
     cross_attention=CrossAttentionConfig(num_heads=4),
-    ngrams=NgramEmbeddingConfig(rows=2600),
+    hash_embeddings=HashEmbeddingConfig(num_buckets=2600),
 )
 TINY_SCORER = TransformerConfig(dim=32, num_layers=1, num_heads=2, ffn_dim=48, window=16)
 
 
-def blt_config(target: Target, ngram_rows: int | None = None) -> BLTConfig:
-    """The recipe's model, perhaps with smaller n-gram tables."""
+def blt_config(target: Target, num_buckets: int | None = None) -> BLTConfig:
+    """The recipe's model, perhaps with smaller hash embeddings."""
     config: Any = TINY_BLT if target.tiny else load_recipe(RECIPE).model
-    if ngram_rows is not None:
-        ngrams = config.ngrams.model_copy(update={"rows": ngram_rows})
-        config = config.model_copy(update={"ngrams": ngrams})
+    if num_buckets is not None:
+        hashed = config.hash_embeddings.model_copy(update={"num_buckets": num_buckets})
+        config = config.model_copy(update={"hash_embeddings": hashed})
     return config
 
 
@@ -72,7 +72,7 @@ def row_bytes(target: Target) -> int:
 
 def patch_budget(target: Target) -> int:
     """Patches that a row has room for, as a training run has it."""
-    return math.ceil(PATCH_MARGIN * row_bytes(target) / PATCH_SIZE)
+    return math.ceil(PatchUnits.margin * row_bytes(target) / PATCH_SIZE)
 
 
 def build(config: BLTConfig | TransformerConfig, device: str, seed: int = 0) -> Any:

@@ -14,11 +14,10 @@ from torch import Tensor
 from benchmarks.parts.models import MEDIUM_BLT, TINY_BLT, TINY_SCORER, Batch, batches, build
 from benchmarks.parts.notes import Notes, Target
 from bytelm import kernels
-from bytelm.generation import start_session
-from bytelm.model.attention import rotation
-from bytelm.model.patched import PatchedModel
-from bytelm.model.scorers import TransformerScorer
+from bytelm.inference import Session
+from bytelm.lm import PatchedLM
 from bytelm.patching import EntropyRule, Patcher
+from bytelm.scoring import TransformerScorer
 
 Function = Callable[..., Any]
 
@@ -54,12 +53,12 @@ def run(target: Target, notes: Notes) -> None:
 
 
 def cases(target: Target) -> dict[str, Case]:
-    """Everything in ``bytelm.kernels`` that has a twin."""
+    """Everything in ``bytelm.kernels`` that has a twin and runs on a GPU."""
     sizes = Sizes(2, 1000, 8, 64, 512, 200, 2)
     if target.tiny:
         sizes = Sizes(2, 50, 2, 16, 16, 12, 2)
     batch = next(batches(target, sizes.batch, sizes.length))
-    return {**_attention(sizes, batch), **_segments(sizes, batch), **_projections(sizes, batch)}
+    return {**_attention(sizes, batch), **_segments(sizes, batch)}
 
 
 def _attention(sizes: Sizes, batch: Batch) -> dict[str, Case]:
@@ -68,10 +67,11 @@ def _attention(sizes: Sizes, batch: Batch) -> dict[str, Case]:
     documents = (batch.ids % 97 == 0).long().cumsum(1)  # documents of about 100 bytes
 
     def case(window: int | None) -> Case:
-        mask = kernels.attention_mask(documents, window)
+        mask = kernels.Mask(documents, window)
+        plan = kernels.plan_attention(mask)
         return Case(
-            lambda *x: kernels.attention(*x, mask),
-            lambda *x: kernels.reference_attention(*x, documents, window),
+            lambda *x: kernels.attention(*x, plan),
+            lambda *x: kernels.reference_attention(*x, mask),
             inputs,
         )
 
@@ -99,33 +99,6 @@ def _segments(sizes: Sizes, batch: Batch) -> dict[str, Case]:
             lambda *x: kernels.decoder_cross_attention(*x, reads),
             lambda *x: kernels.reference_decoder_cross_attention(*x, reads),
             _random(queries=per_byte, keys=per_slot, values=per_slot),
-        ),
-    }
-
-
-def _projections(sizes: Sizes, batch: Batch) -> dict[str, Case]:
-    dim = sizes.heads * sizes.head_dim
-    positions = torch.arange(sizes.length, device=batch.ids.device).expand(sizes.batch, -1)
-    factors = rotation(positions, sizes.head_dim, 500_000.0)
-    x = (sizes.batch, sizes.length, dim)
-
-    def inputs(**weights: tuple[int, ...]) -> dict[str, Tensor]:
-        tensors = _random(x=x, norm=(dim,), **weights)
-        return {k: v / v.shape[-1] ** 0.5 if k in weights else v for k, v in tensors.items()}
-
-    return {
-        "norm_linear": Case(
-            kernels.norm_linear, kernels.reference_norm_linear, inputs(weight=(dim, dim))
-        ),
-        "rotary_projection": Case(
-            lambda *y: kernels.rotary_projection(*y, factors),
-            lambda *y: kernels.reference_rotary_projection(*y, factors),
-            inputs(weight=(3 * dim, dim)),
-        ),
-        "feed_forward": Case(
-            kernels.feed_forward,
-            kernels.reference_feed_forward,
-            inputs(gate_up=(4 * dim, dim), down=(dim, 2 * dim)),
         ),
     }
 
@@ -223,7 +196,7 @@ def _session_gap(blt: Any, batch: Batch, target: Target) -> float:
     values = scorer.entropies(ids).flatten().sort().values
     middle = 3 * len(values) // 4
     threshold = float(values[middle : middle + 2].mean())
-    model = PatchedModel(blt, Patcher(EntropyRule(threshold=threshold)), scorer).eval()
-    session = start_session(model)
+    model = PatchedLM(blt, Patcher(EntropyRule(threshold=threshold)), scorer).eval()
+    session = Session(model)
     pieces = [ids[0, :40], *ids[0, 40:60].split(1), ids[0, 60:]]
     return largest(torch.cat([session.feed(piece) for piece in pieces]) - model(ids)[0])

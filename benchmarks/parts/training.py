@@ -35,7 +35,7 @@ from bytelm.training.optim import build_optimizer
 
 ROWS = (4, 2, 1)
 """Rows in a step, tried in turn until one fits into memory."""
-FEWER_NGRAM_ROWS = 50_002
+FEWER_BUCKETS = 50_002
 REASON = 400
 """Characters of a compiler's reason that are kept."""
 EAGER_STEPS, COMPILED_STEPS, TINY_STEPS = 3, 12, 2
@@ -88,7 +88,7 @@ def run(target: Target, notes: Notes) -> None:
     """The BLT."""
     configs: list[Config] = [blt_config(target)]
     if not target.tiny:
-        configs.append(blt_config(target, FEWER_NGRAM_ROWS))
+        configs.append(blt_config(target, FEWER_BUCKETS))
     train(target, notes, configs)
 
 
@@ -128,12 +128,12 @@ def fitting_job(target: Target, notes: Notes, configs: list[Config]) -> Job:
                 job = Job(config, rows, target)
                 notes.put("first eager step", job.step())
             except torch.OutOfMemoryError as error:
-                shown = f"{rows} rows, {_ngram_rows(config)} n-gram rows"
+                shown = f"{rows} rows, {_num_buckets(config)} hash buckets"
                 notes.put(f"too large: {shown}", scrubbed(str(error))[:300])
                 del error
                 job = None
             if job is not None:
-                notes.put("n-gram rows", _ngram_rows(config))
+                notes.put("hash buckets", _num_buckets(config))
                 return job
     raise RuntimeError("nothing fits into memory")
 
@@ -189,8 +189,8 @@ def recompilations() -> list[dict[str, str]]:
     ]
 
 
-def _ngram_rows(config: Config) -> int | None:
-    return config.ngrams.rows if isinstance(config, BLTConfig) else None
+def _num_buckets(config: Config) -> int | None:
+    return config.hash_embeddings.num_buckets if isinstance(config, BLTConfig) else None
 
 
 def _free() -> None:

@@ -22,16 +22,22 @@ from bytelm.version import __version__
 
 if TYPE_CHECKING:
     from bytelm import interop
-    from bytelm.generation import GREEDY, Sampling
+    from bytelm.inference import GREEDY, Sampling
     from bytelm.language_model import LanguageModel, PatchedText, load
+    from bytelm.lm import register_model
+    from bytelm.patching import register_rule
+    from bytelm.scoring import register_scorer
 
 # Loaded when first used, so that `bytelm --help` does not wait for torch.
 _LAZY = {
-    "GREEDY": "bytelm.generation",
+    "GREEDY": "bytelm.inference",
     "LanguageModel": "bytelm.language_model",
     "PatchedText": "bytelm.language_model",
-    "Sampling": "bytelm.generation",
+    "Sampling": "bytelm.inference",
     "load": "bytelm.language_model",
+    "register_model": "bytelm.lm",
+    "register_rule": "bytelm.patching",
+    "register_scorer": "bytelm.scoring",
 }
 
 
@@ -57,4 +63,7 @@ __all__ = [
     "__version__",
     "interop",
     "load",
+    "register_model",
+    "register_rule",
+    "register_scorer",
 ]

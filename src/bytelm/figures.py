@@ -15,6 +15,7 @@ import numpy as np
 from bytelm.config import CombinedPatching, EntropyPatching
 from bytelm.errors import ConfigError
 from bytelm.language_model import PatchedText
+from bytelm.storage import atomic_file, disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,15 +81,19 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """
     from matplotlib import rc_context
 
+    # matplotlib would add its default suffix to the temporary name.
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
     # The same figure is the same file: no date, and names that do not change.
     metadata = {"Date": None} if path.suffix == ".svg" else None
     try:
-        with rc_context({"svg.hashsalt": "bytelm"}):
-            figure.savefig(path, dpi=150, metadata=metadata)
+        with (
+            rc_context({"svg.hashsalt": "bytelm"}),
+            disk_errors(path, ConfigError, "{remedy}"),
+            atomic_file(path) as temporary,
+        ):
+            figure.savefig(temporary, dpi=150, metadata=metadata)
     except ValueError as error:
         raise ConfigError(f"cannot draw {path}: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def draw_entropies(patched: PatchedText, path: Path) -> None:

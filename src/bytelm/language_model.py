@@ -1,6 +1,7 @@
 """A saved model, ready to use: patch text, measure bits per byte, generate."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -12,16 +13,14 @@ from numpy.typing import NDArray
 
 from bytelm import codec
 from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_model
-from bytelm.config import PatchingConfig
+from bytelm.config import PatchingConfig, kind_of
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.evaluation import Likelihood, evaluate
-from bytelm.generation import GREEDY, Piece, Sampling, stream
-from bytelm.model.build import LanguageModule, ScorerModule
-from bytelm.model.ngram import NgramScorer
-from bytelm.model.patched import PatchedModel
-from bytelm.model.scorers import TransformerScorer, score_documents
-from bytelm.model.tokenized import TokenModel
+from bytelm.inference import GREEDY, Generated, Sampling, stream
+from bytelm.lm import CausalLM
+from bytelm.lm.kinds import CANNOT_PREDICT
 from bytelm.patching import build_patcher
+from bytelm.scoring import score_documents
 
 DEFAULT_CONTEXT_BYTES = 8192
 """Longest piece scored at once by models that do not say what they were trained on."""
@@ -56,12 +55,12 @@ class PatchedText:
 
 
 class LanguageModel:
-    """What :func:`load` returns.
+    """A saved model, as :func:`load` returns it.
 
     Text may be ``str`` (taken as UTF-8) or any ``bytes``.
     """
 
-    def __init__(self, module: LanguageModule | NgramScorer, config: CheckpointConfig) -> None:
+    def __init__(self, module: CausalLM, config: CheckpointConfig) -> None:
         self.module = module
         self.config = config
 
@@ -73,7 +72,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.module.state_dict().values())).device
+        return self.module.device
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save as a checkpoint folder.
@@ -84,13 +83,15 @@ class LanguageModel:
         save_model(Path(path), self.module, self.config, self.config.training)
 
     def entropies(self, text: str | bytes) -> NDArray[np.float32]:
-        """Entropy of the prediction of each byte, in nats, and last of the byte after the text.
+        """Return the entropy of the prediction of each byte, and of the byte after the text.
+
+        In nats, one more than there are bytes.
 
         Raises:
-            ConfigError: the model has no scorer and is none.
+            ConfigError: the model neither has a scorer nor is one.
         """
         ids = torch.from_numpy(codec.encode(text)).to(self.device)
-        return score_documents(self._scorer(), [ids])[0].cpu().numpy()
+        return score_documents(self.module.get_scorer(), [ids])[0].cpu().numpy()
 
     def patch(self, text: str | bytes, rule: PatchingConfig | None = None) -> PatchedText:
         """Cut a text into patches.
@@ -107,13 +108,14 @@ class LanguageModel:
         rule = rule or self.config.patching
         if rule is None:
             raise ConfigError(
-                f"a {self.config.model.kind} model has no patching rule of its own: name one"
+                f"a {kind_of(type(self.config.model))} model has no patching rule of its own: "
+                "name one"
             )
         patcher = build_patcher(rule)
         data = codec.to_bytes(text)
-        needs_entropies = patcher.needs_entropies
-        can_score = not isinstance(self.module, PatchedModel) or self.module.scorer is not None
-        entropies = self.entropies(data) if needs_entropies or can_score else None
+        entropies = None
+        with nullcontext() if patcher.needs_entropies else suppress(ConfigError):
+            entropies = self.entropies(data)
         scores = torch.from_numpy(entropies)[None] if entropies is not None else None
         ids = torch.from_numpy(codec.encode(data))[None]
         next_boundary = patcher.next_boundary(ids, scores)[0, : len(data)]
@@ -132,8 +134,9 @@ class LanguageModel:
         Raises:
             ConfigError: the model is a table of entropies, or the stride is out of range.
         """
-        module = self._language_module()
-        return evaluate(module, texts, context_bytes=self.context_bytes, stride=stride)
+        if not self.module.can_predict:
+            raise ConfigError(CANNOT_PREDICT)
+        return evaluate(self.module, texts, context_bytes=self.context_bytes, stride=stride)
 
     def bits_per_byte(
         self, text: str | bytes | Iterable[str | bytes], *, stride: int | None = None
@@ -160,8 +163,8 @@ class LanguageModel:
         Raises:
             ConfigError: an option is out of range.
         """
-        pieces = self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
-        return b"".join(piece.data for piece in pieces)
+        parts = self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
+        return b"".join(part.data for part in parts)
 
     def stream(
         self,
@@ -170,7 +173,7 @@ class LanguageModel:
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
         stop: str | bytes | Sequence[str | bytes] = (),
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Generated]:
         """Continue a prompt, yielding bytes as soon as they are certain.
 
         Args:
@@ -184,7 +187,7 @@ class LanguageModel:
         """
         stops = [stop] if isinstance(stop, str | bytes) else stop
         return stream(
-            self._language_module(),
+            self.module,
             codec.to_bytes(prompt),
             max_bytes=max_bytes,
             sampling=sampling,
@@ -201,35 +204,13 @@ class LanguageModel:
     ) -> Iterator[str]:
         """Like :meth:`stream`, as text: no character is split, invalid bytes become U+FFFD."""
         decoder = codec.Utf8Stream()
-        for piece in self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop):
-            text = decoder.feed(piece.data)
+        for part in self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop):
+            text = decoder.feed(part.data)
             if text:
                 yield text
         rest = decoder.close()
         if rest:
             yield rest
-
-    def _scorer(self) -> ScorerModule:
-        module = self.module
-        if isinstance(module, NgramScorer):
-            return module
-        if isinstance(module, TokenModel):
-            raise ConfigError("a model of tokens yields no entropies of bytes: choose another")
-        if not isinstance(module, PatchedModel):
-            return TransformerScorer(module)
-        if not isinstance(module.scorer, TransformerScorer | NgramScorer):
-            raise ConfigError(
-                "this model has no scorer: its patching rule needs none, and entropy rules cannot "
-                "be applied with it"
-            )
-        return module.scorer
-
-    def _language_module(self) -> LanguageModule:
-        if isinstance(self.module, NgramScorer):
-            raise ConfigError(
-                "an n-gram table only holds entropies: it can patch text, not predict it"
-            )
-        return self.module
 
 
 def load(

@@ -2,7 +2,7 @@
 
 Nothing is downloaded: by default the text is the Python standard library, which every machine that
 can run this has. The steps are those a user would type, so the folder is an example of all that the
-package makes. Each step can be interrupted; the same command goes on.
+package makes. Each step can be interrupted; the same command resumes it.
 """
 
 import lzma
@@ -12,20 +12,17 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from bytelm.accounting import parameter_counts
-from bytelm.checkpoint import is_vacant, read_json, write_json
+from bytelm.accounting import parameters_by_part
 from bytelm.config import (
     EntropyPatching,
+    NgramRecipe,
     Recipe,
     SpacePatching,
     StaticPatching,
-    TableRecipe,
     load_recipe,
 )
 from bytelm.data import Dataset, Manifest, PrepareOptions, ReadOptions, prepare
@@ -33,13 +30,12 @@ from bytelm.data.calibration import calibrate_folder
 from bytelm.errors import BytelmError, ConfigError, DataError
 from bytelm.evaluation import total
 from bytelm.figures import check_matplotlib, draw_curves, draw_entropies, draw_rules
-from bytelm.generation import Sampling
+from bytelm.inference import Sampling
 from bytelm.language_model import LanguageModel, load
-from bytelm.model.blt import BLT
-from bytelm.model.patched import PatchedModel
-from bytelm.model.transformer import Transformer
-from bytelm.tracking import preparation_bar, read_jsonl
-from bytelm.training import StepCost, TrainingResult, fit_table, step_cost, train
+from bytelm.progress import Progress
+from bytelm.storage import is_vacant, read_json, write_json, write_text
+from bytelm.tracking import read_jsonl
+from bytelm.training import StepCost, TrainingResult, fit_ngrams, step_cost, train
 from bytelm.training.run import METRICS
 from bytelm.version import __version__
 
@@ -68,17 +64,33 @@ class Row:
     train_bytes: int | None = None
 
 
+class Quickstart(NamedTuple):
+    """What a tour found; its report has the figures."""
+
+    rows: list[Row]
+    prompt: bytes
+    sample: bytes
+    """What the BLT makes of the prompt."""
+    seconds: float
+    out: Path
+
+
 def run_quickstart(
-    data: Path | None, out: Path, *, minutes: float, seed: int, console: Console
-) -> None:
-    """Run the tour.
+    data: Path | None,
+    out: Path,
+    *,
+    minutes: float = 6.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Quickstart:
+    """Run the tour, or finish the one that was begun in the folder.
 
     Args:
         data: file or folder of text; ``None`` for the standard library of the running Python.
         out: folder of the run.
         minutes: time to take at most; less means shorter training.
         seed: of weights and data order.
-        console: where to show what happens.
+        progress: told how it goes on, in :data:`STAGES` stages.
 
     Raises:
         ConfigError: ``out`` holds a quickstart of other settings, or matplotlib is missing.
@@ -87,25 +99,25 @@ def run_quickstart(
     began = time.monotonic()
     check_matplotlib()
     _claim(out, data, seed)
-    stage = _Stages(console)
-    stage("reading text")
-    text = _prepare_text(data, out, console)
-    stage("fitting an entropy model: a table of n-gram entropies")
+    progress = progress or Progress()
+    progress.stage("reading text")
+    text = _prepare_text(data, out, progress)
+    progress.stage("counting n-grams, for a scorer")
     counted = load_recipe("quickstart-entropy", [f"data.path={out / 'text'}", f"seed={seed}"])
-    assert isinstance(counted, TableRecipe)
-    fit_table(counted, out / "entropy")
-    stage(f"scoring the text, and finding the threshold for {PATCH_SIZE} bytes per patch")
-    threshold = _score(out, console)
-    console.print(f"      threshold {threshold:.3f} nats", highlight=False)
+    assert isinstance(counted, NgramRecipe)
+    fit_ngrams(counted, out / "entropy")
+    progress.stage(f"scoring the text, and finding the threshold for {PATCH_SIZE} bytes per patch")
+    threshold = _score(out, progress)
+    progress.note(f"threshold {threshold:.3f} nats")
 
     left = 60 * minutes * (1 - RESERVED_SHARE) - (time.monotonic() - began)
-    plan = _plan(out, seed, left, console)
-    stage(f"training a BLT for {plan['blt']} steps")
-    blt = _train("blt", out, plan, seed, console)
-    stage(f"training a plain byte transformer for {plan['byte']} steps, the same FLOPs")
-    byte = _train("byte", out, plan, seed, console)
+    plan = _plan(out, seed, left, progress)
+    progress.stage(f"training a BLT for {plan['blt']} steps")
+    blt = _train("blt", out, plan, seed, progress)
+    progress.stage(f"training a plain byte transformer for {plan['byte']} steps, the same FLOPs")
+    byte = _train("byte", out, plan, seed, progress)
 
-    stage("evaluating on held-out files")
+    progress.stage("evaluating on held-out files")
     lm, baseline = load(out / "blt", "cpu"), load(out / "byte", "cpu")
     documents = _held_out(out / "text")
     rows = [
@@ -113,30 +125,19 @@ def run_quickstart(
         _measure("byte transformer", baseline, documents, byte),
         _xz(documents),
     ]
-    stage("sampling and drawing")
+    progress.stage("sampling and drawing")
     prompt = documents[0][:60]
     sampling = Sampling(temperature=0.7, top_p=0.95, seed=seed)
     sample = lm.generate(prompt, max_bytes=400, sampling=sampling)
     snippet = documents[0][:192]
     _draw(out, lm, snippet)
-    _write_report(out, rows, text, prompt, sample, threshold, time.monotonic() - began)
-    _show(out, rows, prompt, sample, time.monotonic() - began, console)
+    found = Quickstart(rows, prompt, sample, time.monotonic() - began, out)
+    _write_report(found, text, threshold)
+    return found
 
 
-class _Stages:
-    """Numbered headings: what is going on, and how much is to come."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._number = console, 0
-
-    def __call__(self, title: str) -> None:
-        self._number += 1
-        number = Text(f"{self._number}/{STAGES}", style="bold")
-        self._console.print(Text.assemble(number, "  ", title))
-
-
-def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
-    """Documents of the text, a few held out."""
+def _prepare_text(data: Path | None, out: Path, progress: Progress) -> Manifest:
+    """Prepare the documents of the text, a few held out."""
     if data is None:
         library = Path(sysconfig.get_paths()["stdlib"])
         # Installed packages may live inside the library's folder; they differ between machines.
@@ -148,11 +149,11 @@ def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
         # Long documents are cut, so that a part of a single file can be held out.
         read = ReadOptions(cut_bytes=32_768)
     options = PrepareOptions(read=read, validation_share=0.03, leave_out=(out,))
-    with preparation_bar(console) as report:
+    with progress.preparing() as report:
         manifest = prepare(arguments, out / "text", options, report)
     held_out = sum(s.text_bytes for s in manifest.sources("validation").values())
     everything = sum(s.text_bytes for s in manifest.sources().values())
-    console.print(f"      {everything:,} bytes, {held_out:,} of them held out", highlight=False)
+    progress.note(f"{everything:,} bytes, {held_out:,} of them held out")
     if everything < MIN_BYTES or not held_out:
         raise DataError(
             f"{data or 'the standard library'} holds {everything:,} bytes, of which {held_out:,} "
@@ -162,9 +163,9 @@ def _prepare_text(data: Path | None, out: Path, console: Console) -> Manifest:
     return manifest
 
 
-def _score(out: Path, console: Console) -> float:
+def _score(out: Path, progress: Progress) -> float:
     options = PrepareOptions(scorer=out / "entropy")
-    with preparation_bar(console) as report:
+    with progress.preparing() as report:
         prepare([str(out / "text")], out / "scored", options, report)
     rule = calibrate_folder(out / "scored", EntropyPatching(), PATCH_SIZE).rule
     return EntropyPatching.model_validate(rule).threshold or 0.0
@@ -200,8 +201,8 @@ def _claim(out: Path, data: Path | None, seed: int) -> None:
         )
 
 
-def _plan(out: Path, seed: int, seconds: float, console: Console) -> dict[str, int]:
-    """Steps of both models: equal FLOPs, as many as fit; the same when run again."""
+def _plan(out: Path, seed: int, seconds: float, progress: Progress) -> dict[str, int]:
+    """Return the steps of both models: equal FLOPs, as many as fit; the same when run again."""
     plan = read_json(out / PLAN)
     if plan["steps"] is not None:
         return plan["steps"]
@@ -209,9 +210,8 @@ def _plan(out: Path, seed: int, seconds: float, console: Console) -> dict[str, i
     steps = equal_flops(costs, FLOPS, seconds)
     flops = steps["blt"] * costs["blt"].flops
     if flops < 0.9 * FLOPS:
-        console.print(
-            f"      time allows {flops / FLOPS:.0%} of the usual training: --minutes gives more",
-            highlight=False,
+        progress.note(
+            f"time allows {flops / FLOPS:.0%} of the usual training: --minutes gives more"
         )
     write_json(out / PLAN, {**plan, "steps": steps})
     return steps
@@ -231,12 +231,12 @@ def equal_flops(costs: dict[str, StepCost], flops: float, seconds: float) -> dic
 
 
 def _train(
-    name: str, out: Path, plan: dict[str, int], seed: int, console: Console
+    name: str, out: Path, plan: dict[str, int], seed: int, progress: Progress
 ) -> TrainingResult:
     recipe = _training_recipe(name, out, seed, plan[name])
-    result = train(recipe, out / name, console=console, title=f"     {name}")
+    result = train(recipe, out / name, callbacks=[progress.training(name)])
     if not result.finished:
-        raise BytelmError(f"stopped in step {result.step}: the same command goes on from there")
+        raise BytelmError(f"stopped in step {result.step}: the same command resumes from there")
     return result
 
 
@@ -257,16 +257,14 @@ def _held_out(folder: Path) -> list[bytes]:
 def _measure(name: str, lm: LanguageModel, documents: list[bytes], result: TrainingResult) -> Row:
     labelled = [("", document) for document in documents]
     likelihood = total(lm.likelihood(labelled, stride=lm.context_bytes // 2).values())
-    module = lm.module.blt if isinstance(lm.module, PatchedModel) else lm.module
-    assert isinstance(module, BLT | Transformer)
-    counts = parameter_counts(module)
-    tables = counts.get("n-gram embeddings", 0)
+    counts = parameters_by_part(lm.config.model)
+    hashed = counts.get("n-gram embeddings", 0)
     return Row(
         name,
         likelihood.bits_per_byte,
-        likelihood.patch_size if likelihood.num_patches else None,
-        sum(counts.values()) - tables,
-        tables,
+        likelihood.unit_bytes if likelihood.num_units else None,
+        sum(counts.values()) - hashed,
+        hashed,
         result.flops,
         result.bytes_seen,
     )
@@ -297,7 +295,8 @@ def _draw(out: Path, lm: LanguageModel, snippet: bytes) -> None:
 HEADINGS = ["model", "bits/byte", "bytes/patch", "params", "+ tables", "bytes read"]
 
 
-def _table_rows(rows: list[Row]) -> list[list[str]]:
+def table_rows(rows: list[Row]) -> list[list[str]]:
+    """Return the cells of the table of results, under :data:`HEADINGS`."""
     return [
         [
             row.name,
@@ -311,15 +310,8 @@ def _table_rows(rows: list[Row]) -> list[list[str]]:
     ]
 
 
-def _write_report(
-    out: Path,
-    rows: list[Row],
-    text: Manifest,
-    prompt: bytes,
-    sample: bytes,
-    threshold: float,
-    seconds: float,
-) -> None:
+def _write_report(found: Quickstart, text: Manifest, threshold: float) -> None:
+    rows, prompt, sample, seconds, out = found
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     versions = f"bytelm {__version__}, torch {torch.__version__}"
     write_json(
@@ -333,12 +325,13 @@ def _write_report(
         },
     )
     lines = [" | ".join(HEADINGS), " | ".join("---" for _ in HEADINGS)]
-    lines += [" | ".join(row) for row in _table_rows(rows)]
+    lines += [" | ".join(row) for row in table_rows(rows)]
     table = "\n".join(f"| {line} |" for line in lines)
     documents = sum(s.documents for s in text.sources().values())
     size = sum(s.text_bytes for s in text.sources().values())
     shown = (prompt + sample).decode("utf-8", "replace")
-    (out / REPORT).write_text(
+    write_text(
+        out / REPORT,
         f"""# Quickstart
 
 {documents:,} documents, {size:,} bytes; {seconds / 60:.1f} minutes on {machine}; {versions}.
@@ -368,28 +361,4 @@ The first {len(prompt)} bytes are the prompt.
 {shown}
 ~~~
 """,
-        "utf-8",
-    )
-
-
-def _show(
-    out: Path, rows: list[Row], prompt: bytes, sample: bytes, seconds: float, console: Console
-) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name in HEADINGS:
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for row in _table_rows(rows):
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-    console.print(f"{rows[0].flops or 0:.2e} training FLOPs each", style="dim")
-    console.print()
-    shown = (prompt + sample).decode("utf-8", "replace")
-    console.print(shown, highlight=False, markup=False, style="dim")
-    console.print(
-        f"\n{seconds / 60:.1f} minutes. {out / REPORT} has the figures. Next:\n"
-        f"  bytelm patch {out / 'blt'} 'def main():'\n"
-        f"  bytelm generate {out / 'blt'} 'def '\n"
-        f"  bytelm eval {out / 'blt'} FILE",
-        highlight=False,
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bytelm import codec
 from bytelm.errors import ConfigError, DataError
+from bytelm.storage import write_text
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -116,8 +117,12 @@ class Tokenizer:
         return bytes(self._values[character] for character in self._tokens[token])
 
     def save(self, path: Path) -> None:
-        """Write as JSON: the merges, in order."""
-        path.write_text(json.dumps({"merges": self.merges}, ensure_ascii=False) + "\n", "utf-8")
+        """Write the merges, in order, as JSON, whole or not at all.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        write_text(path, json.dumps({"merges": self.merges}, ensure_ascii=False) + "\n")
 
     def _encode(self, data: bytes) -> NDArray[np.int64]:
         found: list[int] = []

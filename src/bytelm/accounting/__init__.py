@@ -12,7 +12,6 @@ from bytelm.accounting.breakdown import (
     PartCost,
     break_down,
     break_down_recipe,
-    planned_patch_size,
     total,
 )
 from bytelm.accounting.exact import (
@@ -27,6 +26,7 @@ from bytelm.accounting.exact import (
     parameters_by_part,
     training_flops,
 )
+from bytelm.accounting.parts import Matrix, Part, SelfAttention, register_parts
 
 __all__ = [
     "SCORER",
@@ -35,7 +35,10 @@ __all__ = [
     "Breakdown",
     "DecodeCost",
     "Flops",
+    "Matrix",
+    "Part",
     "PartCost",
+    "SelfAttention",
     "break_down",
     "break_down_recipe",
     "cache_sizes",
@@ -43,8 +46,8 @@ __all__ = [
     "forward_flops",
     "parameter_counts",
     "parameters_by_part",
-    "planned_patch_size",
     "published",
+    "register_parts",
     "total",
     "training_flops",
 ]

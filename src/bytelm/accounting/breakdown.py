@@ -14,16 +14,7 @@ from bytelm.accounting.exact import (
     parameters_by_part,
 )
 from bytelm.codec import VOCAB_SIZE
-from bytelm.config import (
-    BLTConfig,
-    BytePatching,
-    CalibratedPatching,
-    NgramConfig,
-    PatchingConfig,
-    Recipe,
-    StaticPatching,
-    TransformerConfig,
-)
+from bytelm.config import CalibratedPatching, ModelConfig, Node, Recipe
 from bytelm.errors import ConfigError
 
 SCORER = "scorer"
@@ -79,7 +70,7 @@ def break_down_recipe(
     context: int | None = None,
     patch_size: float | None = None,
     element_size: int = 4,
-    scorer: TransformerConfig | NgramConfig | None = None,
+    scorer: Node | None = None,
 ) -> Breakdown:
     """Costs of the model that a recipe trains.
 
@@ -97,19 +88,28 @@ def break_down_recipe(
             or not possible.
     """
     num_bytes = context or recipe.data.row_bytes
-    if isinstance(recipe.model, TransformerConfig) and recipe.model.vocab_size > VOCAB_SIZE:
+    if recipe.model.has_patches:
+        return _break_down_patches(recipe, num_bytes, patch_size, element_size, scorer)
+    if getattr(recipe.model, "vocab_size", VOCAB_SIZE) > VOCAB_SIZE:
         return _break_down_tokens(recipe.model, num_bytes, patch_size, element_size)
-    if isinstance(recipe.model, TransformerConfig):
-        for option, value in (("--patch-size", patch_size), ("--scorer", scorer)):
-            if value is not None:
-                raise ConfigError(f"a transformer has no patches: leave out {option}")
-        parts = break_down(recipe.model, num_bytes, element_size=element_size)
-        formula = published.transformer_per_byte(recipe.model, num_bytes)
-        return Breakdown(parts, formula, num_bytes, 0)
+    for option, value in (("--patch-size", patch_size), ("--scorer", scorer)):
+        if value is not None:
+            raise ConfigError(f"a {recipe.model.kind} has no patches: leave out {option}")
+    parts = break_down(recipe.model, num_bytes, element_size=element_size)
+    return Breakdown(parts, published.per_byte(recipe.model, num_bytes, 1.0), num_bytes, 0)
+
+
+def _break_down_patches(
+    recipe: Recipe,
+    num_bytes: int,
+    patch_size: float | None,
+    element_size: int,
+    scorer: Node | None,
+) -> Breakdown:
     assert recipe.patching is not None
     if scorer is not None and not isinstance(recipe.patching, CalibratedPatching):
         raise ConfigError(f"{recipe.patching.kind} patches need no scorer: leave out --scorer")
-    size = planned_patch_size(recipe.patching) if patch_size is None else patch_size
+    size = recipe.patching.planned_size if patch_size is None else patch_size
     if size is None:
         raise ConfigError(
             f"how long {recipe.patching.kind} patches are depends on the text: say it, such as "
@@ -124,14 +124,15 @@ def break_down_recipe(
     parts = break_down(
         recipe.model, num_bytes, num_patches, element_size=element_size, scorer=scorer
     )
-    formula = published.blt_per_byte(recipe.model, num_bytes, size)
-    return Breakdown(parts, formula, num_bytes, num_patches)
+    return Breakdown(
+        parts, published.per_byte(recipe.model, num_bytes, size), num_bytes, num_patches
+    )
 
 
 def _break_down_tokens(
-    config: TransformerConfig, num_bytes: int, token_size: float | None, element_size: int
+    config: ModelConfig, num_bytes: int, token_size: float | None, element_size: int
 ) -> Breakdown:
-    """Costs of a model of tokens, those of a token divided by the bytes it stands for."""
+    """Return the costs of a model of tokens, those of a token divided by its bytes."""
     if token_size is None or not 1 <= token_size <= num_bytes:
         raise ConfigError(
             "how long tokens are depends on the tokenizer and the text: say how many bytes, at "
@@ -148,31 +149,22 @@ def _break_down_tokens(
         )
         for name, cost in break_down(config, num_tokens, element_size=element_size).items()
     }
-    formula = published.transformer_per_byte(config, num_bytes, bytes_per_token=token_size)
+    formula = published.per_byte(config, num_bytes, token_size)
     return Breakdown(parts, formula, num_bytes, num_tokens, "tokens")
 
 
-def planned_patch_size(rule: PatchingConfig) -> float | None:
-    """Mean bytes per patch that a rule is meant to make; ``None`` where it depends on the text."""
-    if isinstance(rule, BytePatching):
-        return 1.0
-    if isinstance(rule, StaticPatching):
-        return float(rule.length)
-    return rule.patch_size if isinstance(rule, CalibratedPatching) else None
-
-
 def break_down(
-    config: BLTConfig | TransformerConfig,
+    config: Node,
     num_bytes: int,
     num_patches: int = 0,
     *,
     element_size: int,
-    scorer: TransformerConfig | NgramConfig | None = None,
+    scorer: Node | None = None,
 ) -> dict[str, PartCost]:
     """Every cost of a model by part, and its scorer's as one more part.
 
     A scorer's entropies are made once, before training, so a byte passes forward through it and
-    never back. A table of n-grams is looked up, which costs no FLOPs.
+    never back. An n-gram scorer is looked up, which costs no FLOPs.
 
     Args:
         config: of the model.
@@ -183,8 +175,7 @@ def break_down(
     """
     parts = _parts(config, num_bytes, num_patches, element_size)
     if scorer is not None:
-        is_table = isinstance(scorer, NgramConfig)
-        cost = total([] if is_table else _parts(scorer, num_bytes, 0, element_size).values())
+        cost = total(_parts(scorer, num_bytes, 0, element_size).values())
         parts[SCORER] = cost._replace(training=cost.forward)
     return parts
 
@@ -207,7 +198,7 @@ def total(parts: Iterable[PartCost]) -> PartCost:
 
 
 def _parts(
-    config: BLTConfig | TransformerConfig, num_bytes: int, num_patches: int, element_size: int
+    config: Node, num_bytes: int, num_patches: int, element_size: int
 ) -> dict[str, PartCost]:
     parameters = parameters_by_part(config)
     decode = decode_costs(config, num_bytes, num_patches, element_size=element_size)

@@ -10,12 +10,8 @@ The scorer is not part of a model's count: it is a model of its own.
 
 from typing import NamedTuple
 
-from torch import nn
-
 from bytelm.accounting.parts import Matrix, Part, SelfAttention, model_parts
-from bytelm.config import BLTConfig, TransformerConfig
-from bytelm.model.blt import BLT
-from bytelm.model.transformer import Transformer
+from bytelm.config import Node
 
 TRAINING_FACTOR = 3
 """A backward pass costs two forward passes (paper, section 4.5)."""
@@ -47,9 +43,7 @@ class DecodeCost(NamedTuple):
     """Bytes of memory: keys and values of the positions that are visible."""
 
 
-def forward_flops(
-    config: BLTConfig | TransformerConfig, num_bytes: int, num_patches: int = 0
-) -> dict[str, Flops]:
+def forward_flops(config: Node, num_bytes: int, num_patches: int = 0) -> dict[str, Flops]:
     """Forward FLOPs of one row by part: what training, or reading a prompt, runs forward.
 
     Args:
@@ -62,16 +56,14 @@ def forward_flops(
     }
 
 
-def training_flops(
-    config: BLTConfig | TransformerConfig, num_bytes: int, num_patches: int = 0
-) -> int:
+def training_flops(config: Node, num_bytes: int, num_patches: int = 0) -> int:
     """FLOPs of a forward and a backward pass over one row."""
     parts = forward_flops(config, num_bytes, num_patches)
     return TRAINING_FACTOR * sum(part.total for part in parts.values())
 
 
 def decode_costs(
-    config: BLTConfig | TransformerConfig,
+    config: Node,
     num_bytes: int,
     num_patches: int = 0,
     *,
@@ -95,7 +87,7 @@ def decode_costs(
 
 
 def cache_sizes(
-    config: BLTConfig | TransformerConfig,
+    config: Node,
     num_bytes: int,
     num_patches: int = 0,
     *,
@@ -114,33 +106,16 @@ def cache_sizes(
     return sizes
 
 
-def parameters_by_part(config: BLTConfig | TransformerConfig) -> dict[str, int]:
+def parameters_by_part(config: Node) -> dict[str, int]:
     """Parameters of the parts that :func:`forward_flops` counts, without building the model."""
     return {name: part.parameters for name, part in model_parts(config).items()}
 
 
-def parameter_counts(model: BLT | Transformer) -> dict[str, int]:
-    """Parameters of a model by its modules; embeddings apart, since they cost no FLOPs."""
-    if isinstance(model, Transformer):
-        embedding = model.embedding
-        return {
-            "embedding": _count(embedding.ids),
-            **({"n-gram embeddings": _count(embedding.ngrams)} if embedding.ngrams else {}),
-            "transformer": _count(model.blocks) + _count(model.norm),
-            "output": _count(model.output),
-        }
-    embedding = model.encoder.embedding
-    return {
-        "byte embedding": _count(embedding.ids),
-        "n-gram embeddings": _count(embedding.ngrams),
-        "encoder": _count(model.encoder) - _count(embedding),
-        "global": _count(model.global_model),
-        "decoder": _count(model.decoder),
-    }
-
-
-def _count(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+def parameter_counts(config: Node) -> tuple[int, int]:
+    """Return the parameters in matrices and gains, and those in embeddings, which cost no FLOPs."""
+    counts = parameters_by_part(config)
+    embeddings = sum(count for name, count in counts.items() if "embedding" in name)
+    return sum(counts.values()) - embeddings, embeddings
 
 
 def _forward(part: Part, num_bytes: int, num_patches: int) -> Flops:
@@ -149,7 +124,7 @@ def _forward(part: Part, num_bytes: int, num_patches: int) -> Flops:
     attention = 4 * num_bytes * part.cross_width
     if stack := part.self_attention:
         pairs = _visible_pairs(lengths[stack.per], stack.window)
-        attention += 4 * stack.num_layers * stack.dim * pairs
+        attention += 4 * stack.num_layers * stack.query_width * pairs
     return Flops(linear, attention)
 
 
@@ -166,8 +141,9 @@ def _decode(part: Part, num_bytes: int, num_patches: int, element_size: int) -> 
     cache = float(part.latent)
     if stack := part.self_attention:
         seen = _cached(stack, num_bytes, num_patches) * rates[stack.per]
-        # A key costs a multiply-add for each of its elements, and so does a value.
-        flops += 2 * seen
+        # An element of a key costs a multiply-add for each query head that shares it, and so does
+        # one of a value.
+        flops += 2 * seen * stack.query_width / stack.key_width
         cache += seen
     return DecodeCost(flops, element_size * weights, element_size * cache)
 
@@ -175,7 +151,7 @@ def _decode(part: Part, num_bytes: int, num_patches: int, element_size: int) -> 
 def _cached(stack: SelfAttention, num_bytes: int, num_patches: int) -> int:
     """Elements of the keys and values that are visible to the last position."""
     length = {"byte": num_bytes, "patch": num_patches}[stack.per]
-    return 2 * stack.num_layers * stack.dim * min(length, stack.window or length)
+    return 2 * stack.num_layers * stack.key_width * min(length, stack.window or length)
 
 
 def _visible_pairs(length: int, window: int | None) -> int:

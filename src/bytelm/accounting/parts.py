@@ -5,10 +5,24 @@ once per patch; while a text is generated a matrix is read from memory once per 
 patch closes. FLOPs, parameters, memory traffic and caches all follow from these descriptions.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Literal, NamedTuple, TypeVar
 
 from bytelm.codec import VOCAB_SIZE
-from bytelm.config import BLTConfig, NgramEmbeddingConfig, StackConfig, TransformerConfig
+from bytelm.config import (
+    BLTConfig,
+    FittedNgramConfig,
+    HashEmbeddingConfig,
+    NgramConfig,
+    Node,
+    StackConfig,
+    TransformerConfig,
+    kind_of,
+)
+from bytelm.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=Node)
 
 Axis = Literal["byte", "patch"]
 
@@ -36,7 +50,10 @@ class SelfAttention(NamedTuple):
     """Causal self-attention of a stack of layers."""
 
     num_layers: int
-    dim: int
+    query_width: int
+    """Elements of a position's queries: those of all heads."""
+    key_width: int
+    """Elements of a position's keys, and of its values: those of all key-value heads."""
     per: Axis
     window: int | None
     """Positions visible to a position, itself included; ``None`` for all before it."""
@@ -62,16 +79,35 @@ class Part(NamedTuple):
         return sum(matrix.parameters for matrix in self.matrices) + self.other_parameters
 
 
-def model_parts(config: BLTConfig | TransformerConfig) -> dict[str, Part]:
-    """The parts of a model, in the order in which a byte passes through them."""
-    return _transformer(config) if isinstance(config, TransformerConfig) else _blt(config)
+@singledispatch
+def model_parts(config: Node) -> dict[str, Part]:
+    """Return the parts of a model, in the order in which a byte passes through them.
+
+    Raises:
+        ConfigError: it is of a kind whose parts are not registered.
+    """
+    raise ConfigError(
+        f"the costs of a {kind_of(type(config))} model are not known: "
+        "bytelm.accounting.register_parts makes them known"
+    )
+
+
+def register_parts(config: type[ConfigT], describe: Callable[[ConfigT], dict[str, Part]]) -> None:
+    """Make known what a kind of model is made of, so that its costs can be counted.
+
+    Args:
+        config: its configuration.
+        describe: returns the parts of a configuration, by name.
+    """
+    model_parts.register(config, describe)
 
 
 def _transformer(config: TransformerConfig) -> dict[str, Part]:
     vocab, dim = config.vocab_size, config.dim
+    hashed = config.hash_embeddings
     return {
         "embedding": Part(other_parameters=vocab * dim, looked_up=dim),
-        **({"n-gram embeddings": _ngram_tables(config.ngrams, dim)} if config.ngrams else {}),
+        **({"n-gram embeddings": _hash_embeddings(hashed, dim)} if hashed else {}),
         "transformer": _stack(config, "byte", config.window),
         "output": Part((Matrix(dim, vocab, 1, "byte"),), other_parameters=dim),
     }
@@ -81,7 +117,7 @@ def _blt(config: BLTConfig) -> dict[str, Part]:
     local, dim = config.local, config.local.dim
     return {
         "byte embedding": Part(other_parameters=VOCAB_SIZE * dim, looked_up=dim),
-        "n-gram embeddings": _ngram_tables(config.ngrams, dim),
+        "n-gram embeddings": _hash_embeddings(config.hash_embeddings, dim),
         "encoder": _stack(local.stack(local.encoder_layers), "byte", local.window),
         "encoder cross-attention": _encoder_cross_attention(config),
         "patch projections": _patch_projections(config),
@@ -92,26 +128,34 @@ def _blt(config: BLTConfig) -> dict[str, Part]:
     }
 
 
-def _ngram_tables(config: NgramEmbeddingConfig, dim: int) -> Part:
-    tables = len(config.sizes) * config.functions
-    return Part(other_parameters=tables * config.rows * dim, looked_up=tables * dim)
+def _hash_embeddings(config: HashEmbeddingConfig, dim: int) -> Part:
+    hashes = len(config.sizes) * config.functions
+    return Part(other_parameters=hashes * config.num_buckets * dim, looked_up=hashes * dim)
 
 
 def _stack(config: StackConfig, per: Axis, window: int | None) -> Part:
-    """Blocks: queries, keys, values and output; gate, up and down; two norms."""
+    """Blocks: queries, keys, values and output; gate, up and down; norms and biases."""
     dim, layers = config.dim, config.num_layers
+    queries = config.num_heads * config.head_width
+    keys = config.kv_heads * config.head_width
+    extra = 2 * dim
+    extra += 2 * config.head_width if config.qk_norm else 0
+    extra += queries + 2 * keys if config.qkv_bias else 0
+    extra += dim if config.out_bias else 0
+    extra += 2 * config.ffn_dim + dim if config.ffn_bias else 0
     return Part(
         matrices=(
-            Matrix(dim, dim, 4 * layers, per, read_per=per),
+            Matrix(dim, queries, 2 * layers, per, read_per=per),
+            Matrix(dim, keys, 2 * layers, per, read_per=per),
             Matrix(dim, config.ffn_dim, 3 * layers, per, read_per=per),
         ),
-        self_attention=SelfAttention(layers, dim, per, window),
-        other_parameters=2 * dim * layers,
+        self_attention=SelfAttention(layers, queries, keys, per, window),
+        other_parameters=extra * layers,
     )
 
 
 def _inner_dim(config: BLTConfig) -> int:
-    """Width of the heads of cross-attention together: below the local width if not divisible."""
+    """Return the width of all heads of cross-attention: below the local width if not divisible."""
     heads = config.cross_attention.num_heads
     return heads * (config.local.dim // heads)
 
@@ -161,3 +205,10 @@ def _patch_projections(config: BLTConfig) -> Part:
         other_parameters=0 if is_pooled else width,
         latent=0 if reads_slots else dim,
     )
+
+
+register_parts(TransformerConfig, _transformer)
+register_parts(BLTConfig, _blt)
+# An n-gram scorer is looked up, which costs no FLOPs.
+register_parts(NgramConfig, lambda config: {})
+register_parts(FittedNgramConfig, lambda config: {})

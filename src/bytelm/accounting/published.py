@@ -12,7 +12,9 @@ Symbols of the paper: ``l`` layers, ``h = h_k n_heads`` width, ``m`` context, ``
 ``n_p`` patch size, ``k`` slots.
 """
 
-from bytelm.config import BLTConfig, StackConfig, TransformerConfig
+from functools import singledispatch
+
+from bytelm.config import BLTConfig, ModelConfig, StackConfig, TransformerConfig
 
 D_FF = 4.0
 """Width of the feed-forward over that of the model, for two matrices. SwiGLU has three of two
@@ -67,28 +69,36 @@ def transformer(
     return blocks + attention(num_layers, dim, context) + de_embedding(dim, vocab_size)
 
 
-def transformer_per_byte(
-    config: TransformerConfig,
-    context: int,
-    *,
-    bytes_per_token: float = 1.0,
-) -> dict[str, float]:
-    """Forward FLOPs per byte of a transformer over tokens or bytes, by part.
+@singledispatch
+def per_byte(config: ModelConfig, context: int, unit_bytes: float) -> dict[str, float]:
+    """Return the forward FLOPs per byte of a model, by part; empty for kinds without a formula.
 
     Args:
-        config: of the transformer; a window is in tokens.
+        config: of the model; a window is in the units that it reads.
         context: bytes.
-        bytes_per_token: mean, by which the cost of a token is divided.
+        unit_bytes: mean bytes per patch or token; 1 for a model of bytes.
     """
-    per_byte = 1 / bytes_per_token
+    return {}
+
+
+@per_byte.register
+def transformer_per_byte(
+    config: TransformerConfig, context: int, unit_bytes: float = 1.0
+) -> dict[str, float]:
+    """Return the forward FLOPs per byte of a transformer over tokens or bytes, by part.
+
+    The cost of a token is divided by the bytes that it stands for.
+    """
+    per_unit = 1 / unit_bytes
     return {
-        "transformer": per_byte * _stack(config, context * per_byte, config.window),
-        "output": per_byte * de_embedding(config.dim, config.vocab_size),
+        "transformer": per_unit * _stack(config, context * per_unit, config.window),
+        "output": per_unit * de_embedding(config.dim, config.vocab_size),
     }
 
 
-def blt_per_byte(config: BLTConfig, context: int, patch_size: float) -> dict[str, float]:
-    """Forward FLOPs per byte of a BLT, by part.
+@per_byte.register
+def blt_per_byte(config: BLTConfig, context: int, unit_bytes: float) -> dict[str, float]:
+    """Return the forward FLOPs per byte of a BLT, by part.
 
     ::
 
@@ -101,17 +111,17 @@ def blt_per_byte(config: BLTConfig, context: int, patch_size: float) -> dict[str
     Args:
         config: of the model; layers without cross-attention are left out.
         context: bytes (``n_ctx``).
-        patch_size: mean bytes per patch (``n_p``).
+        unit_bytes: mean bytes per patch (``n_p``).
     """
     local, dim = config.local, config.local.dim
-    slots_per_byte = config.cross_attention.slots / patch_size
+    slots_per_byte = config.cross_attention.slots / unit_bytes
     encoder_cross = cross_attention(
-        config.encoder_cross_layers, dim, patch_size, 1 / slots_per_byte
+        config.encoder_cross_layers, dim, unit_bytes, 1 / slots_per_byte
     )
     return {
         "encoder": _stack(local.stack(local.encoder_layers), float(context), local.window),
         "encoder cross-attention": encoder_cross * slots_per_byte,
-        "global": _stack(config.global_model, context / patch_size, None) / patch_size,
+        "global": _stack(config.global_model, context / unit_bytes, None) / unit_bytes,
         "decoder": _stack(local.stack(local.decoder_layers), float(context), local.window),
         "decoder cross-attention": cross_attention(
             config.decoder_cross_layers, dim, float(config.cross_attention.slots), slots_per_byte
@@ -121,7 +131,9 @@ def blt_per_byte(config: BLTConfig, context: int, patch_size: float) -> dict[str
 
 
 def _stack(config: StackConfig, context: float, window: int | None) -> float:
-    """A stack of blocks, with its own feed-forward width in place of the paper's."""
-    d_ff = 1.5 * config.ffn_dim / config.dim
+    """Return the cost of a stack of blocks, with their own widths instead of the paper's."""
+    layers, dim = config.num_layers, config.dim
     visible = min(context, float(window or context))
-    return transformer(config.num_layers, config.dim, visible, 0, d_ff)
+    blocks = feed_forward(layers, dim, 1.5 * config.ffn_dim / dim)
+    blocks += qkvo(layers, dim, config.kv_heads / config.num_heads)
+    return blocks + attention(layers, config.num_heads * config.head_width, visible)

@@ -83,10 +83,10 @@ def _show(config: "CheckpointConfig", out: Path) -> None:
     """What was imported, with the patching rule found: it decides the cost."""
     import torch
 
-    from bytelm.model.build import build_model
+    from bytelm.lm import build_lm
 
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_lm(config)
     count = sum(weight.numel() for weight in model.parameters())
     console.print(f"{count:,} parameters in {out}", soft_wrap=True)
     if config.patching is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from bytelm.cli.app import app, console
-from bytelm.config import BLTConfig, NgramConfig, TableRecipe, TransformerConfig, load_recipe
+from bytelm.config import NgramRecipe, Node, Recipe, load_recipe
 from bytelm.errors import ConfigError
 
 
@@ -50,28 +50,30 @@ def flops(
     from bytelm.accounting import break_down_recipe
     from bytelm.display import cost_shares, costs_title, show_costs
 
-    settled = load_recipe(recipe, overrides or ())
-    if isinstance(settled, TableRecipe):
-        contexts = settled.model.max_order * settled.model.max_contexts
-        console.print(f"a table of at most {contexts:,} contexts, which are looked up: no FLOPs")
+    resolved = load_recipe(recipe, overrides or ())
+    if isinstance(resolved, NgramRecipe):
+        contexts = resolved.model.max_order * resolved.model.max_contexts
+        console.print(
+            f"an n-gram scorer of at most {contexts:,} contexts, which are looked up: no FLOPs"
+        )
         return
     costs = break_down_recipe(
-        settled,
+        resolved,
         context=context,
         patch_size=patch_size,
         element_size={"float32": 4, "bfloat16": 2}[precision],
         scorer=None if scorer is None else _scorer_config(scorer),
     )
     name = Path(recipe).stem
-    show_costs(console, costs, settled, name=name, precision=precision)
+    show_costs(console, costs, resolved, name=name, precision=precision)
     if figure is not None:
         from bytelm.figures import draw_shares
 
         draw_shares(cost_shares(costs), figure, title=costs_title(costs, name))
 
 
-def _scorer_config(name: str) -> TransformerConfig | NgramConfig:
-    model = load_recipe(name).model
-    if isinstance(model, BLTConfig):
+def _scorer_config(name: str) -> Node:
+    recipe = load_recipe(name)
+    if isinstance(recipe, Recipe) and recipe.model.has_patches:
         raise ConfigError(f"{name} is a BLT, not a scorer: name one such as entropy-100m")
-    return model
+    return recipe.model

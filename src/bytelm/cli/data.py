@@ -9,7 +9,6 @@ from bytelm.cli.app import app, console
 from bytelm.cli.options import build_rule
 from bytelm.config import EntropyPatching
 from bytelm.errors import PatchingError
-from bytelm.tracking import preparation_bar
 
 data_app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -76,13 +75,13 @@ def data_prepare(
 ) -> None:
     """Turn text into Arrow shards, with entropies if a scorer is given.
 
-    The same command after an interruption goes on where it stopped.
+    The same command after an interruption resumes where it stopped.
 
     [dim]bytelm data prepare books/*.jsonl.xz --out data
     bytelm data prepare data --scorer entropy-run --out data-scored[/]
     """
     from bytelm.data import PrepareOptions, ReadOptions, prepare, read_manifest
-    from bytelm.display import show_data
+    from bytelm.display import ConsoleProgress, show_data
 
     read = ReadOptions(
         format=format,
@@ -103,10 +102,10 @@ def data_prepare(
         workers=workers,
     )
     try:
-        with preparation_bar(console) as report:
+        with ConsoleProgress(console).preparing() as report:
             prepare(inputs, out, options, report)
     except KeyboardInterrupt:
-        console.print("stopped: the same command goes on")
+        console.print("stopped: the same command resumes")
         raise typer.Exit(130) from None
     if scorer is not None:
         from bytelm.data.calibration import calibrate_folder
@@ -157,8 +156,8 @@ def data_tokenizer(
     [dim]bytelm data tokenizer data --vocab-size 4096 --out tokens-4096.json
     bytelm train token-1m data.path=data data.tokenizer=tokens-4096.json --out run[/]
     """
-    from bytelm.checkpoint import check_absent
     from bytelm.data import Dataset, train_dataset_tokenizer
+    from bytelm.storage import check_absent
 
     check_absent(out)
     tokenizer = train_dataset_tokenizer(Dataset(folder, "train"), vocab_size, round(max_mb * 1e6))

@@ -8,8 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from bytelm.cli.app import app, console
-from bytelm.cli.options import Rule, build_rule, seconds
-from bytelm.config import PatchingConfig, SpacePatching, StaticPatching, TableRecipe, load_recipe
+from bytelm.cli.options import build_rule, seconds
+from bytelm.config import (
+    RULES,
+    NgramRecipe,
+    PatchingConfig,
+    SpacePatching,
+    StaticPatching,
+    load_recipe,
+)
 from bytelm.errors import DataError
 
 Checkpoint = Annotated[
@@ -44,21 +51,22 @@ def train(
     [dim]bytelm train entropy-tiny data.path=data --out entropy
     bytelm train blt-1m data.path=data-scored train.steps=2000[/]
     """
-    from bytelm.display import show_likelihood
-    from bytelm.training import fit_table, train
+    from bytelm.display import TrainingBar, show_likelihood
+    from bytelm.training import fit_ngrams, train
 
-    settled = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / Path(recipe).stem
-    if isinstance(settled, TableRecipe):
+    if isinstance(resolved, NgramRecipe):
         with console.status("counting"):
-            scorer = fit_table(settled, folder)
+            scorer = fit_ngrams(resolved, folder)
         console.print(f"{len(scorer.keys):,} contexts in {folder}", highlight=False)
         return
     limit = seconds(time_limit) if time_limit else None
-    result = train(settled, folder, console=console, title=folder.name, time_limit=limit)
+    bar = TrainingBar(console, folder.name)
+    result = train(resolved, folder, callbacks=[bar], time_limit=limit)
     if not result.finished:
         console.print(
-            f"stopped after step {result.step} with a checkpoint: the same command goes on",
+            f"stopped after step {result.step} with a checkpoint: the same command resumes",
             highlight=False,
         )
         return
@@ -108,7 +116,7 @@ def evaluate(
         raise DataError("there is no text to evaluate (of prepared data, what is held out is)")
     if as_json:
         rows = {
-            name: {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, "patches": x.num_patches}
+            name: {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, "patches": x.num_units}
             for name, x in by_source.items()
         }
         print(json.dumps(rows, indent=2))
@@ -120,7 +128,12 @@ def evaluate(
 def patch(
     checkpoint: Checkpoint,
     text: Annotated[str | None, typer.Argument(help="Text; - or none for standard input.")] = None,
-    rule: Annotated[Rule | None, typer.Option(help="In place of the model's own.")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Instead of the model's own: {', '.join(RULES.nodes)}, or one of yours."
+        ),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Entropy above which a patch starts, in nats.")
     ] = None,
@@ -200,7 +213,7 @@ def generate(
     [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300[/]
     """
     from bytelm.codec import to_bytes
-    from bytelm.generation import Sampling
+    from bytelm.inference import Sampling
     from bytelm.language_model import load
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
@@ -208,8 +221,8 @@ def generate(
     data = sys.stdin.buffer.read() if prompt == "-" else to_bytes(prompt)
     options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
     if raw:
-        for piece in lm.stream(data, **options):
-            sys.stdout.buffer.write(piece.data)
+        for part in lm.stream(data, **options):
+            sys.stdout.buffer.write(part.data)
             sys.stdout.buffer.flush()
         return
     for text in lm.stream_text(data, **options):

@@ -1,29 +1,9 @@
 """Values of options: patching rules, durations."""
 
 import re
-from typing import Literal
 
-from bytelm.config import (
-    BytePatching,
-    CombinedPatching,
-    EntropyPatching,
-    MonotonicPatching,
-    PatchingConfig,
-    SpacePatching,
-    StaticPatching,
-    parse,
-)
+from bytelm.config import RULES, PatchingConfig, import_kinds, nearest, parse
 from bytelm.errors import ConfigError
-
-RULES: dict[str, type[PatchingConfig]] = {
-    "byte": BytePatching,
-    "static": StaticPatching,
-    "space": SpacePatching,
-    "entropy": EntropyPatching,
-    "monotonic": MonotonicPatching,
-    "combined": CombinedPatching,
-}
-Rule = Literal["byte", "static", "space", "entropy", "monotonic", "combined"]
 
 
 def build_rule(
@@ -34,8 +14,19 @@ def build_rule(
     max_length: int | None,
     own: PatchingConfig | None = None,
 ) -> PatchingConfig:
-    """A rule from options; what they leave out is taken from ``own`` where that has it."""
-    node = RULES[kind]
+    """Return a rule from options; what they leave out is taken from ``own`` where that has it.
+
+    Raises:
+        ConfigError: there is no such kind of rule, or it lacks an option.
+    """
+    if kind not in RULES.nodes:
+        import_kinds()
+    if kind not in RULES.nodes:
+        known = list(RULES.nodes)
+        raise ConfigError(
+            f"--rule {kind}: there is no such rule{nearest(kind, known)} ({', '.join(known)})"
+        )
+    node = RULES.nodes[kind]
     options = {
         "threshold": threshold,
         "increase": increase,
@@ -53,10 +44,10 @@ def build_rule(
 
 
 def seconds(text: str) -> float:
-    """Seconds of a duration such as ``90s``, ``9m`` or ``2h``.
+    """Return the seconds of a duration such as ``90s``, ``9m`` or ``2h``.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: not a duration.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text)
     if not match:

@@ -1,4 +1,4 @@
-"""The verb that compares models: study."""
+"""The command that compares models: study."""
 
 import signal
 import time
@@ -36,15 +36,15 @@ def study(
     ] = 1,
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Stop after this long (90s, 9m, 2h); the same command goes on."),
+        typer.Option(help="Stop after this long (90s, 9m, 2h); the same command resumes."),
     ] = None,
     redraw: Annotated[
         Path | None,
-        typer.Option(help="Train nothing: draw the table in this folder again, into --out."),
+        typer.Option(help="Train nothing: write page and figures of this folder's table to --out."),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only runs whose name holds this text, or another where given again."),
+        typer.Option(help="Only runs whose name contains this text; may be given several times."),
     ] = None,
     speed: Annotated[
         float, typer.Option(min=1.0, help="FLOPs per second of a worker, to estimate time.")
@@ -52,35 +52,35 @@ def study(
 ) -> None:
     """Compare families of models at equal FLOPs: plan, runs, table, fits, figures, a page.
 
-    Every run has a folder of its own and goes on where it stopped, on any machine. What is
-    finished is tabled, fitted and drawn each time.
+    Every run has a folder of its own and resumes where it stopped, on any machine. Each time the
+    finished runs are tabled, fitted and drawn.
 
     [dim]bytelm study cpu-study --dry-run
     bytelm study cpu-study --workers 2 --time-limit 9m
     bytelm study cpu-study --redraw docs/study --out page[/]
     """
     from bytelm.display import show_study_costs
-    from bytelm.study import load_plan, plan_runs, run_cost, share_done, write_page
+    from bytelm.study import load_plan, plan_runs, run_costs, share_done, write_page
 
-    settled = load_plan(plan, overrides or ())
-    folder = out or Path("studies") / settled.name
+    loaded = load_plan(plan, overrides or ())
+    folder = out or Path("studies") / loaded.name
     if redraw is not None:
-        console.print(f"{write_page(settled, redraw, folder)}")
+        console.print(f"{write_page(loaded, redraw, folder)}")
         return
-    runs = plan_runs(settled)
+    runs = plan_runs(loaded)
     for text in only or ():
         if not any(text in run.name for run in runs):
-            raise ConfigError(f"--only {text}: no run of the plan has a name with this in it")
+            raise ConfigError(f"--only {text}: no run name contains it")
     if only:
         runs = [run for run in runs if any(text in run.name for text in only)]
     if dry_run:
-        costs = [run_cost(settled, run, folder, speed) for run in runs]
+        costs = run_costs(loaded, runs, folder, speed)
         done = [share_done(folder, run, c.steps) for run, c in zip(runs, costs, strict=True)]
-        show_study_costs(console, settled, costs, done)
+        show_study_costs(console, loaded, costs, done)
         return
     signal.signal(signal.SIGTERM, _interrupt)
     limit = seconds(time_limit) if time_limit else None
-    problems = _run(settled, runs, folder, workers, limit)
+    problems = _run(loaded, runs, folder, workers, limit)
     if problems:
         raise TrainingError("; ".join(problems))
 
@@ -88,16 +88,18 @@ def study(
 def _run(
     plan: "Plan", runs: "list[Run]", folder: Path, workers: int, time_limit: float | None
 ) -> list[str]:
-    """Prepare, train, table and draw, as far as time goes; what went wrong."""
+    """Prepare, train, table and draw within the time limit; return a line for each failed run."""
+    from bytelm.display import ConsoleProgress
     from bytelm.study import prepare_text, run_all, table_folder, write_page, write_table
 
     deadline = None if time_limit is None else time.time() + time_limit
+    progress = ConsoleProgress(console)
     problems: list[str] = []
     is_stopped = False
     try:
-        if prepare_text(plan, runs, folder, console, deadline):
+        if prepare_text(plan, runs, folder, progress, deadline):
             problems = run_all(
-                plan, runs, folder, workers=workers, console=console, deadline=deadline
+                plan, runs, folder, workers=workers, progress=progress, deadline=deadline
             )
     except KeyboardInterrupt:
         is_stopped = True
@@ -105,7 +107,7 @@ def _run(
     if num_finished:
         page = table_folder(plan, folder)
         console.print(f"{write_page(plan, page, page)}", soft_wrap=True)
-    more = "" if num_finished == num_runs else "; the same command goes on"
+    more = "" if num_finished == num_runs else "; the same command resumes"
     console.print(f"{num_finished} of {num_runs} runs finished{more}")
     if is_stopped:
         raise typer.Exit(130)

@@ -25,9 +25,12 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
 ) -> None:
     """Train, evaluate and sample a small BLT on this computer; nothing is downloaded."""
-    from bytelm.quickstart import run_quickstart
+    from bytelm.display import ConsoleProgress, show_quickstart
+    from bytelm.quickstart import STAGES, run_quickstart
 
-    run_quickstart(data, out, minutes=minutes, seed=seed, console=console)
+    progress = ConsoleProgress(console, STAGES)
+    found = run_quickstart(data, out, minutes=minutes, seed=seed, progress=progress)
+    show_quickstart(console, found)
 
 
 @app.command()

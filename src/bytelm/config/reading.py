@@ -6,56 +6,59 @@ overrides change single values, read as YAML.
 """
 
 import difflib
-import re
+import io
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
 
-from bytelm.config.nodes import Recipe, TableRecipe
+from bytelm.config.kinds import Kinds, import_kinds, kind_of
+from bytelm.config.names import modern_path, modernise
+from bytelm.config.recipe import NgramRecipe, Recipe
 from bytelm.errors import ConfigError
 
 NodeT = TypeVar("NodeT", bound=BaseModel)
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-3`` as a number, as people mean it, and refuses repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+class _Constructor(SafeConstructor):
+    """Plain data only, and no dates: nothing in a recipe is one, but a folder may look like one."""
 
 
-# Nothing in a recipe is a date, but a folder may be named like one.
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+_Constructor.add_constructor(
+    "tag:yaml.org,2002:timestamp", lambda constructor, node: constructor.construct_scalar(node)
 )
 
 
+def _yaml() -> YAML:
+    """Return a reader and writer of YAML 1.2, in which ``010`` is ten and ``1e-3`` a number."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    return yaml
+
+
 def parse(node: type[NodeT], data: Any, where: str) -> NodeT:
-    """Build ``node`` from plain data.
+    """Build ``node`` from plain data, in which keys may have the names of earlier versions.
 
     Raises:
         ConfigError: naming ``where``, the path, the value and the remedy for the first mistake.
     """
+    data = modernise(data)
     try:
         return node.model_validate(data)
     except ValidationError as error:
+        is_unknown_kind = error.errors()[0]["type"] == "union_tag_invalid"
+        if is_unknown_kind and import_kinds():
+            with suppress(ValidationError):
+                return node.model_validate(data)
         raise ConfigError(f"{where}: {_explain(node, error)}") from None
 
 
@@ -99,8 +102,8 @@ def shipped_text(kind: str, name: str) -> str:
         raise ConfigError(f"cannot read {what} {name!r}: {error}") from None
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | TableRecipe:
-    """A recipe with overrides applied: of a table if its model is of kind ``ngram``.
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecipe:
+    """Return a recipe with overrides applied: of an n-gram scorer if its model's kind is ``ngram``.
 
     Args:
         name: a shipped recipe or a path to a YAML file.
@@ -111,8 +114,8 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | TableRecip
     """
     data = read_mapping(recipe_text(name), f"recipe {name!r}", overrides)
     model = data.get("model")
-    is_table = isinstance(model, dict) and model.get("kind") == "ngram"
-    return parse(TableRecipe if is_table else Recipe, data, f"recipe {name!r}")
+    is_counted = isinstance(model, dict) and model.get("kind") == "ngram"
+    return parse(NgramRecipe if is_counted else Recipe, data, f"recipe {name!r}")
 
 
 def read_mapping(text: str, where: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -122,20 +125,23 @@ def read_mapping(text: str, where: str, overrides: Iterable[str] = ()) -> dict[s
         ConfigError: the text is no YAML, holds something else, or an override cannot be used.
     """
     try:
-        data = yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
+        data = _yaml().load(text)
+    except YAMLError as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {what}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must hold a mapping, not {type(data).__name__}")
+    data = modernise(data)
     for override in overrides:
         _override(data, override)
     return data
 
 
 def dump_yaml(node: BaseModel) -> str:
-    """The node as YAML that :func:`parse` reads back."""
-    return yaml.safe_dump(node.model_dump(mode="json"), sort_keys=False)
+    """Return the node as YAML that :func:`parse` reads back."""
+    stream = io.StringIO()
+    _yaml().dump(node.model_dump(mode="json"), stream)
+    return stream.getvalue()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -155,10 +161,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise ConfigError(f"override {override!r} must have the form key.path=value")
     try:
-        value = yaml.load(text, _YamlLoader)
-    except yaml.YAMLError:
+        value = _yaml().load(text)
+    except YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    *parents, last = path.split(".")
+    *parents, last = modern_path(path).split(".")
     for parent in parents:
         section = data.get(parent)
         if section is not None and not isinstance(section, dict):
@@ -166,24 +172,33 @@ def _override(data: dict[str, Any], override: str) -> None:
         # A copy: with YAML's aliases other sections may hold the same object.
         data[parent] = dict(section or {})
         data = data[parent]
-    data[last] = value
+    data[last] = modernise({last: value}, parents[-1] if parents else "")[last]
 
 
 def _explain(node: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt key is also a missing one: the spelling is what there is to mend.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     location = first["loc"]
-    path = ".".join(_path(node, location)) or "the whole"
+    path = ".".join(_path(node, location))
     if first["type"] == "extra_forbidden":
         *_, candidates = _walk(node, location[:-1])
         valid = [name for candidate in candidates for name in candidate.model_fields]
         hint = nearest(str(location[-1]), valid)
         return f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
     message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
     if first["type"] == "missing":
         return f"{path!r} is missing"
-    if first["type"] == "union_tag_not_found":
+    if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
         *_, candidates = _walk(node, location)
-        return f"'{path}.kind' is missing: one of {', '.join(str(_tag(c)) for c in candidates)}"
+        known = [str(kind_of(candidate)) for candidate in candidates]
+        if first["type"] == "union_tag_not_found":
+            return f"'{path}.kind' is missing: one of {', '.join(known)}"
+        kind = first["input"].get("kind") if isinstance(first["input"], dict) else None
+        hint = nearest(str(kind), known)
+        return f"{path}.kind: {kind!r} is none of {', '.join(known)}{hint}"
     if first["type"] == "string_type" and not isinstance(first["input"], dict | list):
         return f"{path}: {message}, not {first['input']!r}: write it in quotes, '\"...\"'"
     if isinstance(first["input"], dict | list):
@@ -200,30 +215,44 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def _walk(
     node: type[BaseModel], location: tuple[int | str, ...]
 ) -> Iterator[list[type[BaseModel]]]:
-    """The nodes that may be meant at the beginning of a location and after each of its parts."""
-    candidates: list[type[BaseModel]] = [node]
+    """Yield the nodes that may be meant at the beginning of a location and after each part."""
+    candidates: list[Any] = [node]
     yield candidates
     for part in location:
-        tagged = [c for c in candidates if _tag(c) == part]
-        fields = [c.model_fields[str(part)] for c in candidates if str(part) in c.model_fields]
-        candidates = tagged or [m for field in fields for m in _nodes_in(field.annotation)]
-        yield candidates
+        candidates = [inner for candidate in candidates for inner in _inside(candidate, part)]
+        yield [one for one in candidates if _is_node(one)]
+
+
+def _inside(candidate: Any, part: int | str) -> list[Any]:
+    """Return the nodes and containers that one of them may hold at a part of a location."""
+    if not _is_node(candidate):
+        *_, values = (one for one in get_args(candidate) if one is not Ellipsis)
+        return _held_in(values)
+    if kind_of(candidate) == part:
+        return [candidate]
+    field = candidate.model_fields.get(str(part))
+    return [] if field is None else _held_in(field.annotation, *field.metadata)
 
 
 def _path(node: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The location as a user writes it: without the tags that choose between kinds."""
+    """Return the location as a user writes it: without the tags that choose between kinds."""
     steps = zip(location, _walk(node, location), strict=False)
-    return [str(part) for part, before in steps if part not in [_tag(c) for c in before]]
+    return [str(part) for part, before in steps if part not in [kind_of(c) for c in before]]
 
 
-def _tag(node: type[BaseModel]) -> Any:
-    field = node.model_fields.get("kind")
-    return field.default if field else None
+def _held_in(annotation: Any, *metadata: Any) -> list[Any]:
+    """Return the nodes, and containers of them, that a field of a type may hold."""
+    for one in metadata:
+        if isinstance(one, Kinds):
+            return list(one.nodes.values())
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return _held_in(inner, *more)
+    if origin in (Union, types.UnionType):
+        return [one for part in get_args(annotation) for one in _held_in(part)]
+    return [annotation] if origin in (dict, list, tuple) or _is_node(annotation) else []
 
 
-def _nodes_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return [node for part in get_args(annotation) for node in _nodes_in(part)]
-    return []
+def _is_node(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

@@ -1,17 +1,16 @@
 """Data: text to prepared shards, shards to packed rows."""
 
 from bytelm.data.calibration import (
+    all_documents,
     calibrate_sample,
-    mean_patch_size,
-    mean_token_bytes,
     sample_dataset,
     train_dataset_tokenizer,
 )
 from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import Dataset, Manifest, read_manifest
-from bytelm.data.loader import Loader, LoaderState
-from bytelm.data.packing import IGNORED, Batch, Row, Stretch, Units, make_batch
-from bytelm.data.preparation import PrepareOptions, Progress, prepare
+from bytelm.data.loader import Loader, LoaderState, SpanOrder
+from bytelm.data.packing import IGNORED, Batch, Row, make_batch
+from bytelm.data.preparation import PreparationState, PrepareOptions, prepare
 
 __all__ = [
     "IGNORED",
@@ -22,18 +21,16 @@ __all__ = [
     "Loader",
     "LoaderState",
     "Manifest",
+    "PreparationState",
     "PrepareOptions",
-    "Progress",
     "ReadOptions",
     "Reader",
     "Row",
-    "Stretch",
-    "Units",
+    "SpanOrder",
+    "all_documents",
     "calibrate_sample",
     "find_inputs",
     "make_batch",
-    "mean_patch_size",
-    "mean_token_bytes",
     "prepare",
     "read_manifest",
     "sample_dataset",

@@ -1,22 +1,24 @@
 """Calibration on prepared data, with a report per source."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bytelm.config import CalibratedConfig, PatchingConfig
+from bytelm.config import CalibratedPatching, PatchingConfig
 from bytelm.data.dataset import Calibration, Dataset, SourceReport, write_manifest
-from bytelm.data.loader import Pieces
+from bytelm.data.loader import SpanOrder
 from bytelm.errors import DataError
-from bytelm.patching import PatchSample, calibrate, patch_statistics
+from bytelm.patching import PatchSample, build_patcher, calibrate, patch_statistics
 from bytelm.tokens import Tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 4_000_000
 REPORT_BYTES = 500_000
 """Of each source, for its report."""
-_PIECE_BYTES = 16_384
+_SPAN_BYTES = 16_384
 
 
 Sample = dict[str, list[tuple[Tensor, Tensor | None]]]
@@ -26,7 +28,7 @@ Sample = dict[str, list[tuple[Tensor, Tensor | None]]]
 def sample_dataset(
     dataset: Dataset, max_bytes: int = SAMPLE_BYTES, seed: int = 0, source: str | None = None
 ) -> Sample:
-    """Random pieces of documents, with entropies where there are any; the same ones every time.
+    """Return random spans of documents, with entropies where there are any; always the same ones.
 
     Args:
         dataset: what to sample.
@@ -37,81 +39,83 @@ def sample_dataset(
     Raises:
         DataError: the data has no documents.
     """
-    if not len(dataset):
-        raise DataError(f"{dataset.folder} holds no training documents")
     documents = np.arange(len(dataset))
     if source is not None:
         documents = np.flatnonzero(dataset.source_ids == dataset.source_names.index(source))
-    pieces = Pieces(dataset.lengths, documents, _PIECE_BYTES)
     sample: Sample = {}
-    taken = 0
-    for index in range(len(pieces)):
-        document, number = pieces.at(index, [seed])
-        begin = number * _PIECE_BYTES
-        end = min(begin + _PIECE_BYTES, int(dataset.lengths[document]) + 1)
+    for document, begin, end in sample_spans(dataset, documents, max_bytes, seed):
         ids = torch.from_numpy(dataset.ids(document, begin, end))
         entropies = None
         if dataset.has_entropies:
             entropies = torch.from_numpy(dataset.entropies(document, begin, end))
         name = dataset.source_names[dataset.source_ids[document]]
         sample.setdefault(name, []).append((ids, entropies))
-        taken += end - begin
-        if taken >= max_bytes:
-            break
     return sample
 
 
-def calibrate_sample(config: PatchingConfig, sample: Sample, patch_size: float) -> CalibratedConfig:
+def sample_spans(
+    dataset: Dataset, documents: NDArray[np.int64], max_bytes: int, seed: int = 0
+) -> Iterator[tuple[int, int, int]]:
+    """Yield document, begin and end of random spans, about ``max_bytes`` in all; always the same.
+
+    Raises:
+        DataError: the data has no documents.
+    """
+    if not len(dataset):
+        raise DataError(f"{dataset.folder} holds no training documents")
+    spans = SpanOrder(dataset.lengths, documents, _SPAN_BYTES)
+    taken = 0
+    for index in range(len(spans)):
+        document, number = spans.at(index, [seed])
+        begin = number * _SPAN_BYTES
+        end = min(begin + _SPAN_BYTES, int(dataset.lengths[document]) + 1)
+        yield document, begin, end
+        taken += end - begin
+        if taken >= max_bytes:
+            return
+
+
+def calibrate_sample(
+    config: PatchingConfig, sample: Sample, patch_size: float
+) -> CalibratedPatching:
     """Calibrate a rule on a sample of all sources together.
 
     Raises:
         PatchingError: as :func:`bytelm.patching.calibrate`.
     """
-    return calibrate(config, _join(sample), patch_size)
+    return calibrate(config, PatchSample.join(all_documents(sample)), patch_size)
 
 
-def mean_patch_size(config: PatchingConfig, sample: Sample) -> float:
-    """Mean bytes per patch of a sample of all sources together."""
-    return patch_statistics(config, _join(sample)).mean_size
+def all_documents(sample: Sample) -> list[tuple[Tensor, Tensor | None]]:
+    """Return the documents of all sources together."""
+    return [document for documents in sample.values() for document in documents]
 
 
 def train_dataset_tokenizer(dataset: Dataset, vocab_size: int, max_bytes: int) -> Tokenizer:
-    """Byte-pair merges of a sample of the training text, the same ones every time.
+    """Return the byte-pair merges of a sample of the training text, always the same ones.
 
     Raises:
         ConfigError: ``vocab_size`` is below 260.
         DataError: there is too little text for so many merges.
     """
-    if not len(dataset):
-        raise DataError(f"{dataset.folder} holds no training documents")
-    pieces = Pieces(dataset.lengths, np.arange(len(dataset)), _PIECE_BYTES)
     texts, taken = [], 0
-    for index in range(len(pieces)):
-        document, number = pieces.at(index, [0])
-        begin = number * _PIECE_BYTES
-        text = dataset.document(document)[begin : begin + _PIECE_BYTES]
-        texts.append(text)
-        taken += len(text)
+    # Without the BOS that spans count.
+    for document, begin, _ in sample_spans(dataset, np.arange(len(dataset)), 2**62):
+        texts.append(dataset.document(document)[begin : begin + _SPAN_BYTES])
+        taken += len(texts[-1])
         if taken >= max_bytes:
             break
     return train_tokenizer(texts, vocab_size)
 
 
-def mean_token_bytes(tokenizer: Tokenizer, sample: Sample) -> float:
-    """Mean byte ids per token of a sample of all sources together."""
-    documents = [ids.numpy() for documents in sample.values() for ids, _ in documents]
-    num_tokens = sum(len(tokenizer.encode(ids)) for ids in documents)
-    return sum(map(len, documents)) / num_tokens
-
-
 def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, SourceReport]:
-    """Patches of each source, however little there is of it."""
+    """Count the patches of each source, however little there is of it."""
+    patcher = build_patcher(config)
     reports = {}
     for number in np.unique(dataset.source_ids):
         name = dataset.source_names[number]
-        statistics = patch_statistics(
-            config, _join(sample_dataset(dataset, REPORT_BYTES, source=name))
-        )
+        sample = sample_dataset(dataset, REPORT_BYTES, source=name)
+        statistics = patch_statistics(patcher, PatchSample.join(all_documents(sample)))
         reports[name] = SourceReport(
             sampled_bytes=statistics.num_positions,
             patches=statistics.num_patches,
@@ -119,10 +123,6 @@ def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, Sourc
             longest=statistics.longest,
         )
     return reports
-
-
-def _join(sample: Sample) -> PatchSample:
-    return PatchSample.join([document for documents in sample.values() for document in documents])
 
 
 def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) -> Calibration:
@@ -137,9 +137,10 @@ def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) ->
         raise DataError(f"{folder} has no entropies to calibrate on: prepare it with --scorer")
     sample = sample_dataset(dataset)
     rule = calibrate_sample(config, sample, patch_size)
+    statistics = patch_statistics(build_patcher(rule), PatchSample.join(all_documents(sample)))
     calibration = Calibration(
         rule=rule.model_dump(mode="json"),
-        patch_size=mean_patch_size(rule, sample),
+        patch_size=statistics.mean_size,
         sources=_source_reports(rule, dataset),
     )
     write_manifest(folder, dataset.manifest.model_copy(update={"calibration": calibration}))

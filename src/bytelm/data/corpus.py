@@ -4,6 +4,7 @@ A document is a byte string and the name of its source. Bytes are kept exactly: 
 decoded, so invalid UTF-8 is as good as any other.
 """
 
+import bz2
 import fnmatch
 import glob
 import gzip
@@ -14,8 +15,9 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -25,14 +27,14 @@ import pyarrow.parquet as pq
 from bytelm.codec import to_bytes
 from bytelm.data.dataset import MANIFEST, Dataset, Split, read_manifest
 from bytelm.errors import DataError
+from bytelm.storage import FILES
 
 Format = Literal["auto", "text", "lines", "jsonl", "parquet"]
 
 STDIN = "-"
 _RECORDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-_COMPRESSED = {".gz", ".xz", ".zst"}
 _BINARY_PROBE = 8192
-_MADE_HERE = (MANIFEST, "preparing.jsonl", "files.json", "metrics.jsonl")
+_MADE_HERE = (MANIFEST, "preparing.jsonl", FILES, "metrics.jsonl")
 """Files that tell a folder of prepared data, of a checkpoint or of a run."""
 
 
@@ -43,6 +45,21 @@ class _Bytes(Protocol):
     def read(self) -> bytes: ...
 
     def __iter__(self) -> Iterator[bytes]: ...
+
+
+def _arrow_stream(codec: str, file: BinaryIO) -> _Bytes:
+    stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)
+    return io.BufferedReader(cast(io.RawIOBase, stream))
+
+
+_DECOMPRESSORS: dict[str, Callable[[BinaryIO], _Bytes]] = {
+    ".bz2": bz2.BZ2File,
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".lz4": partial(_arrow_stream, "lz4"),
+    ".xz": lzma.LZMAFile,
+    ".zst": partial(_arrow_stream, "zstd"),
+}
+"""By suffix, what reads a compressed file."""
 
 
 class Document(NamedTuple):
@@ -202,7 +219,7 @@ def _file_input(path: Path, source: str, options: ReadOptions) -> Input:
 
 def _suffixes(path: Path) -> tuple[str, str]:
     """The suffix that tells the format, and that of the compression."""
-    compression = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
+    compression = path.suffix.lower() if path.suffix.lower() in _DECOMPRESSORS else ""
     inner = path.with_suffix("") if compression else path
     return inner.suffix.lower(), compression
 
@@ -294,15 +311,8 @@ class Reader:
             self._file = sys.stdin.buffer
             return sys.stdin.buffer
         file = self._file = source.path.open("rb")
-        match _suffixes(source.path)[1]:
-            case ".gz":
-                return gzip.GzipFile(fileobj=file)
-            case ".xz":
-                return lzma.LZMAFile(file)
-            case ".zst":
-                stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
-                return io.BufferedReader(cast(io.RawIOBase, stream))
-        return file
+        suffix = _suffixes(source.path)[1]
+        return _DECOMPRESSORS[suffix](file) if suffix else file
 
     def _jsonl(self, source: Input) -> Iterator[Document]:
         for number, line in enumerate(self._open(source), start=1):

@@ -12,13 +12,8 @@ one made at BOS, last the one made at the last byte, so there is one more than t
 Boundaries are not stored: they follow from the entropies and a threshold that may change.
 """
 
-import errno
 import hashlib
-import json
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,10 +24,13 @@ from numpy.typing import NDArray
 from bytelm import codec
 from bytelm.config import Node, parse
 from bytelm.errors import BytelmError, DataError
+from bytelm.storage import check_file, disk_errors, read_json, write_json
 
 MANIFEST = "manifest.json"
 SCORER = "scorer"
 FORMAT = 1
+RESUME = "{remedy} and run the same command again: it resumes where it stopped"
+"""Advice when the disk refuses; see :func:`bytelm.storage.disk_errors`."""
 
 Split = Literal["train", "validation"]
 
@@ -135,10 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"`bytelm data prepare TEXT... --out {folder}`"
         )
 
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; prepare the data again") from None
+    data = read_json(path, DataError, "prepare the data again")
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DataError(f"{path} has a format this version of bytelm cannot read: prepare it again")
     try:
@@ -148,29 +143,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest, whole or not at all."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
-    temporary = folder / f".{MANIFEST}"
-    with disk_errors(folder / MANIFEST):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / MANIFEST)
+    """Write a manifest, whole or not at all.
 
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into an error that names the remedy."""
-    try:
-        yield
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if is_full else "check the path and its permissions"
-        raise DataError(
-            f"could not write {path}: {error.strerror or error}; {remedy} and run the same "
-            "command again: it goes on where it stopped"
-        ) from error
+    Raises:
+        DataError: the disk refused.
+    """
+    path = folder / MANIFEST
+    with disk_errors(path, DataError, RESUME):
+        write_json(path, manifest.model_dump(mode="json"), indent=1)
 
 
 def check_shard(folder: Path, shard: ShardRecord, *, contents: bool) -> None:
@@ -184,24 +164,9 @@ def check_shard(folder: Path, shard: ShardRecord, *, contents: bool) -> None:
     Raises:
         DataError: the file is missing, cut short or altered.
     """
-    path = folder / shard.file
     remedy = "restore it from a copy, or prepare the data again"
-    if not path.is_file():
-        raise DataError(f"{path} is missing: {remedy}")
-    size = path.stat().st_size
-    if size != shard.file_bytes:
-        raise DataError(
-            f"{path} is damaged: it has {size} bytes where {shard.file_bytes} were written; "
-            f"{remedy}"
-        )
-    if contents and file_hash(path) != shard.sha256:
-        raise DataError(f"{path} is damaged: its contents have changed; {remedy}")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = shard.sha256 if contents else None
+    check_file(folder / shard.file, shard.file_bytes, sha256, DataError, remedy)
 
 
 class _Shard(NamedTuple):

@@ -1,8 +1,8 @@
 """The training stream: shuffled, mixed, packed; exactly resumable and independent of ranks.
 
-Documents are cut into pieces of a row's bytes; an epoch is a random permutation of all pieces, so
+Documents are cut into spans of a row's bytes; an epoch is a random permutation of all spans, so
 long documents are shuffled as thoroughly as short ones. Row ``r`` of every optimiser step is filled
-by its own stream: stream ``r`` of ``R`` takes pieces ``r, r + R, r + 2R, ...`` of the endless
+by its own stream: stream ``r`` of ``R`` takes spans ``r, r + R, r + 2R, ...`` of the endless
 concatenation of epochs. A stream's state is a few integers, and a rank that owns some rows runs
 just their streams: the rows of a step are the same at any world size.
 """
@@ -16,17 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.data.dataset import Dataset
-from bytelm.data.packing import Batch, Row, Stretch, make_batch
+from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.errors import DataError
-from bytelm.patching import Patcher
-from bytelm.tokens import Tokenizer
-
-TOKEN_ROOM = 2.0
-"""Bytes that a row of tokens may stand for, over what it does on average: it closes on tokens."""
+from bytelm.units import Span, Units
 
 
-class Pieces:
-    """The pieces of some documents, in a new order every epoch."""
+class SpanOrder:
+    """The spans of some documents, in a new order every epoch.
+
+    Args:
+        lengths: bytes of every document.
+        documents: which of them are cut into spans.
+        size: positions in a span, BOS included; the last of a document may have fewer.
+    """
 
     def __init__(self, lengths: NDArray[np.int64], documents: NDArray[np.int64], size: int) -> None:
         self.documents = documents
@@ -40,7 +42,7 @@ class Pieces:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def at(self, index: int, seed: Sequence[int]) -> tuple[int, int]:
-        """Document and number within it of the piece at ``index`` of the endless sequence."""
+        """Return document and number within it of the span at ``index`` of the endless sequence."""
         epoch, at = divmod(index, len(self))
         if epoch not in self._orders:
             # Streams stay within an epoch of one another.
@@ -49,10 +51,10 @@ class Pieces:
                 np.random.Philox(np.random.SeedSequence([*seed, epoch]))
             )
             self._orders[epoch] = generator.permutation(len(self))
-        piece = int(self._orders[epoch][at])
-        row = int(np.searchsorted(self._ends, piece, side="right"))
+        span = int(self._orders[epoch][at])
+        row = int(np.searchsorted(self._ends, span, side="right"))
         first = int(self._ends[row - 1]) if row else 0
-        return int(self.documents[row]), piece - first
+        return int(self.documents[row]), span - first
 
 
 @dataclass
@@ -60,11 +62,11 @@ class _StreamState:
     """Where one stream stands."""
 
     draws: list[int]
-    """Pieces taken from each component of the mixture."""
+    """Spans taken from each component of the mixture."""
     document: int = 0
-    """Document of the piece in progress."""
+    """Document of the span in progress."""
     begin: int = 0
-    """Next position of the piece in progress."""
+    """Next position of the span in progress."""
     end: int = 0
     """Its end; nothing is in progress when ``begin`` has reached it."""
 
@@ -81,12 +83,11 @@ class Loader:
     """Batches for training, one per optimiser step.
 
     Args:
-        dataset: prepared data, with entropies if the patcher needs them.
+        dataset: prepared data, with entropies if the units need them.
+        units: of the model.
         row_bytes: bytes in a row.
-        row_patches: patches, or tokens, in a row; ``None`` with neither.
+        row_units: units in a row; ``None`` for no limit.
         rows_per_step: rows in a step, over all ranks.
-        patcher: the patching rule; ``None`` for models without patches.
-        tokenizer: of models of tokens.
         mixture: share of bytes by source name; ``None`` for what the data holds.
         seed: of the order.
         rank: this process, which produces rows ``rank, rank + world_size, ...``.
@@ -101,17 +102,16 @@ class Loader:
         self,
         dataset: Dataset,
         *,
+        units: Units,
         row_bytes: int,
-        row_patches: int | None,
+        row_units: int | None,
         rows_per_step: int,
-        patcher: Patcher | None,
-        tokenizer: Tokenizer | None = None,
         mixture: dict[str, float] | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if patcher is not None and patcher.needs_entropies and not dataset.has_entropies:
+        if units.needs_entropies and not dataset.has_entropies:
             raise DataError(
                 f"{dataset.folder} has no entropies, which the patching rule needs: prepare it "
                 "with --scorer, or choose another rule"
@@ -122,11 +122,12 @@ class Loader:
                 "data.rows_per_step"
             )
         self._dataset = dataset
-        self._row_bytes, self._row_patches = row_bytes, row_patches
-        # A row of tokens is as long as its tokens, however many bytes they stand for.
-        room = TOKEN_ROOM if tokenizer is not None and row_patches is not None else 1
-        self._max_bytes = math.ceil(room * row_bytes)
-        self._patcher, self._tokenizer = patcher, tokenizer
+        self._units = units
+        self._row_bytes = row_bytes
+        self._row_units = row_units if units.has_budget else None
+        self._max_bytes = row_bytes
+        if self._row_units is not None:
+            self._max_bytes = math.ceil(units.byte_room * row_bytes)
         self._seed = seed
         self._num_streams = rows_per_step
         self._rows = range(rank, rows_per_step, world_size)
@@ -157,29 +158,29 @@ class Loader:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far, by pieces drawn."""
+        """Passes over the data so far, by spans drawn."""
         drawn = sum(sum(s.draws) for s in self._streams.values())
         return drawn / sum(map(len, self._components))
 
     def _fill(self, number: int) -> Row:
-        row = Row(self._max_bytes, self._row_patches, self._patcher, self._tokenizer)
+        row = Row(self._max_bytes, self._row_units, self._units)
         state = self._streams[number]
         while not row.is_full:
             if state.begin >= state.end:
                 self._draw(number, state)
-            state.begin += row.add(self._stretch(state, self._max_bytes - row.num_bytes))
+            state.begin += row.add(self._span(state, self._max_bytes - row.num_bytes))
         return row
 
-    def _stretch(self, state: _StreamState, limit: int) -> Stretch:
+    def _span(self, state: _StreamState, limit: int) -> Span:
         end = min(state.end, state.begin + limit)
         entropies = None
-        if self._patcher is not None and self._patcher.needs_entropies:
+        if self._units.needs_entropies:
             entropies = self._dataset.entropies(state.document, state.begin, end)
         ids = self._dataset.ids(state.document, state.begin, end + 1)
-        return Stretch(state.document, state.begin, ids, entropies)
+        return Span(state.document, state.begin, ids, entropies)
 
     def _draw(self, number: int, state: _StreamState) -> None:
-        """Begin the stream's next piece."""
+        """Begin the stream's next span."""
         component = 0
         if len(self._components) > 1:
             draw = sum(state.draws)
@@ -187,37 +188,37 @@ class Loader:
             bits = np.random.Philox(key=self._seed, counter=[0, 0, number, draw])
             chance = np.random.Generator(bits).random()
             component = int(np.searchsorted(self._chances, chance, side="right"))
-        pieces = self._components[component]
+        spans = self._components[component]
         index = number + self._num_streams * state.draws[component]
-        document, piece = pieces.at(index, [self._seed, component])
+        document, span = spans.at(index, [self._seed, component])
         state.draws[component] += 1
         state.document = document
-        state.begin = piece * self._row_bytes
+        state.begin = span * self._row_bytes
         num_positions = int(self._dataset.lengths[document]) + 1
         state.end = min(state.begin + self._row_bytes, num_positions)
 
 
 def _mix(
     dataset: Dataset, row_bytes: int, mixture: dict[str, float] | None
-) -> tuple[list[Pieces], NDArray[np.float64]]:
-    """Components of the mixture, and the cumulative chance of drawing a piece from each."""
+) -> tuple[list[SpanOrder], NDArray[np.float64]]:
+    """Return the mixture's components, and the cumulative chance of drawing from each."""
     if not len(dataset):
         raise DataError(f"{dataset.folder} holds no training documents")
     if mixture is None:
         everything = np.arange(len(dataset), dtype=np.int64)
-        return [Pieces(dataset.lengths, everything, row_bytes)], np.ones(1)
+        return [SpanOrder(dataset.lengths, everything, row_bytes)], np.ones(1)
     components, shares = [], []
     for name, share in mixture.items():
         if name not in dataset.source_names:
             known = ", ".join(dataset.source_names)
             raise DataError(f"the mixture names {name!r}, which is none of the sources: {known}")
         chosen = np.flatnonzero(dataset.source_ids == dataset.source_names.index(name))
-        pieces = Pieces(dataset.lengths, chosen.astype(np.int64), row_bytes)
-        if not len(pieces):
+        spans = SpanOrder(dataset.lengths, chosen.astype(np.int64), row_bytes)
+        if not len(spans):
             raise DataError(f"source {name!r} of the mixture has no training documents")
-        components.append(pieces)
-        # A share of bytes; pieces of short documents are smaller, so more of them are drawn.
-        shares.append(share / pieces.mean_bytes)
+        components.append(spans)
+        # A share of bytes; spans of short documents are smaller, so more of them are drawn.
+        shares.append(share / spans.mean_bytes)
     chances = np.cumsum(shares) / np.sum(shares)
     chances[-1] = 1.0
     return components, chances

@@ -16,22 +16,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bytelm.checkpoint import (
-    check_folder,
-    find_checkpoint,
-    fingerprint,
-    is_vacant,
-    load_scorer,
-    locked,
-    writing_folder,
-)
+from bytelm.checkpoint import check_checkpoint, find_checkpoint, fingerprint, load_scorer
 from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import (
     MANIFEST,
+    RESUME,
     SCORER,
     LeftOut,
     Manifest,
@@ -39,12 +33,21 @@ from bytelm.data.dataset import (
     ShardRecord,
     Split,
     check_shard,
-    disk_errors,
     read_manifest,
     write_manifest,
 )
 from bytelm.data.writing import Shard, writers
 from bytelm.errors import DataError
+from bytelm.storage import (
+    append_line,
+    atomic_folder,
+    disk_errors,
+    is_vacant,
+    locked,
+    read_lines,
+    remove_unfinished,
+    write_text,
+)
 from bytelm.version import __version__
 
 JOURNAL = "preparing.jsonl"
@@ -86,8 +89,8 @@ class PrepareOptions:
 
 
 @dataclass
-class Progress:
-    """How far a preparation is, for whoever shows it."""
+class PreparationState:
+    """How far a preparation has come."""
 
     done_bytes: int
     """Of the inputs, as they lie on disk, as far as what they hold is written."""
@@ -100,7 +103,7 @@ def prepare(
     arguments: list[str],
     out: Path,
     options: PrepareOptions,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[PreparationState], None] = lambda progress: None,
 ) -> Manifest:
     """Prepare inputs into ``out``; a folder already finished with the same settings is returned.
 
@@ -129,7 +132,8 @@ def prepare(
             check_shard(out, shard, contents=False)
         return manifest
     _check_is_ours(out)
-    with disk_errors(out), locked(out):
+    with disk_errors(out, DataError, RESUME), locked(out):
+        remove_unfinished(out)
         # Standard input may be another text this time: nothing of it is taken as finished.
         finished = {} if has_stdin else _finished(out, settings)
         if not finished:
@@ -161,7 +165,7 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
     scorer = None
     if options.scorer is not None:
         folder = find_checkpoint(options.scorer)
-        check_folder(folder)
+        check_checkpoint(folder)
         scorer = fingerprint(folder)
     return {
         "inputs": [i.identity for i in inputs],
@@ -190,13 +194,11 @@ def _check_is_ours(out: Path) -> None:
 
 def _finished(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
     """Shards, by file name, that a stopped preparation with the same settings has finished."""
-    entries = []
+    entries: list[Any] = []
     if (out / JOURNAL).exists():
-        for line in (out / JOURNAL).read_text("utf-8").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:  # a line that a kill cut short
-                break
+        # What follows a damaged line is made again.
+        with suppress(ValueError):
+            entries.extend(map(json.loads, read_lines(out / JOURNAL)))
     if not entries or entries[0] != settings:
         return {}
     records = [ShardRecord.model_validate(entry) for entry in entries[1:]]
@@ -213,9 +215,7 @@ def _clear(out: Path) -> None:
 def _write_journal(out: Path, settings: dict[str, Any], finished: dict[str, ShardRecord]) -> None:
     """Begin the journal with what is finished, whole or not at all."""
     entries = [settings, *(record.model_dump(mode="json") for record in finished.values())]
-    temporary = out / f".{JOURNAL}"
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
-    temporary.replace(out / JOURNAL)
+    write_text(out / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _is_intact(out: Path, record: ShardRecord) -> bool:
@@ -233,7 +233,7 @@ def _copy_scorer(out: Path, options: PrepareOptions) -> ScorerRecord | None:
     source = find_checkpoint(options.scorer)
     load_scorer(source, reset_at_newline=options.reset_at_newline)
     if not (out / SCORER).exists():
-        with writing_folder(out / SCORER) as folder:
+        with atomic_folder(out / SCORER) as folder:
             for name in ("config.json", "model.safetensors"):
                 (folder / name).write_bytes((source / name).read_bytes())
     return ScorerRecord(fingerprint=fingerprint(source), reset_at_newline=options.reset_at_newline)
@@ -245,12 +245,11 @@ def _run(
     options: PrepareOptions,
     reader: Reader,
     finished: dict[str, ShardRecord],
-    report: Callable[[Progress], None],
+    report: Callable[[PreparationState], None],
 ) -> list[ShardRecord]:
     """Read, deal and write; records in the order of the shards' names."""
     records = dict[str, ShardRecord]()
-    progress = Progress(0, sum(i.num_bytes for i in inputs), 0, 0)
-    journal = out / JOURNAL
+    progress = PreparationState(0, sum(i.num_bytes for i in inputs), 0, 0)
     reading = _Reading(inputs, reader, progress, report)
     # Input read for each shard since the one before it was dealt.
     spans = dict[str, int]()
@@ -260,10 +259,7 @@ def _run(
         progress.shards += 1
         progress.done_bytes += spans.pop(record.file)
         if record.file not in finished:
-            with disk_errors(journal), journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record.model_dump(mode="json")) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(out / JOURNAL, json.dumps(record.model_dump(mode="json")))
         report(progress)
 
     num_workers = options.num_workers
@@ -295,8 +291,8 @@ class _Reading:
         self,
         inputs: list[Input],
         reader: Reader,
-        progress: Progress,
-        report: Callable[[Progress], None],
+        progress: PreparationState,
+        report: Callable[[PreparationState], None],
     ) -> None:
         self._inputs, self._reader = inputs, reader
         self._progress, self._report = progress, report

@@ -26,12 +26,12 @@ from bytelm.data.dataset import (
     ShardRecord,
     SourceTotal,
     Split,
-    disk_errors,
-    file_hash,
 )
 from bytelm.errors import DataError
-from bytelm.model.build import ScorerModule
-from bytelm.model.scorers import STREAM_CHUNK, score_documents
+from bytelm.patching import Scorer
+from bytelm.scoring import group_by_size, score_documents
+from bytelm.scoring.documents import CHUNK
+from bytelm.storage import atomic_file, file_hash
 
 SCORED_TOGETHER = 65_536
 """Positions of short documents that go through the scorer at once."""
@@ -53,7 +53,8 @@ def writers(
     """Somewhere to send shards: worker processes, or this one where ``num_workers`` is 1.
 
     Raises:
-        DataError: the disk refused, or a worker died.
+        OSError: the disk refused.
+        DataError: a worker died.
     """
     arguments = (out, scorer, reset_at_newline)
     if num_workers == 1:
@@ -77,7 +78,7 @@ def writers(
     except BrokenProcessPool:
         raise DataError(
             "a worker process died, perhaps for lack of memory: run the same command again, which "
-            "goes on where it stopped, with fewer --workers (or, from the start, with --cut-bytes)"
+            "resumes where it stopped, with fewer --workers (or, from the start, with --cut-bytes)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -88,12 +89,16 @@ class Writer:
 
     def __init__(self, out: Path, scorer: Path | None, reset_at_newline: bool) -> None:
         self._out = out
-        self._scorer: ScorerModule | None = None
+        self._scorer: Scorer | None = None
         if scorer is not None:
             self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline)
 
     def write(self, shard: Shard) -> ShardRecord:
-        """Write one shard, whole or not at all."""
+        """Write one shard, whole or not at all.
+
+        Raises:
+            OSError: the disk refused.
+        """
         columns = [
             pa.array([d.data for d in shard.documents], pa.large_binary()),
             pa.array([d.source for d in shard.documents], pa.string()),
@@ -103,14 +108,12 @@ class Writer:
             schema = SCORED_SCHEMA
             columns.append(_entropy_column(self._scorer, shard.documents))
         path = self._out / shard.name
-        temporary = path.with_name(f".{shard.name}")
-        with disk_errors(path):
-            with temporary.open("wb") as file:
-                with pa.ipc.new_file(file, schema) as writer:
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
+        with (
+            atomic_file(path) as temporary,
+            temporary.open("wb") as file,
+            pa.ipc.new_file(file, schema) as writer,
+        ):
+            writer.write_batch(pa.record_batch(columns, schema=schema))
         documents, text_bytes = Counter[str](), Counter[str]()
         for document in shard.documents:
             documents[document.source] += 1
@@ -129,41 +132,29 @@ class Writer:
         )
 
 
-def _entropy_column(scorer: ScorerModule, documents: list[Document]) -> pa.Array:
+def _entropy_column(scorer: Scorer, documents: list[Document]) -> pa.Array:
     """Entropies of all documents, with little memory beside the result's own."""
     lengths = [len(document.data) + 1 for document in documents]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     values = np.empty(offsets[-1], np.float32)
-    for first, last in _groups(lengths):
-        at = int(offsets[first])
-        for piece in _entropies(scorer, [document.data for document in documents[first:last]]):
-            values[at : at + len(piece)] = piece
-            at += len(piece)
+    at = 0
+    for group in group_by_size(documents, lambda one: len(one.data) + 1, SCORED_TOGETHER):
+        for part in _entropies(scorer, [document.data for document in group]):
+            values[at : at + len(part)] = part
+            at += len(part)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
-def _groups(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """Runs of documents worth scoring together; a long one is alone."""
-    first, size = 0, 0
-    for index, length in enumerate(lengths):
-        if size and size + length > SCORED_TOGETHER:
-            yield first, index
-            first, size = index, 0
-        size += length
-    if size:
-        yield first, len(lengths)
-
-
-def _entropies(scorer: ScorerModule, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
-    """Entropies of documents in turn, a long one in pieces."""
+def _entropies(scorer: Scorer, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
+    """Yield the entropies of documents in turn, a single one in parts that need little memory."""
     if len(documents) > 1:
         ids = [torch.from_numpy(codec.encode(data)) for data in documents]
         yield from (one.float().numpy() for one in score_documents(scorer, ids))
         return
-    stream, data = scorer.stream(), documents[0]
-    for begin in range(0, max(len(data), 1), STREAM_CHUNK):
-        ids = codec.encode(data[begin : begin + STREAM_CHUNK], bos=begin == 0)
-        yield stream.feed(torch.from_numpy(ids)).float().numpy()
+    state, data = scorer.new_state(), documents[0]
+    for begin in range(0, max(len(data), 1), CHUNK):
+        ids = codec.encode(data[begin : begin + CHUNK], bos=begin == 0)
+        yield state.prefill(0, torch.from_numpy(ids)).float().numpy()
 
 
 _writer: Writer | None = None

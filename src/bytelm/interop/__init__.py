@@ -18,27 +18,24 @@ from typing import NamedTuple
 
 import torch
 
+from bytelm import cpu
 from bytelm.checkpoint import (
     MODEL,
     SCORER,
     CheckpointConfig,
-    check_absent,
     set_precision,
     write_config,
-    write_json,
-    writing_folder,
 )
 from bytelm.config import BLTConfig, ModelDescription, TransformerConfig
 from bytelm.interop import huggingface, official
-from bytelm.interop.names import NameMap, Naming, blt_names, scorer_names
+from bytelm.interop.names import NameMap, Naming, blt_names, part_sizes, scorer_names
 from bytelm.interop.sources import ENTROPY_FOLDER, find_folder
 from bytelm.interop.tokenizer import tokenizer_files
 from bytelm.interop.weights import SAFETENSORS, Assembly, Entry, open_weights, write_tensors
 from bytelm.language_model import LanguageModel
-from bytelm.model.build import build_model
-from bytelm.model.patched import PatchedModel
-from bytelm.model.scorers import TransformerScorer
+from bytelm.lm import PatchedLM, build_lm
 from bytelm.model.transformer import Transformer
+from bytelm.storage import atomic_folder, check_absent, write_json
 
 __all__ = [
     "convert_hf",
@@ -55,7 +52,7 @@ class _Imported(NamedTuple):
     """A model in another format, its weights still in their files."""
 
     config: CheckpointConfig
-    module: PatchedModel
+    module: PatchedLM
     """On the meta device."""
     blt: Assembly
     scorer: Assembly | None
@@ -66,11 +63,11 @@ class _Imported(NamedTuple):
         if self.scorer is not None:
             self.scorer.fill(_scorer_transformer(self.module))
         set_precision(self.module, "auto")
-        return LanguageModel(self.module.eval().requires_grad_(False), self.config)
+        return LanguageModel(cpu.fuse(self.module.eval().requires_grad_(False)), self.config)
 
     def convert(self, out: Path) -> CheckpointConfig:
         """The model as a checkpoint, tensor by tensor, in the precision of its files."""
-        with writing_folder(out) as folder:
+        with atomic_folder(out) as folder:
             write_config(folder, self.config)
             self.blt.write(folder / MODEL)
             if self.scorer is not None:
@@ -78,9 +75,10 @@ class _Imported(NamedTuple):
         return self.config
 
 
-def _scorer_transformer(module: PatchedModel) -> Transformer:
-    assert isinstance(module.scorer, TransformerScorer)
-    return module.scorer.transformer
+def _scorer_transformer(module: PatchedLM) -> Transformer:
+    transformer = getattr(module.scorer, "transformer", None)
+    assert isinstance(transformer, Transformer)
+    return transformer
 
 
 def import_official(blt: Source, entropy: Source | None = None) -> LanguageModel:
@@ -142,13 +140,13 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
     """
     check_absent(Path(out))
     config, (blt, scorer) = huggingface.describe(lm.config)
-    assert isinstance(lm.module, PatchedModel)
+    assert isinstance(lm.module, PatchedLM)
     entries = _split(lm.module.blt, blt_names(blt, huggingface.NAMING))
     entries |= _split(_scorer_transformer(lm.module), scorer_names(scorer, huggingface.NAMING))
     # What all of it is loaded in there: the entropy model must not lose precision.
     widest = reduce(torch.promote_types, (entry.dtype for entry in entries.values()))
     config["dtype"] = str(widest).removeprefix("torch.")
-    with writing_folder(Path(out), record=False) as folder:
+    with atomic_folder(Path(out), record=False) as folder:
         write_json(folder / huggingface.CONFIG, config)
         for name, contents in tokenizer_files().items():
             write_json(folder / name, contents)
@@ -159,7 +157,8 @@ def _split(module: torch.nn.Module, names: NameMap) -> dict[str, Entry]:
     """The tensors of a module under another project's names, in its parts."""
     entries = {}
     for ours, tensor in module.state_dict().items():
-        for theirs, part in zip(names[ours], tensor.chunk(len(names[ours])), strict=True):
+        parts = tensor.split(part_sizes(names[ours], len(tensor)))
+        for theirs, part in zip(names[ours], parts, strict=True):
             entries[theirs] = Entry(tuple(part.shape), part.dtype, lambda part=part: [part])
     return entries
 
@@ -189,8 +188,8 @@ def _open(
     """Fit the weights in one or two folders to a description."""
     assert isinstance(description.model, BLTConfig)
     with torch.device("meta"):
-        module = build_model(description)
-    assert isinstance(module, PatchedModel)
+        module = build_lm(description)
+    assert isinstance(module, PatchedLM)
     config = CheckpointConfig(**dict(description), training={"imported_from": source})
     names = blt_names(description.model, naming)
     weights = open_weights(folder)

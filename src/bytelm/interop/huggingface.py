@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from bytelm import codec
-from bytelm.checkpoint import read_json
 from bytelm.config import (
+    BlockConfig,
     BLTConfig,
     EntropyPatching,
     ModelDescription,
     ScorerConfig,
     StackConfig,
     TransformerConfig,
+    kind_of,
 )
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.interop.names import Naming
 from bytelm.interop.options import Options, build
+from bytelm.storage import read_json
 from bytelm.version import __version__
 
 CONFIG = "config.json"
@@ -30,6 +32,16 @@ OWN = "bytelm"
 """Section of an exported configuration with what ``transformers`` has no place for."""
 DEFAULT_BYTES = 24_576
 THETA, SCORER_THETA = 500_000.0, 10_000.0
+SCALING = {
+    "linear": {"factor": ("factor", float)},
+    "llama3": {
+        "factor": ("factor", float),
+        "low_freq_factor": ("low_freq_factor", float),
+        "high_freq_factor": ("high_freq_factor", float),
+        "original_max_position_embeddings": ("original_context", int),
+    },
+}
+"""Ways to scale rotary frequencies: the options of each, and what ours are called."""
 
 NAMING = Naming(
     block={
@@ -68,7 +80,7 @@ NAMING = Naming(
         "decoder.cross_attention": "model.local_decoder.cross_attn_layers",
         "scorer.blocks": "model.patcher.layers",
     },
-    ngram_tables=lambda count: ("model.encoder_hash_tok_embedding.weight",),
+    hash_embeddings=lambda count: ("model.encoder_hash_tok_embedding.weight",),
 )
 
 # What every configuration of that library may hold, and options of its generation and training.
@@ -94,36 +106,49 @@ class _Part:
         self.heads = options.take("num_attention_heads", int, heads)
         computed = int(8 * self.dim / 3)
         self.ffn = options.take_nullable("intermediate_size", int, ffn) or computed
-        options.expect("num_key_value_heads", self.heads, remedy="grouped queries")
+        self.kv_heads = options.take_nullable("num_key_value_heads", int, None) or self.heads
         options.expect("head_dim", self.dim // max(self.heads, 1))
-        for eps in ("rms_norm_eps", "norm_eps"):
-            options.expect(eps, 1e-5)
+        # Under the second name nothing reads it.
+        self.eps = options.take("rms_norm_eps", float, 1e-5)
+        options.ignore(["norm_eps"])
         options.expect("hidden_act", "silu")
         options.expect("dropout", 0, 0.0)
         options.expect("tie_word_embeddings", False)
         options.expect("vocab_size", codec.VOCAB_SIZE)
         options.expect("pm_size", 0)
-        self.theta = _theta(options, theta)
+        self.theta, self.scaling = _rope(options, theta)
 
     def stack(self) -> dict[str, Any]:
         return {
             "dim": self.dim,
             "num_layers": self.layers,
             "num_heads": self.heads,
+            "num_kv_heads": self.kv_heads if self.kv_heads != self.heads else None,
             "ffn_dim": self.ffn,
+            "norm_eps": self.eps,
             "rope_theta": self.theta,
+            "rope_scaling": self.scaling,
         }
 
 
-def _theta(options: Options, default: float) -> float:
-    theta = options.take("rope_theta", float, default)
+def _rope(options: Options, default: float) -> tuple[float, dict[str, Any] | None]:
+    """Return the base of the rotary frequencies, and how they are scaled."""
+    theta, scaling = options.take("rope_theta", float, default), None
     for name in ("rope_scaling", "rope_parameters"):
         rope = options.section(name)
-        rope.expect("rope_type", "default")
-        rope.expect("type", "default")
+        kind = rope.take("rope_type", str, rope.take("type", str, "default"))
         theta = rope.take("rope_theta", float, theta)
+        if kind in SCALING:
+            scaling = {"kind": kind} | {
+                ours: rope.take(theirs, value) for theirs, (ours, value) in SCALING[kind].items()
+            }
+        elif kind != "default":
+            raise CheckpointError(
+                f"{rope.where}: rope_type {kind!r} is not supported: default, "
+                f"{' and '.join(SCALING)} are"
+            )
         rope.finish()
-    return theta
+    return theta, scaling
 
 
 def read_description(folder: Path) -> ModelDescription:
@@ -202,7 +227,14 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
     first = _Part(encoder, 1024, 1, 16, None, THETA)
     last = _Part(decoder, 1024, 9, 16, 2816, THETA)
     middle = _Part(global_options, 2048, 25, 16, 5632, THETA)
-    for name in ("dim", "heads", "ffn", "theta"):
+    for part in (first, last):
+        if part.kv_heads != part.heads:
+            raise CheckpointError(
+                f"{where}: the encoder or decoder has {part.kv_heads} key-value heads for "
+                f"{part.heads} heads; transformers then shares those of cross-attention too, which "
+                "bytelm does not (in the global model they are supported)"
+            )
+    for name in ("dim", "heads", "ffn", "eps", "theta", "scaling"):
         one, other = getattr(first, name), getattr(last, name)
         if one != other:
             raise CheckpointError(
@@ -243,9 +275,9 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
             "decoder": "all" if in_all_decoder else "first",
             "residual": "doubled",
         },
-        "ngrams": {
+        "hash_embeddings": {
             "sizes": options.take("encoder_hash_byte_group_size", list, [3, 4, 5, 6, 7, 8]),
-            "rows": options.take("encoder_hash_byte_group_vocab", int, 500_002),
+            "num_buckets": options.take("encoder_hash_byte_group_vocab", int, 500_002),
             "functions": options.take("encoder_hash_byte_group_nb_functions", int, 1),
         },
     }
@@ -295,9 +327,9 @@ def describe(
         "patch_size": max(round(patching.patch_size or 4), 1),
         "local_attention_window_len": local.window,
         "cross_attn_k": cross.slots,
-        "encoder_hash_byte_group_size": list(config.ngrams.sizes),
-        "encoder_hash_byte_group_vocab": config.ngrams.rows,
-        "encoder_hash_byte_group_nb_functions": config.ngrams.functions,
+        "encoder_hash_byte_group_size": list(config.hash_embeddings.sizes),
+        "encoder_hash_byte_group_vocab": config.hash_embeddings.num_buckets,
+        "encoder_hash_byte_group_nb_functions": config.hash_embeddings.functions,
         "encoder_config": encoder,
         "decoder_config": decoder,
         "global_config": middle,
@@ -318,12 +350,31 @@ def _stack(stack: StackConfig, kind: str, context: int) -> dict[str, Any]:
         "hidden_size": stack.dim,
         "num_hidden_layers": stack.num_layers,
         "num_attention_heads": stack.num_heads,
-        "num_key_value_heads": stack.num_heads,
-        "head_dim": stack.dim // stack.num_heads,
+        "num_key_value_heads": stack.kv_heads,
+        "head_dim": stack.head_width,
         "intermediate_size": stack.ffn_dim,
-        "rms_norm_eps": 1e-5,
+        "rms_norm_eps": stack.norm_eps,
         "max_position_embeddings": context,
-        "rope_parameters": {"rope_type": "default", "rope_theta": stack.rope_theta},
+        "rope_parameters": _rope_parameters(stack),
+    }
+
+
+def _rope_parameters(stack: StackConfig) -> dict[str, Any]:
+    scaling = stack.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": stack.rope_theta}
+    names = SCALING[scaling.kind].items()
+    options = {theirs: getattr(scaling, ours) for theirs, (ours, _) in names}
+    return {"rope_type": scaling.kind, "rope_theta": stack.rope_theta, **options}
+
+
+def _unknown_options(block: BlockConfig) -> dict[str, bool]:
+    """Return what ``transformers`` has no option for, and whether a block has it."""
+    return {
+        "head_dim, where it has dim / num_heads": block.head_width * block.num_heads != block.dim,
+        "rope_layout=half, where it has interleaved": block.rope_layout == "half",
+        "qk_norm, which it has not": block.qk_norm,
+        "biases, which it has not": block.qkv_bias or block.out_bias or block.ffn_bias,
     }
 
 
@@ -333,8 +384,10 @@ def _expressible(
     """The description's parts, if ``transformers`` can express them."""
     config, scorer, patching = description.model, description.scorer, description.patching
     if not isinstance(config, BLTConfig):
-        raise ConfigError(f"a {config.kind} model is not a BLT: only those can be exported")
-    cross, ngrams = config.cross_attention, config.ngrams
+        raise ConfigError(
+            f"a {kind_of(type(config))} model is not a BLT: only those can be exported"
+        )
+    cross, hashed = config.cross_attention, config.hash_embeddings
     refusals = {
         f"cross_attention.residual={cross.residual}, where it has doubled": (
             cross.residual != "doubled"
@@ -346,20 +399,31 @@ def _expressible(
         f"cross_attention.num_heads={cross.num_heads}, where it has local.num_heads "
         f"({config.local.num_heads})": cross.num_heads != config.local.num_heads,
         "cross_attention.queries=learned, where it has pooled": cross.queries == "learned",
-        "no n-grams, where it has the sizes 3 to 8 then": not ngrams.sizes,
-        "ngrams.combine=mean, where it has sum": ngrams.combine == "mean",
+        "no n-grams, where it has the sizes 3 to 8 then": not hashed.sizes,
+        "local.num_kv_heads, which its cross-attention would share": (
+            config.local.kv_heads != config.local.num_heads
+        ),
+        "hash_embeddings.combine=mean, where it has sum": hashed.combine == "mean",
     }
+    blocks: dict[str, BlockConfig] = {
+        "local": config.local,
+        "global_model": config.global_model,
+    }
+    if scorer is not None and isinstance(scorer.model, TransformerConfig):
+        blocks["scorer.model"] = scorer.model
+    for name, block in blocks.items():
+        refusals |= {f"{name}.{what}": wrong for what, wrong in _unknown_options(block).items()}
     if patching is not None:
         refusals[f"patching.kind={patching.kind}, where it has entropy"] = (
             patching.kind != "entropy"
         )
         refusals["patching.max_length, which it applies wrongly"] = patching.max_length is not None
     if scorer is not None:
-        refusals["a table of n-grams as entropy model, where it has a transformer"] = (
-            scorer.model.kind == "table"
+        refusals["an n-gram scorer as entropy model, where it has a transformer"] = not isinstance(
+            scorer.model, TransformerConfig
         )
-        refusals["scorer.model.ngrams, which it has not"] = (
-            isinstance(scorer.model, TransformerConfig) and scorer.model.ngrams is not None
+        refusals["scorer.model.hash_embeddings, which it has not"] = (
+            isinstance(scorer.model, TransformerConfig) and scorer.model.hash_embeddings is not None
         )
         refusals["scorer.reset_at_newline, which it has not"] = scorer.reset_at_newline
     wrong = [what for what, is_wrong in refusals.items() if is_wrong]

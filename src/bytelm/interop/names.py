@@ -1,18 +1,25 @@
 """How other projects name the tensors of a BLT, and how theirs make ours.
 
 The two public formats hold the same tensors under different names. Each of ours is one of theirs,
-or several stacked along their first axis in equal parts (queries, keys and values; gate and up;
-the tables of hash n-grams), so one map, from our name to theirs, converts either way without
+or several stacked along their first axis (queries, keys and values; gate and up; the hash
+embeddings of each size), so one map, from our name to theirs, converts either way without
 arithmetic.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from bytelm.config import BLTConfig, StackConfig
 
-NameMap = dict[str, tuple[str, ...]]
-"""Our name -> the names of the parts it is made of, in order."""
+NameMap = dict[str, dict[str, int]]
+"""Our name -> the names of the parts it is made of, in order, and their relative sizes."""
+
+
+def part_sizes(parts: Mapping[str, int], total: int) -> list[int]:
+    """Return the sizes, along the first axis, of the parts of one of our tensors."""
+    unit = total // sum(parts.values())
+    return [unit * size for size in parts.values()]
 
 
 class Naming(NamedTuple):
@@ -28,33 +35,31 @@ class Naming(NamedTuple):
     """Tensors of the entropy model that are not in a layer."""
     parts: Mapping[str, str]
     """Our parts with layers -> theirs."""
-    ngram_tables: Callable[[int], tuple[str, ...]]
-    """Names of what holds the given number of tables of hash n-grams."""
+    hash_embeddings: Callable[[int], tuple[str, ...]]
+    """Names of what holds the hash embeddings of a number of sizes and functions."""
 
 
 def blt_names(config: BLTConfig, naming: Naming) -> NameMap:
-    """Names of the tensors of a BLT."""
+    """Return the names of the tensors of a BLT."""
     names: NameMap = {}
-    if num_tables := len(config.ngrams.sizes) * config.ngrams.functions:
-        names["encoder.embedding.ngrams.weight"] = naming.ngram_tables(num_tables)
-    names |= {f"{ours}.weight": (f"{theirs}.weight",) for ours, theirs in naming.single.items()}
+    hashed = config.hash_embeddings
+    if num_hashes := len(hashed.sizes) * hashed.functions:
+        equal = dict.fromkeys(naming.hash_embeddings(num_hashes), 1)
+        names["encoder.embedding.ngrams.weight"] = equal
+    names |= {f"{ours}.weight": {f"{theirs}.weight": 1} for ours, theirs in naming.single.items()}
     if config.cross_attention.slots * config.local.dim == config.global_model.dim:
         del names["encoder.patch_projection.weight"]
-    local, cross = config.local, config.cross_attention
-    depths = {
-        "encoder.blocks": local.encoder_layers,
-        "global_model.blocks": config.global_model.num_layers,
-        "decoder.blocks": local.decoder_layers,
+    local = config.local
+    stacks = {
+        "encoder.blocks": local.stack(local.encoder_layers),
+        "global_model.blocks": config.global_model,
+        "decoder.blocks": local.stack(local.decoder_layers),
     }
-    for part, depth in depths.items():
-        names |= _layers(part, naming.parts[part], depth, naming.block)
+    for part, stack in stacks.items():
+        names |= _blocks(part, naming.parts[part], stack, naming)
     depths = {
-        "encoder.cross_attention": {"none": 0, "last": 1, "all": local.encoder_layers}[
-            cross.encoder
-        ],
-        "decoder.cross_attention": {"none": 0, "first": 1, "all": local.decoder_layers}[
-            cross.decoder
-        ],
+        "encoder.cross_attention": config.encoder_cross_layers,
+        "decoder.cross_attention": config.decoder_cross_layers,
     }
     for part, depth in depths.items():
         names |= _layers(part, naming.parts[part], depth, naming.cross_attention)
@@ -62,17 +67,28 @@ def blt_names(config: BLTConfig, naming: Naming) -> NameMap:
 
 
 def scorer_names(config: StackConfig, naming: Naming) -> NameMap:
-    """Names of the tensors of an entropy model's transformer."""
-    names = {f"{ours}.weight": (f"{theirs}.weight",) for ours, theirs in naming.scorer.items()}
-    names |= _layers("blocks", naming.parts["scorer.blocks"], config.num_layers, naming.block)
-    return names
+    """Return the names of the tensors of an entropy model's transformer."""
+    names = {f"{ours}.weight": {f"{theirs}.weight": 1} for ours, theirs in naming.scorer.items()}
+    return names | _blocks("blocks", naming.parts["scorer.blocks"], config, naming)
 
 
-def _layers(ours: str, theirs: str, depth: int, leaves: Mapping[str, tuple[str, ...]]) -> NameMap:
-    def pairs() -> Iterator[tuple[str, tuple[str, ...]]]:
+def _blocks(ours: str, theirs: str, stack: StackConfig, naming: Naming) -> NameMap:
+    heads = {"attention.qkv": (stack.num_heads, stack.kv_heads, stack.kv_heads)}
+    return _layers(ours, theirs, stack.num_layers, naming.block, heads)
+
+
+def _layers(
+    ours: str,
+    theirs: str,
+    depth: int,
+    leaves: Mapping[str, tuple[str, ...]],
+    sizes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> NameMap:
+    def pairs() -> Iterator[tuple[str, dict[str, int]]]:
         for layer in range(depth):
             for leaf, parts in leaves.items():
-                sources = tuple(f"{theirs}.{layer}.{part}.weight" for part in parts)
-                yield f"{ours}.{layer}.{leaf}.weight", sources
+                sources = [f"{theirs}.{layer}.{part}.weight" for part in parts]
+                shares = sizes.get(leaf, (1,) * len(parts))
+                yield f"{ours}.{layer}.{leaf}.weight", dict(zip(sources, shares, strict=True))
 
     return dict(pairs())

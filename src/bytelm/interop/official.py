@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bytelm import codec
-from bytelm.checkpoint import read_json
 from bytelm.config import (
     BLTConfig,
     EntropyPatching,
@@ -21,6 +20,7 @@ from bytelm.config import (
 from bytelm.errors import CheckpointError
 from bytelm.interop.names import Naming
 from bytelm.interop.options import Options, build
+from bytelm.storage import read_json
 
 CONFIG, PARAMS = "config.json", "params.json"
 LOADER_WINDOW = 512
@@ -61,7 +61,7 @@ NAMING = Naming(
         "decoder.cross_attention": "local_decoder.cross_attn_layers",
         "scorer.blocks": "layers",
     },
-    ngram_tables=lambda count: tuple(
+    hash_embeddings=lambda count: tuple(
         f"encoder_hash_tok_embedding.{i}.weight" for i in range(count)
     ),
 )
@@ -162,11 +162,13 @@ def _ffn_dim(dim: int, multiplier: float, multiple: int) -> int:
 def _transformer(args: Options, window: int | None) -> TransformerConfig:
     dim, heads = args.take("dim", int), args.take("n_heads", int)
     _check_vocabulary(args)
-    _check_block(args, heads, dim // max(heads, 1))
+    _check_block(args, dim // max(heads, 1))
     config = {
         "dim": dim,
         "num_layers": args.take("n_layers", int),
         "num_heads": heads,
+        "num_kv_heads": _kv_heads(args, "n_kv_heads", heads),
+        "norm_eps": args.take("norm_eps", float, 1e-5),
         "ffn_dim": _ffn_dim(
             dim, args.take("ffn_dim_multiplier", float, 1.0), args.take("multiple_of", int, 256)
         ),
@@ -188,11 +190,15 @@ def _check_vocabulary(args: Options) -> None:
         )
 
 
-def _check_block(args: Options, heads: int, head_dim: int) -> None:
+def _kv_heads(args: Options, name: str, heads: int) -> int | None:
+    """Return the number of key-value heads where it differs from that of all heads."""
+    found = args.take_nullable(name, int, None) or heads
+    return found if found != heads else None
+
+
+def _check_block(args: Options, head_dim: int) -> None:
     """Refuse blocks that are not the pre-norm, bias-free ones of both projects."""
-    args.expect("n_kv_heads", heads, remedy="grouped queries are not supported")
     args.expect("head_dim", head_dim)
-    args.expect("norm_eps", 1e-5)
     args.expect("norm_affine", True)
     args.expect("pre_norm", True)
     args.expect("norm_type", "rmsnorm")
@@ -218,13 +224,15 @@ def _blt(args: Options, where: str) -> BLTConfig:
     multiple = args.take("multiple_of", int, 256)
     theta = args.take("rope_theta", float, 10_000.0)
     _check_vocabulary(args)
-    _check_block(args, heads, dim // max(heads, 1))
-    args.expect("n_kv_heads_global", global_heads, remedy="grouped queries are not supported")
+    _check_block(args, dim // max(heads, 1))
+    eps = args.take("norm_eps", float, 1e-5)
     config = {
         "local": {
             "dim": dim,
             "num_heads": heads,
+            "num_kv_heads": _kv_heads(args, "n_kv_heads", heads),
             "ffn_dim": _ffn_dim(dim, multiplier, multiple),
+            "norm_eps": eps,
             "encoder_layers": args.take("n_layers_local_encoder", int),
             "decoder_layers": args.take("n_layers_local_decoder", int),
             "window": args.take("local_attention_window_len", int, None),
@@ -234,11 +242,13 @@ def _blt(args: Options, where: str) -> BLTConfig:
             "dim": global_dim,
             "num_layers": args.take("n_layers_global", int),
             "num_heads": global_heads,
+            "num_kv_heads": _kv_heads(args, "n_kv_heads_global", global_heads),
             "ffn_dim": _ffn_dim(global_dim, multiplier, multiple),
+            "norm_eps": eps,
             "rope_theta": theta,
         },
         "cross_attention": _cross_attention(args),
-        "ngrams": _ngrams(args),
+        "hash_embeddings": _ngrams(args),
     }
     args.expect("dim_token", dim)
     for name in ("weight_tying", "encoder_enable_byte_ngrams", "entropy_model_is_ngram_model"):
@@ -284,7 +294,7 @@ def _ngrams(args: Options) -> dict[str, Any]:
     sizes = args.take("encoder_hash_byte_group_size", (list, str), [])
     if isinstance(sizes, str):
         sizes = [int(size) if size.isdecimal() else size for size in sizes.split(",") if size]
-    return {"sizes": sizes, "rows": rows, "functions": functions}
+    return {"sizes": sizes, "num_buckets": rows, "functions": functions}
 
 
 def _patching(args: Options, patcher: Options | None, where: str) -> PatchingConfig:

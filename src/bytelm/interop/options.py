@@ -24,7 +24,7 @@ class Options:
         if not isinstance(values, dict):
             raise CheckpointError(f"{where} must hold named options, not {values!r}")
         self._values = dict(values)
-        self._where = where
+        self.where = where
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
         """The value of an option.
@@ -41,7 +41,7 @@ class Options:
         if value is None:
             if default is _REQUIRED:
                 raise CheckpointError(
-                    f"{self._where} lacks {name}: use the configuration that came with the weights"
+                    f"{self.where} lacks {name}: use the configuration that came with the weights"
                 )
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -50,7 +50,7 @@ class Options:
         is_stray_bool = isinstance(value, bool) and bool not in kinds
         if is_stray_bool or not isinstance(value, kinds):
             wanted = " or ".join(k.__name__ for k in kinds)
-            raise CheckpointError(f"{self._where}: {name} is {value!r}, where {wanted} is expected")
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, where {wanted} is expected")
         return value
 
     def take_nullable(self, name: str, kind: type, absent: Any) -> Any:
@@ -63,7 +63,7 @@ class Options:
 
     def section(self, name: str) -> "Options":
         """A section within this one; empty if absent."""
-        return Options(self._values.pop(name, None) or {}, f"{self._where}: {name}")
+        return Options(self._values.pop(name, None) or {}, f"{self.where}: {name}")
 
     def expect(self, name: str, *allowed: Any, remedy: str = "") -> None:
         """Refuse an option unless it is absent, null or one of the values that change nothing.
@@ -75,7 +75,7 @@ class Options:
         if value is not None and value not in allowed:
             wanted = " or ".join(repr(v) for v in allowed) or "null"
             raise CheckpointError(
-                f"{self._where}: {name} is {value!r}, where bytelm supports only {wanted}"
+                f"{self.where}: {name} is {value!r}, where bytelm supports only {wanted}"
                 + (f": {remedy}" if remedy else "")
             )
 
@@ -93,7 +93,7 @@ class Options:
         for name, value in self._values.items():
             if value not in (None, False, ""):
                 raise CheckpointError(
-                    f"{self._where}: {name} is {value!r}, an option that bytelm does not know and "
+                    f"{self.where}: {name} is {value!r}, an option that bytelm does not know and "
                     "will not guess at: if the weights do not depend on it, remove it there"
                 )
 

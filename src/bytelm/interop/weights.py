@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bytelm.errors import CheckpointError
-from bytelm.interop.names import NameMap
+from bytelm.interop.names import NameMap, part_sizes
 
 SAFETENSORS, INDEX, PTH = "model.safetensors", "model.safetensors.index.json", "consolidated.pth"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -152,9 +152,9 @@ class Assembly:
             if name not in known and not name.endswith(_BUFFERS)
         ]
         for ours, parts in names.items():
-            shape = self.shapes[ours]
-            expected = (shape[0] // len(parts), *shape[1:])
-            for theirs in parts:
+            size, *rest = self.shapes[ours]
+            for theirs, part in zip(parts, part_sizes(parts, size), strict=True):
+                expected = (part, *rest)
                 if theirs not in entries:
                     problems.append(f"{theirs} is missing")
                 elif entries[theirs].shape != expected:
@@ -180,8 +180,9 @@ class Assembly:
     def tensor(self, name: str) -> Tensor:
         """One of our tensors."""
         tensor = torch.empty(self.shapes[name], dtype=self.dtype(name))
-        for row, part in zip(tensor.chunk(len(self._names[name])), self.parts(name), strict=True):
-            row.copy_(part)
+        sizes = part_sizes(self._names[name], len(tensor))
+        for target, part in zip(tensor.split(sizes), self.parts(name), strict=True):
+            target.copy_(part)
         return tensor
 
     def fill(self, module: nn.Module) -> None:

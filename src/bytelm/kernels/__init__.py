@@ -1,18 +1,15 @@
 """What the model spends its time on: attention, normalised projections, segment operations.
 
-Each function has a twin, ``reference_*``, that is easy to read and that the tests compare it with,
-gradients included.
+The functions of masks and segments have twins, ``reference_*``, that are easy to read and that the
+tests compare them with, gradients included. The twins of the projections are the model's modules.
 """
 
+from bytelm.kernels.masks import Mask
 from bytelm.kernels.projections import (
-    NORM_EPS,
     feed_forward,
+    is_eager_cpu,
     norm_linear,
-    reference_feed_forward,
-    reference_norm_linear,
-    reference_rotary_projection,
     rotary_projection,
-    rotate,
 )
 from bytelm.kernels.segments import (
     decoder_cross_attention,
@@ -23,29 +20,26 @@ from bytelm.kernels.segments import (
     segment_max,
 )
 from bytelm.kernels.self_attention import (
-    AttentionMask,
+    AttentionPlan,
     attention,
-    attention_mask,
+    plan_attention,
     reference_attention,
 )
 
 __all__ = [
-    "NORM_EPS",
-    "AttentionMask",
+    "AttentionPlan",
+    "Mask",
     "attention",
-    "attention_mask",
     "decoder_cross_attention",
     "encoder_cross_attention",
     "feed_forward",
+    "is_eager_cpu",
     "norm_linear",
+    "plan_attention",
     "reference_attention",
     "reference_decoder_cross_attention",
     "reference_encoder_cross_attention",
-    "reference_feed_forward",
-    "reference_norm_linear",
-    "reference_rotary_projection",
     "reference_segment_max",
     "rotary_projection",
-    "rotate",
     "segment_max",
 ]

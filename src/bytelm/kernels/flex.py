@@ -20,7 +20,7 @@ BLOCK = 128
 
 
 def flex_mask(documents: Int[Tensor, "batch length"], window: int | None) -> BlockMask:
-    """The mask of :func:`bytelm.kernels.attention_mask` for FlexAttention."""
+    """Return a causal :class:`~bytelm.kernels.masks.Mask` as FlexAttention takes it."""
     length = documents.shape[1]
     first_key = first_keys(documents, window)
     padding = -length % BLOCK

@@ -1,10 +1,10 @@
-"""Normalised projections and the feed-forward, with the least memory kept for their gradients.
+"""Normalised projections and the feed-forward for CPUs, with little kept for their gradients.
 
 Eager PyTorch keeps every intermediate of ``W RMSNorm(x)`` and of SwiGLU for the backward pass, and
-walks over all of them in main memory. On the CPU the functions here keep their inputs alone, work
-on a few rows at a time, which stay in the cache, and compute the rest again in the backward pass.
-Everywhere else (on CUDA ``torch.compile`` does the same and better), and for the tests, there are
-their twins, ``reference_*``, in plain PyTorch; they can also be differentiated twice.
+walks over all of them in main memory. The functions here keep their inputs alone, work on a few
+rows at a time, which stay in the cache, and compute the rest again in the backward pass. On CUDA
+``torch.compile`` does the same and better. :mod:`bytelm.cpu` puts them in place of the modules of a
+model that compute the same, which are their twins.
 """
 
 from collections.abc import Iterable
@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-NORM_EPS = 1e-5
 CHUNK = 1024
 """Rows at a time; 512 to 2,048 are equally fast."""
 
 
 def norm_linear(
-    x: Float[Tensor, "*shape dim"], norm: Float[Tensor, " dim"], weight: Float[Tensor, "out dim"]
+    x: Float[Tensor, "*shape dim"],
+    norm: Float[Tensor, " dim"],
+    weight: Float[Tensor, "out dim"],
+    eps: float,
 ) -> Float[Tensor, "*shape out"]:
-    """``weight @ (norm * x / sqrt(mean(x**2) + eps))`` for each vector."""
-    if not is_eager_cpu(x):
-        return reference_norm_linear(x, norm, weight)
-    return _apply(_NormLinear, x, norm, weight)
+    """Return ``weight @ (norm * x / sqrt(mean(x**2) + eps))`` for each vector."""
+    return _apply(_NormLinear, x, norm, weight, eps)
 
 
 def rotary_projection(
@@ -35,22 +35,24 @@ def rotary_projection(
     norm: Float[Tensor, " dim"],
     weight: Float[Tensor, "out dim"],
     factors: Complex[Tensor, "batch length 1 half"],
+    kv_heads: int,
+    eps: float,
 ) -> tuple[
     Float[Tensor, "batch length heads head_dim"],
-    Float[Tensor, "batch length heads head_dim"],
-    Float[Tensor, "batch length heads head_dim"],
+    Float[Tensor, "batch length kv_heads head_dim"],
+    Float[Tensor, "batch length kv_heads head_dim"],
 ]:
-    """Queries and keys, rotated, and values, of normalised vectors.
+    """Return queries and keys, rotated, and values, of normalised vectors.
 
     Args:
         x: not normalised yet.
         norm: weight of the norm.
         weight: rows of the queries, the keys and the values, by head.
-        factors: rotary factor of each position and pair of dimensions.
+        factors: rotary factor of each position and pair of dimensions ``2j``, ``2j + 1``.
+        kv_heads: heads of the keys, and of the values.
+        eps: of the norm.
     """
-    if not is_eager_cpu(x):
-        return reference_rotary_projection(x, norm, weight, factors)
-    return _apply(_RotaryProjection, x, norm, weight, factors)
+    return _apply(_RotaryProjection, x, norm, weight, factors, kv_heads, eps)
 
 
 def feed_forward(
@@ -58,77 +60,43 @@ def feed_forward(
     norm: Float[Tensor, " dim"],
     gate_up: Float[Tensor, "two_hidden dim"],
     down: Float[Tensor, "dim hidden"],
+    eps: float,
 ) -> Float[Tensor, "*shape dim"]:
-    """SwiGLU of normalised vectors: ``down(silu(gate(n)) * up(n))`` with ``n = RMSNorm(x)``."""
-    if not is_eager_cpu(x):
-        return reference_feed_forward(x, norm, gate_up, down)
-    return _apply(_FeedForward, x, norm, gate_up, down)
-
-
-def rotate(
-    x: Float[Tensor, "batch length heads head_dim"],
-    factors: Complex[Tensor, "batch length 1 half"],
-) -> Float[Tensor, "batch length heads head_dim"]:
-    """Rotate each pair ``(x[2j], x[2j+1])`` by its position's angle, in fp32."""
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = torch.view_as_real(factors).unbind(-1)
-    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
-    return rotated.flatten(-2).to(x.dtype)
-
-
-def reference_norm_linear(x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
-    """Twin of :func:`norm_linear`."""
-    normed = functional.rms_norm(x, norm.shape, norm.to(x.dtype), NORM_EPS)
-    return functional.linear(normed, weight)
-
-
-def reference_rotary_projection(
-    x: Tensor, norm: Tensor, weight: Tensor, factors: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Twin of :func:`rotary_projection`."""
-    head_dim = 2 * factors.shape[-1]
-    heads = reference_norm_linear(x, norm, weight).unflatten(-1, (-1, head_dim))
-    queries, keys, values = heads.chunk(3, dim=2)
-    return rotate(queries, factors), rotate(keys, factors), values
-
-
-def reference_feed_forward(x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Twin of :func:`feed_forward`."""
-    gate, up = reference_norm_linear(x, norm, gate_up).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, down)
+    """Return SwiGLU of normalised vectors: ``down(silu(gate(n)) * up(n))``, ``n = RMSNorm(x)``."""
+    return _apply(_FeedForward, x, norm, gate_up, down, eps)
 
 
 def is_eager_cpu(x: Tensor) -> bool:
     """Whether the functions with gradients of their own are meant for ``x``."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Tensor) -> Any:
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Run a function, past autograd's bookkeeping where no gradient is wanted."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(None, *arguments)
 
 
-def _normed(x: Tensor, norm: Tensor) -> Tensor:
-    """Normalised rows."""
+def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Return normalised rows."""
     if len(x) != 1:
-        unit, _ = _normalise(x)
+        unit, _ = _normalise(x, eps)
         return unit.mul_(norm)
     # A single row costs more in calls than in arithmetic: as few of them as possible.
     row = x[0]
-    return (x * norm).mul_((float(row.dot(row)) / len(row) + NORM_EPS) ** -0.5)
+    return (x * norm).mul_((float(row.dot(row)) / row.shape[0] + eps) ** -0.5)
 
 
-def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows scaled to unit root mean square, and the scales."""
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return rows scaled to unit root mean square, and the scales."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    scale = square.div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale, scale
 
 
@@ -150,28 +118,30 @@ def _norm_backward(grad: Tensor, unit: Tensor, scale: Tensor, norm: Tensor, out:
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx | None, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
         if ctx is not None:
             ctx.save_for_backward(x, norm, weight)
+            ctx.eps = eps
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows = x.reshape(-1, x.shape[-1])
         for chunk, result in row_chunks(rows, _rows(out)):
-            torch.mm(_normed(chunk, norm), weight.T, out=result)
+            torch.mm(_normed(chunk, norm, eps), weight.T, out=result)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         x, norm, weight = ctx.saved_tensors
-        return _norm_linear_backward(grad.reshape(-1, weight.shape[0]), x, norm, weight)
+        rows = grad.reshape(-1, weight.shape[0])
+        return *_norm_linear_backward(rows, x, norm, weight, ctx.eps), None
 
 
 def _norm_linear_backward(
-    grad: Tensor, x: Tensor, norm: Tensor, weight: Tensor
+    grad: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input and of both weights, from that of the output's rows."""
+    """Return the gradients of the input and of both weights, from that of the output's rows."""
     grad_x, grad_norm, grad_weight = (
         _empty_rows(x),
         torch.zeros_like(norm),
@@ -179,7 +149,7 @@ def _norm_linear_backward(
     )
     rows = x.reshape(-1, x.shape[-1])
     for chunk, grad_out, out in row_chunks(rows, grad, _rows(grad_x)):
-        unit, scale = _normalise(chunk)
+        unit, scale = _normalise(chunk, eps)
         grad_weight.addmm_(grad_out.T, unit * norm)
         grad_norm += _norm_backward(grad_out @ weight, unit, scale, norm, out)
     return grad_x, grad_norm, grad_weight
@@ -188,39 +158,48 @@ def _norm_linear_backward(
 class _RotaryProjection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx | None, x: Tensor, norm: Tensor, weight: Tensor, factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        factors: Tensor,
+        kv_heads: int,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if ctx is not None:
             ctx.save_for_backward(x, norm, weight, factors)
-        heads = _NormLinear.forward(None, x, norm, weight)
-        heads = heads.unflatten(-1, (3, -1, 2 * factors.shape[-1]))
-        _pairs(heads[:, :, :2]).mul_(factors[:, :, None])
-        queries, keys, values = heads.unbind(2)
+            ctx.kv_heads, ctx.eps = kv_heads, eps
+        heads = _NormLinear.forward(None, x, norm, weight, eps)
+        heads = heads.unflatten(-1, (-1, 2 * factors.shape[-1]))
+        # Queries and keys are rotated where they lie; values, the last heads, are not.
+        _pairs(heads[:, :, :-kv_heads]).mul_(factors)
+        queries, keys, values = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
         return queries, keys, values
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, queries: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, norm, weight, factors = ctx.saved_tensors
-        grad = torch.stack((queries, keys, values), 2)
-        _pairs(grad[:, :, :2]).mul_(factors[:, :, None].conj())
+        grad = torch.cat((queries, keys, values), 2)
+        _pairs(grad[:, :, : -ctx.kv_heads]).mul_(factors.conj())
         rows = grad.reshape(-1, weight.shape[0])
-        return *_norm_linear_backward(rows, x, norm, weight), None
+        return *_norm_linear_backward(rows, x, norm, weight, ctx.eps), None, None, None
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx | None, x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor
+        ctx: Any, x: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
     ) -> Tensor:
         if ctx is not None:
             ctx.save_for_backward(x, norm, gate_up, down)
+            ctx.eps = eps
         out = _empty_rows(x)
         rows = x.reshape(-1, x.shape[-1])
         for chunk, result in row_chunks(rows, _rows(out)):
-            gate, up = (_normed(chunk, norm) @ gate_up.T).chunk(2, dim=-1)
+            gate, up = (_normed(chunk, norm, eps) @ gate_up.T).chunk(2, dim=-1)
             torch.mm(functional.silu(gate).mul_(up), down.T, out=result)
         return out
 
@@ -228,13 +207,13 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, norm, gate_up, down = ctx.saved_tensors
         grad_x = _empty_rows(x)
         grad_norm, grad_gate_up, grad_down = (torch.zeros_like(w) for w in (norm, gate_up, down))
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         for chunk, grad_out, out in row_chunks(rows, grad, _rows(grad_x)):
-            unit, scale = _normalise(chunk)
+            unit, scale = _normalise(chunk, ctx.eps)
             normed = unit * norm
             both = normed @ gate_up.T
             gate, up = both.chunk(2, dim=-1)
@@ -249,7 +228,7 @@ class _FeedForward(torch.autograd.Function):
             gate.copy_(grad_gate)
             grad_gate_up.addmm_(both.T, normed)
             grad_norm += _norm_backward(both @ gate_up, unit, scale, norm, out)
-        return grad_x, grad_norm, grad_gate_up, grad_down
+        return grad_x, grad_norm, grad_gate_up, grad_down, None
 
 
 def row_chunks(*tensors: Tensor, size: int = CHUNK) -> Iterable[tuple[Tensor, ...]]:

@@ -1,15 +1,15 @@
-"""Causal self-attention within a window and within documents.
+"""Self-attention of packed rows under a :class:`~bytelm.kernels.masks.Mask`.
 
-What may be attended to is described, never written out: query ``i`` sees key ``j`` if ``j <= i``,
-``i - j < window`` and both lie in the same document. :func:`attention_mask` turns the description
-into what a device works with, once for all layers, and :func:`attention` uses it:
+:func:`plan_attention` turns the mask into what a device works with, once for all layers of a
+stack, and :func:`attention` uses it:
 
 - on the CPU, every document is attended to by itself, in blocks of queries that see a fixed span
   of keys, so a window costs O(length x window) in time and memory; keys and values are read where
   they are, not copied for each block;
-- elsewhere, FlexAttention with a mask of blocks that is computed from where documents start.
+- elsewhere, FlexAttention with a mask of blocks that is computed from where documents start;
+- masks that are more than causal are written out, a few queries at a time.
 
-:func:`reference_attention` is the dense twin of both.
+:func:`reference_attention` is the dense twin of all of them.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from bytelm.kernels.flex import flex, flex_mask
+from bytelm.kernels.masks import Mask
 
 QUERY_BLOCK = 128
 """Queries per block of windowed attention: 128 and 256 are fastest on CPUs for windows of 512."""
+WRITTEN_QUERIES = 512
+"""Queries whose mask is written out at once."""
 
 
 class Group(NamedTuple):
@@ -65,52 +69,73 @@ class Group(NamedTuple):
             rows.unflatten(0, (self.num_blocks, self.block)).transpose(1, 2).add_(column)
 
 
-AttentionMask = tuple[Group, ...] | BlockMask
-"""What may be attended to in packed rows, as the device's back end wants it."""
+AttentionPlan = tuple[Group, ...] | BlockMask | Mask
+"""How a device attends under a mask: groups, a mask of blocks, or the mask itself, written out."""
 
 
-def attention_mask(documents: Int[Tensor, "batch length"], window: int | None) -> AttentionMask:
-    """Describe causal attention over packed rows; computed once, shared by all layers.
-
-    Args:
-        documents: document of each position; the positions of one are contiguous.
-        window: positions visible to a position, itself included; ``None`` for all before it.
-    """
-    if documents.device.type == "cpu":
+def plan_attention(mask: Mask) -> AttentionPlan:
+    """Prepare attention under a mask; computed once, shared by all layers."""
+    if mask.blocks is not None:
+        return mask
+    if mask.documents.device.type == "cpu":
         make: Any = torch.compiler.disable(_groups)
-        return make(documents, window)
-    return flex_mask(documents, window)
+        return make(mask.documents, mask.window)
+    return flex_mask(mask.documents, mask.window)
 
 
 def attention(
     queries: Float[Tensor, "batch length heads head_dim"],
-    keys: Float[Tensor, "batch length heads head_dim"],
-    values: Float[Tensor, "batch length heads head_dim"],
-    mask: AttentionMask,
+    keys: Float[Tensor, "batch length kv_heads head_dim"],
+    values: Float[Tensor, "batch length kv_heads head_dim"],
+    plan: AttentionPlan,
 ) -> Float[Tensor, "batch length heads head_dim"]:
-    """Scaled dot-product attention under ``mask``, scale ``1 / sqrt(head_dim)``."""
-    if isinstance(mask, BlockMask):
+    """Scaled dot-product attention, scale ``1 / sqrt(head_dim)``.
+
+    Each key-value head serves ``heads / kv_heads`` consecutive query heads.
+    """
+    group = queries.shape[2] // keys.shape[2]
+    if group > 1:
+        keys, values = (x.repeat_interleave(group, dim=2) for x in (keys, values))
+    if isinstance(plan, BlockMask):
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-        return flex(queries, keys, values, mask).transpose(1, 2)
+        return flex(queries, keys, values, plan).transpose(1, 2)
+    if isinstance(plan, Mask):
+        return _written_out(queries, keys, values, plan)
     run: Any = torch.compiler.disable(_blocked)
-    return run(queries, keys, values, mask)
+    return run(queries, keys, values, plan)
 
 
 def reference_attention(
     queries: Float[Tensor, "batch length heads head_dim"],
-    keys: Float[Tensor, "batch length heads head_dim"],
-    values: Float[Tensor, "batch length heads head_dim"],
-    documents: Int[Tensor, "batch length"],
-    window: int | None,
+    keys: Float[Tensor, "batch length kv_heads head_dim"],
+    values: Float[Tensor, "batch length kv_heads head_dim"],
+    mask: Mask,
 ) -> Float[Tensor, "batch length heads head_dim"]:
     """Twin of :func:`attention` that writes the mask and the softmax out."""
-    index = torch.arange(queries.shape[1], device=documents.device)
-    distance = index[:, None] - index
-    allowed = (distance >= 0) & (distance < (window or len(index)))
-    allowed = allowed & (documents[:, :, None] == documents[:, None, :])
-    scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * queries.shape[-1] ** -0.5
-    weights = scores.masked_fill(~allowed[:, None], float("-inf")).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, values)
+    grouped = queries.unflatten(2, (keys.shape[2], -1))
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, keys) * queries.shape[-1] ** -0.5
+    allowed = mask.allowed(0, queries.shape[1])[:, None, None]
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("bhgqk,bkhd->bqhgd", weights, values).flatten(2, 3)
+
+
+def _written_out(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    """Attention under any mask, a few queries at a time: O(length x length) in time."""
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    outputs = [
+        functional.scaled_dot_product_attention(
+            block,
+            keys,
+            values,
+            attn_mask=mask.allowed(begin, begin + block.shape[2])[:, None],
+        )
+        for begin, block in zip(
+            range(0, queries.shape[2], WRITTEN_QUERIES),
+            queries.split(WRITTEN_QUERIES, dim=2),
+            strict=True,
+        )
+    ]
+    return torch.cat(outputs, 2).transpose(1, 2)
 
 
 def _groups(documents: Int[Tensor, "batch length"], window: int | None) -> tuple[Group, ...]:

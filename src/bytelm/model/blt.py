@@ -7,11 +7,12 @@
     byte states, latents --decoder--> logits of the next byte
 
 (Paper section 3.) Everything at byte level is windowed or local to a patch; only the global
-transformer sees far, and it runs once per patch. Each part is split where an incremental session
-has to enter it: the same methods run whole rows and single bytes.
+transformer sees far, and it runs once per patch. The parts are called one after another by
+:meth:`BLT.forward` for packed rows, and by :mod:`bytelm.inference` for bytes as they arrive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -19,20 +20,20 @@ from torch import Tensor, nn
 
 from bytelm import codec, kernels
 from bytelm.config import BLTConfig
-from bytelm.model.attention import Context
-from bytelm.model.embedding import NgramEmbedding
+from bytelm.model.attention import RMSNorm, RowsContext, StackContext, StackSpec
+from bytelm.model.embedding import HashEmbedding
 from bytelm.model.layers import (
     DecoderCrossAttention,
     EncoderCrossAttention,
+    build_blocks,
     init_linear,
     init_stack,
 )
-from bytelm.model.transformer import build_blocks, stack_spec
 from bytelm.patching import Patches
 
 
 class LocalEncoder(nn.Module):
-    """Bytes to byte states and patch vectors (paper section 3.2).
+    """Bytes to byte states, and those to patch vectors (paper section 3.2).
 
     The first queries of a patch are the maximum of its byte states, projected to ``slots``
     vectors (or, as an ablation, learned); each cross-attention layer refines them.
@@ -42,14 +43,19 @@ class LocalEncoder(nn.Module):
         super().__init__()
         local, cross = config.local, config.cross_attention
         stack = local.stack(local.encoder_layers)
-        self.spec = stack_spec(stack, local.window)
+        self.spec = StackSpec.of(stack, local.window)
         self.slots = cross.slots
-        self.embedding = NgramEmbedding(
-            vocab_size=codec.VOCAB_SIZE, dim=local.dim, config=config.ngrams
+        self.embedding = HashEmbedding(
+            vocab_size=codec.VOCAB_SIZE, dim=local.dim, config=config.hash_embeddings
         )
         self.blocks = build_blocks(stack)
         self.cross_attention = nn.ModuleList(
-            EncoderCrossAttention(dim=local.dim, num_heads=cross.num_heads, residual=cross.residual)
+            EncoderCrossAttention(
+                dim=local.dim,
+                num_heads=cross.num_heads,
+                residual=cross.residual,
+                eps=local.norm_eps,
+            )
             for _ in range(config.encoder_cross_layers)
         )
         width = self.slots * local.dim
@@ -65,15 +71,20 @@ class LocalEncoder(nn.Module):
             nn.Linear(width, global_dim, bias=False) if needs_projection else None
         )
 
-    def byte_states(
-        self, x: Float[Tensor, "batch bytes dim"], context: Context
+    def forward(
+        self, x: Float[Tensor, "batch bytes dim"], context: StackContext
     ) -> list[Float[Tensor, "batch bytes dim"]]:
-        """States of embedded bytes after each layer that patches read; the last layer's last."""
+        """Return the states of embedded bytes after each layer that patches read, the last last."""
         states = []
         for layer, block in enumerate(self.blocks):
-            x = block(x, context.factors, context.attend(layer))
+            x = block(x, context[layer])
             states.append(x)
-        return states[-max(len(self.cross_attention), 1) :]
+        return states[-self.num_read :]
+
+    @property
+    def num_read(self) -> int:
+        """Number of layers whose states patches read."""
+        return max(len(self.cross_attention), 1)
 
     def patch_vectors(
         self,
@@ -84,7 +95,7 @@ class LocalEncoder(nn.Module):
         """Pool the bytes of each patch, let its slots attend to them, and project.
 
         Args:
-            states: as :meth:`byte_states` returns them, for bytes that cover whole patches.
+            states: from :meth:`forward`, of bytes that cover whole patches.
             encoder_ids: patch of each byte; ``num_patches`` for bytes of none.
             num_patches: patches to produce.
         """
@@ -105,16 +116,21 @@ class GlobalTransformer(nn.Module):
 
     def __init__(self, config: BLTConfig) -> None:
         super().__init__()
-        self.spec = stack_spec(config.global_model, window=None)
+        self.spec = StackSpec.of(config.global_model, window=None)
         self.blocks = build_blocks(config.global_model)
 
     def forward(
-        self, vectors: Float[Tensor, "batch patches dim"], context: Context
+        self, vectors: Float[Tensor, "batch patches dim"], context: StackContext
     ) -> Float[Tensor, "batch patches dim"]:
-        """Latents. There is no final norm: what reads them by cross-attention normalises them."""
+        """Return latents. There is no final norm: cross-attention normalises what it reads."""
         for layer, block in enumerate(self.blocks):
-            vectors = block(vectors, context.factors, context.attend(layer))
+            vectors = block(vectors, context[layer])
         return vectors
+
+
+Readable = list[tuple[Tensor, ...]]
+"""Of each decoder layer that reads latents, keys and values of every patch's slots; without
+cross-attention, the projected latents themselves. All are ``[batch, patches, slots, ...]``."""
 
 
 class LocalDecoder(nn.Module):
@@ -129,35 +145,40 @@ class LocalDecoder(nn.Module):
         super().__init__()
         local, cross = config.local, config.cross_attention
         stack = local.stack(local.decoder_layers)
-        self.spec = stack_spec(stack, local.window)
+        self.spec = StackSpec.of(stack, local.window)
         self.slots = cross.slots if config.decoder_cross_layers else 1
         self.latent_projection = nn.Linear(
             config.global_model.dim, self.slots * local.dim, bias=False
         )
         self.cross_attention = nn.ModuleList(
-            DecoderCrossAttention(dim=local.dim, num_heads=cross.num_heads, residual=cross.residual)
+            DecoderCrossAttention(
+                dim=local.dim,
+                num_heads=cross.num_heads,
+                residual=cross.residual,
+                eps=local.norm_eps,
+            )
             for _ in range(config.decoder_cross_layers)
         )
         self.blocks = build_blocks(stack)
-        self.norm = nn.RMSNorm(local.dim, eps=kernels.NORM_EPS)
+        self.norm = RMSNorm(local.dim, eps=local.norm_eps)
         self.output = nn.Linear(local.dim, codec.VOCAB_SIZE, bias=False)
 
-    def read_latents(self, latents: Float[Tensor, "batch patches global_dim"]) -> "Readable":
-        """What bytes read of latents, for each layer: computed once per patch, not per byte."""
+    def read_latents(self, latents: Float[Tensor, "batch patches global_dim"]) -> Readable:
+        """Return what bytes read of latents, for each layer: once per patch, not per byte."""
         slots = self.latent_projection(latents).unflatten(-1, (self.slots, -1))
         if not self.cross_attention:
             return [(slots,)]
-        layers = (c for c in self.cross_attention if isinstance(c, DecoderCrossAttention))
+        layers = cast(Iterable[DecoderCrossAttention], self.cross_attention)
         return [cross.project_keys_values(slots) for cross in layers]
 
     def forward(
         self,
         x: Float[Tensor, "batch bytes dim"],
-        readable: "Readable",
+        readable: Readable,
         decoder_ids: Int[Tensor, "batch bytes"],
-        context: Context,
+        context: StackContext,
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Logits, in fp32, of the id after each byte.
+        """Return the logits, in fp32, of the id after each byte.
 
         Args:
             x: the encoder's last byte states.
@@ -165,20 +186,20 @@ class LocalDecoder(nn.Module):
             decoder_ids: index among the patches of the latent each byte reads.
             context: of the byte positions.
         """
-        if not self.cross_attention:
+        crosses = list(self.cross_attention)
+        if not crosses:
             ((slots,),) = readable
             index = decoder_ids[..., None].expand(-1, -1, x.shape[-1])
             x = x + slots[:, :, 0].gather(1, index)
         for layer, block in enumerate(self.blocks):
-            if layer < len(self.cross_attention):
-                x = self.cross_attention[layer](x, *readable[layer], decoder_ids)
-            x = block(x, context.factors, context.attend(layer))
-        return kernels.norm_linear(x, self.norm.weight, self.output.weight).float()
+            if layer < len(crosses):
+                x = crosses[layer](x, *readable[layer], decoder_ids)
+            x = block(x, context[layer])
+        return self.logits(x)
 
-
-Readable = Sequence[tuple[Tensor, ...]]
-"""Of each decoder layer that reads latents, keys and values of every patch's slots; without
-cross-attention, the projected latents themselves. All are ``[batch, patches, slots, ...]``."""
+    def logits(self, x: Float[Tensor, "batch bytes dim"]) -> Float[Tensor, "batch bytes vocab"]:
+        """Return the logits, in fp32, of the last block's states."""
+        return self.output(self.norm(x)).float()
 
 
 class BLT(nn.Module):
@@ -191,7 +212,7 @@ class BLT(nn.Module):
         self.decoder = LocalDecoder(config)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Matrices as :func:`~bytelm.model.layers.init_stack` has them; norms are 1."""
+        """Initialise as :func:`~bytelm.model.layers.init_stack` does."""
         init_stack(self, generator)
         if not self.decoder.cross_attention:
             # The latents themselves are added then.
@@ -202,14 +223,32 @@ class BLT(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch bytes"], patches: Patches
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Logits, in fp32, of the id after each byte of packed rows."""
-        # Encoder and decoder share window and head dimension, hence the context.
-        context = self.encoder.spec.over_rows(patches.documents, patches.positions)
-        embedded = self.encoder.embedding(ids, patches.positions)
-        states = self.encoder.byte_states(embedded, context)
-        vectors = self.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
+        """Return the logits, in fp32, of the id after each byte of packed rows."""
+        states, context = self.encode(ids, patches.documents, patches.positions)
+        return self.predict(states, patches, context)
 
-        global_spec = self.global_model.spec
-        global_context = global_spec.over_rows(patches.patch_documents, patches.patch_positions)
+    def encode(
+        self,
+        ids: Int[Tensor, "batch bytes"],
+        documents: Int[Tensor, "batch bytes"],
+        positions: Int[Tensor, "batch bytes"],
+    ) -> tuple[list[Float[Tensor, "batch bytes dim"]], RowsContext]:
+        """Return byte states of packed rows, and the context they were made in.
+
+        Encoder and decoder share window and head dimension, hence the context.
+        """
+        context = self.encoder.spec.over_rows(documents, positions)
+        return self.encoder(self.encoder.embedding(ids, positions), context), context
+
+    def predict(
+        self,
+        states: list[Float[Tensor, "batch bytes dim"]],
+        patches: Patches,
+        context: RowsContext,
+    ) -> Float[Tensor, "batch bytes vocab"]:
+        """Return the logits that byte states from :meth:`encode` and their patches make."""
+        vectors = self.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
+        spec = self.global_model.spec
+        global_context = spec.over_rows(patches.patch_documents, patches.patch_positions)
         readable = self.decoder.read_latents(self.global_model(vectors, global_context))
         return self.decoder(states[-1], readable, patches.decoder_ids, context)

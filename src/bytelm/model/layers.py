@@ -1,79 +1,61 @@
-"""The layers every model here is made of: rotary attention, feed-forward, cross-attention.
+"""The layers every model here is made of: blocks, and cross-attention of bytes and patches.
 
-Blocks are pre-norm and bias-free (paper section 4.7)::
+Blocks are pre-norm (paper section 4.7)::
 
     x = x + SelfAttention(RMSNorm(x))
     x = x + FeedForward(RMSNorm(x))
 
-Modules know nothing of masks, caches, devices or configuration files: attention is handed an
-:data:`~bytelm.model.attention.Attend`, the rest are plain functions of tensors. A norm is computed
-with the projection that follows it (:mod:`bytelm.kernels.projections`), so layers take their norm's
-weight along.
+Modules know nothing of masks, caches or devices: self-attention is handed a
+:class:`~bytelm.model.attention.LayerContext`, the rest are plain functions of tensors.
 """
 
 from typing import Literal
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bytelm import kernels
-from bytelm.model.attention import Attend
+from bytelm.config import BlockConfig, StackConfig
+from bytelm.model.attention import LayerContext, RMSNorm, SelfAttention
 
 Residual = Literal["single", "doubled"]
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention of normalised vectors, with rotary positions."""
-
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        norm: Float[Tensor, " dim"],
-        factors: Complex[Tensor, "batch length 1 half"],
-        attend: Attend,
-    ) -> Float[Tensor, "batch length dim"]:
-        heads = kernels.rotary_projection(x, norm, self.qkv.weight, factors)
-        return self.out(attend(*heads).flatten(2))
-
-
 class FeedForward(nn.Module):
-    """SwiGLU of normalised vectors, gate and up in one matrix."""
+    """SwiGLU, gate and up in one matrix: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
-    def forward(
-        self, x: Float[Tensor, "batch length dim"], norm: Float[Tensor, " dim"]
-    ) -> Float[Tensor, "batch length dim"]:
-        return kernels.feed_forward(x, norm, self.gate_up.weight, self.down.weight)
+    def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
-        self.attention = SelfAttention(dim=dim)
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
-        self.feed_forward = FeedForward(dim=dim, hidden_dim=hidden_dim)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch length dim"],
-        factors: Complex[Tensor, "batch length 1 half"],
-        attend: Attend,
+        self, x: Float[Tensor, "batch length dim"], context: LayerContext
     ) -> Float[Tensor, "batch length dim"]:
-        x = x + self.attention(x, self.attention_norm.weight, factors, attend)
-        return x + self.feed_forward(x, self.feed_forward_norm.weight)
+        x = x + self.attention(self.attention_norm(x), context)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def build_blocks(config: StackConfig) -> nn.ModuleList:
+    """Return the blocks of a stack."""
+    return nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
 
 class CrossAttention(nn.Module):
@@ -82,16 +64,16 @@ class CrossAttention(nn.Module):
     Queries and keys are normalised separately and carry no positions. The inner width is
     ``num_heads * (dim // num_heads)``, which is below ``dim`` where heads do not divide it, as in
     the paper's 400M model. With the ``doubled`` residual of the released checkpoints a layer maps
-    ``x`` to ``2 x + out`` in place of the paper's ``x + out``.
+    ``x`` to ``2 x + out`` instead of the paper's ``x + out``.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, residual: Residual) -> None:
+    def __init__(self, *, dim: int, num_heads: int, residual: Residual, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.residual_scale = {"single": 1.0, "doubled": 2.0}[residual]
         inner_dim = num_heads * (dim // num_heads)
-        self.query_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
-        self.key_value_norm = nn.RMSNorm(dim, eps=kernels.NORM_EPS)
+        self.query_norm = RMSNorm(dim, eps=eps)
+        self.key_value_norm = RMSNorm(dim, eps=eps)
         self.query = nn.Linear(dim, inner_dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * inner_dim, bias=False)
         self.out = nn.Linear(inner_dim, dim, bias=False)
@@ -99,22 +81,21 @@ class CrossAttention(nn.Module):
     def project_queries(
         self, x: Float[Tensor, "*shape dim"]
     ) -> Float[Tensor, "*shape heads head_dim"]:
-        """Normalised queries, by head."""
-        queries = kernels.norm_linear(x, self.query_norm.weight, self.query.weight)
-        return queries.unflatten(-1, (self.num_heads, -1))
+        """Return normalised queries, by head."""
+        return self.query(self.query_norm(x)).unflatten(-1, (self.num_heads, -1))
 
     def project_keys_values(
         self, x: Float[Tensor, "*shape dim"]
     ) -> tuple[Float[Tensor, "*shape heads head_dim"], Float[Tensor, "*shape heads head_dim"]]:
-        """Normalised keys and values, by head."""
-        both = kernels.norm_linear(x, self.key_value_norm.weight, self.key_value.weight)
-        keys, values = both.unflatten(-1, (2 * self.num_heads, -1)).chunk(2, dim=-2)
+        """Return normalised keys and values, by head."""
+        both = self.key_value(self.key_value_norm(x)).unflatten(-1, (2 * self.num_heads, -1))
+        keys, values = both.chunk(2, dim=-2)
         return keys, values
 
     def add_residual(
         self, x: Float[Tensor, "*shape dim"], out: Float[Tensor, "*shape heads head_dim"]
     ) -> Float[Tensor, "*shape dim"]:
-        """``x`` with the attention output added."""
+        """Return ``x`` with the attention output added."""
         return torch.add(self.out(out.flatten(-2)), x, alpha=self.residual_scale)
 
 
@@ -143,21 +124,26 @@ class DecoderCrossAttention(CrossAttention):
         values: Float[Tensor, "batch patches slots heads head_dim"],
         decoder_ids: Int[Tensor, "batch bytes"],
     ) -> Float[Tensor, "batch bytes dim"]:
-        """States with what they read; keys and values from :meth:`project_keys_values`."""
+        """Return the states after reading; keys and values are :meth:`project_keys_values`'s."""
         queries = self.project_queries(states)
         out = kernels.decoder_cross_attention(queries, keys, values, decoder_ids)
         return self.add_residual(states, out)
 
 
 def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Every matrix as :func:`init_linear` has it; what branches add to the residual stream is 0.
+    """Initialise every matrix as :func:`init_linear` does, but branches' outputs to 0.
 
-    Blocks and cross-attentions so begin as the identity: a branch adds nothing before it has
-    learned something. The paper is silent; small models of every kind gain by it (docs/log.md).
+    Norms are 1 and biases 0. Blocks and cross-attentions begin as the identity: a branch adds
+    nothing before it has learned something. The paper is silent; small models of every kind gain by
+    it (docs/log.md).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             init_linear(module.weight, generator)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             nn.init.zeros_(module.out.weight)
@@ -166,6 +152,6 @@ def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> No
 
 
 def init_linear(weight: Tensor, generator: torch.Generator | None = None) -> None:
-    """Truncated normal at 3 sigma, sigma = fan-in ** -0.5 (official code; the paper is silent)."""
+    """Draw from a normal truncated at 3 sigma, sigma = fan-in ** -0.5 (official code)."""
     std = weight.shape[1] ** -0.5
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)

@@ -4,25 +4,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm import kernels
-from bytelm.config import StackConfig, TransformerConfig
-from bytelm.model.attention import Context, StackSpec
-from bytelm.model.embedding import NgramEmbedding
-from bytelm.model.layers import Block, init_stack
+from bytelm.config import TransformerConfig
+from bytelm.model.attention import RMSNorm, StackContext, StackSpec
+from bytelm.model.embedding import HashEmbedding
+from bytelm.model.layers import build_blocks, init_stack
 from bytelm.patching import row_positions
-
-
-def build_blocks(config: StackConfig) -> nn.ModuleList:
-    """The blocks of a stack."""
-    return nn.ModuleList(
-        Block(dim=config.dim, hidden_dim=config.ffn_dim) for _ in range(config.num_layers)
-    )
-
-
-def stack_spec(config: StackConfig, window: int | None) -> StackSpec:
-    """What attention needs to know of a stack."""
-    head_dim = config.dim // config.num_heads
-    return StackSpec(config.num_layers, head_dim, config.rope_theta, window)
 
 
 class Transformer(nn.Module):
@@ -30,16 +16,16 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.spec = stack_spec(config, config.window)
-        self.embedding = NgramEmbedding(
-            vocab_size=config.vocab_size, dim=config.dim, config=config.ngrams
+        self.spec = StackSpec.of(config, config.window)
+        self.embedding = HashEmbedding(
+            vocab_size=config.vocab_size, dim=config.dim, config=config.hash_embeddings
         )
         self.blocks = build_blocks(config)
-        self.norm = nn.RMSNorm(config.dim, eps=kernels.NORM_EPS)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Matrices as :func:`~bytelm.model.layers.init_stack` has them; norms are 1."""
+        """Initialise as :func:`~bytelm.model.layers.init_stack` does."""
         init_stack(self, generator)
 
     def forward(
@@ -47,7 +33,7 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "batch bytes"],
         documents: Int[Tensor, "batch bytes"] | None = None,
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Logits, in fp32, of the id after each.
+        """Return the logits, in fp32, of the id after each.
 
         Args:
             ids: packed rows.
@@ -59,9 +45,13 @@ class Transformer(nn.Module):
         return self.run(self.embedding(ids, positions), self.spec.over_rows(documents, positions))
 
     def run(
-        self, x: Float[Tensor, "batch bytes dim"], context: Context
+        self, x: Float[Tensor, "batch bytes dim"], context: StackContext
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Logits of embedded ids in any context: packed rows, or more of a cached document."""
+        """Return the logits of embedded ids in any context: packed rows, or a growing cache."""
         for layer, block in enumerate(self.blocks):
-            x = block(x, context.factors, context.attend(layer))
-        return kernels.norm_linear(x, self.norm.weight, self.output.weight).float()
+            x = block(x, context[layer])
+        return self.logits(x)
+
+    def logits(self, x: Float[Tensor, "batch bytes dim"]) -> Float[Tensor, "batch bytes vocab"]:
+        """Return the logits, in fp32, of the last block's states."""
+        return self.output(self.norm(x)).float()

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bytelm.config import CalibratedConfig, MonotonicPatching, PatchingConfig
+from bytelm.config import CalibratedPatching, PatchingConfig
 from bytelm.errors import PatchingError
 from bytelm.patching.boundaries import build_patches
-from bytelm.patching.rules import build_patcher
+from bytelm.patching.patcher import Patcher, build_patcher
 
 TOLERANCE = 0.02
 """How far, relatively, the mean patch size found may be from the one wanted."""
@@ -62,15 +62,15 @@ class PatchStatistics(NamedTuple):
         return self.num_positions / max(self.num_patches, 1)
 
 
-def patch_statistics(config: PatchingConfig, sample: PatchSample) -> PatchStatistics:
-    """Count the patches of a sample under a rule."""
-    boundary = build_patcher(config).next_boundary(*sample)
+def patch_statistics(patcher: Patcher, sample: PatchSample) -> PatchStatistics:
+    """Count the patches of a sample."""
+    boundary = patcher.next_boundary(*sample)
     patches = build_patches(boundary, sample.documents)
     num_patches = patches.num_patches
     return PatchStatistics(sample.ids.numel(), num_patches, int(patches.lengths.max()))
 
 
-def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) -> CalibratedConfig:
+def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) -> CalibratedPatching:
     """The rule with the threshold (or increase) that gives a mean patch size on a sample.
 
     Args:
@@ -86,23 +86,21 @@ def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) ->
         PatchingError: the rule has no threshold, or none gives a mean within 2% of the one wanted;
             the message names what can be reached.
     """
-    if not isinstance(config, CalibratedConfig):
+    if not isinstance(config, CalibratedPatching):
         raise PatchingError(
             f"the {config.kind} rule has no threshold to calibrate: use entropy, monotonic or "
             "combined"
         )
     assert sample.entropies is not None
     values = sample.entropies[0].double()
-    if isinstance(config, MonotonicPatching):
+    if config.compares_rises:
         values = values.diff()
     values = values.unique()
     # Threshold i lies between values i and i + 1 of these; the outermost let all or none through.
     edges = torch.cat((values[:1] - 1.0, values, values[-1:] + 1.0))
 
-    def at(index: int) -> CalibratedConfig:
-        name = "increase" if isinstance(config, MonotonicPatching) else "threshold"
-        middle = float(edges[index] + edges[index + 1]) / 2
-        return config.model_copy(update={name: middle})
+    def at(index: int) -> CalibratedPatching:
+        return config.with_threshold(float(edges[index] + edges[index + 1]) / 2)
 
     def mean_size(index: int) -> float:
         boundary = build_patcher(at(index)).next_boundary(*sample)

@@ -1,17 +1,20 @@
 """Patching rules: where patches begin.
 
-A rule answers one question at one byte: does the *next* byte start a patch? It may look at that
-byte, the byte before it, their entropies and the position: a pointwise function
-(:class:`Context` in, boolean out). Applying it to a whole batch or to one byte at a time is
-therefore the same computation on tensors of different shapes, which makes every rule incremental
-(the patching of a prefix is the prefix of the patching, paper section 2.4) by construction.
+A rule answers one question at one byte: does the *next* byte start a patch? Most rules are
+pointwise: the answer depends on that byte, the byte before it, their entropies, the encoder's state
+and the position (:class:`Seen` in, boolean out). Applying one to a whole batch or to one byte at a
+time is then the same computation on tensors of different shapes. A :class:`StatefulRule` also
+remembers something of the document so far. Either way the patching of a prefix is the prefix of the
+patching (paper section 2.4), by construction.
 
 The entropy at byte ``i`` is that of the model's prediction of byte ``i + 1``, in nats, so
 "``entropy[i] > threshold``" reads "byte ``i + 1`` starts a patch".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from functools import singledispatch
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from bytelm import codec
 from bytelm.config import (
+    RULES,
     BytePatching,
     CombinedPatching,
     EntropyPatching,
@@ -28,10 +32,11 @@ from bytelm.config import (
     StaticPatching,
 )
 from bytelm.errors import PatchingError
-from bytelm.patching.boundaries import row_positions
+
+ConfigT = TypeVar("ConfigT", bound=PatchingConfig)
 
 
-class Context(NamedTuple):
+class Seen(NamedTuple):
     """What a rule may look at to decide whether the byte after each byte starts a patch."""
 
     positions: Int[Tensor, "*shape"]
@@ -39,22 +44,56 @@ class Context(NamedTuple):
     ids: Int[Tensor, "*shape"]
     previous_ids: Int[Tensor, "*shape"]
     """Id before it; meaningless at position 0."""
-    entropies: Float[Tensor, "*shape"] | None
+    entropies: Float[Tensor, "*shape"] | None = None
     """Entropy, in nats, of the prediction of the byte after it."""
-    previous_entropies: Float[Tensor, "*shape"] | None
+    previous_entropies: Float[Tensor, "*shape"] | None = None
     """Entropy at the byte before it; meaningless at position 0."""
+    states: Float[Tensor, "*shape dim"] | None = None
+    """The encoder's state at the byte, for rules that are part of the model."""
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """A patching rule."""
+    """A pointwise patching rule.
+
+    It may be a module with weights of its own: these are trained and saved with the model.
+    """
 
     needs_entropies: ClassVar[bool]
-    """Whether :class:`Context` must carry entropies."""
+    """Whether :class:`Seen` must carry entropies."""
 
-    def __call__(self, context: Context) -> Bool[Tensor, "*shape"]:
-        """Whether the byte after each byte starts a patch. Position 0 is decided elsewhere."""
+    def __call__(self, seen: Seen) -> Bool[Tensor, "*shape"]:
+        """Decide whether the byte after each byte starts a patch; position 0 always does."""
         ...
+
+
+@runtime_checkable
+class StatefulRule(Protocol):
+    """A patching rule that remembers something of the document so far."""
+
+    needs_entropies: ClassVar[bool]
+    """Whether :class:`Seen` must carry entropies."""
+
+    def start(self) -> Any:
+        """Return what is remembered of an empty document."""
+        ...
+
+    def advance(self, seen: Seen, memory: Any) -> tuple[Bool[Tensor, " bytes"], Any]:
+        """Decide for the next bytes of a document.
+
+        Args:
+            seen: of consecutive bytes, at least one.
+            memory: of the bytes before; it must not be changed in place.
+
+        Returns:
+            Whether the byte after each byte starts a patch, and the memory after the last of them.
+        """
+        ...
+
+
+def needs_states(rule: Rule | StatefulRule) -> bool:
+    """Whether a rule looks at the encoder's states: an attribute of that name, if it has one."""
+    return bool(getattr(rule, "needs_states", False))
 
 
 @dataclass(frozen=True)
@@ -63,8 +102,8 @@ class ByteRule:
 
     needs_entropies: ClassVar[bool] = False
 
-    def __call__(self, context: Context) -> Bool[Tensor, "*shape"]:
-        return torch.ones_like(context.ids, dtype=torch.bool)
+    def __call__(self, seen: Seen) -> Bool[Tensor, "*shape"]:
+        return torch.ones_like(seen.ids, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -74,8 +113,8 @@ class StaticRule:
     length: int
     needs_entropies: ClassVar[bool] = False
 
-    def __call__(self, context: Context) -> Bool[Tensor, "*shape"]:
-        return (context.positions + 1) % self.length == 0
+    def __call__(self, seen: Seen) -> Bool[Tensor, "*shape"]:
+        return (seen.positions + 1) % self.length == 0
 
 
 @dataclass(frozen=True)
@@ -89,9 +128,9 @@ class SpaceRule:
 
     needs_entropies: ClassVar[bool] = False
 
-    def __call__(self, context: Context) -> Bool[Tensor, "*shape"]:
-        ends = is_space_like(context.ids) & ~is_space_like(context.previous_ids)
-        return ends | (context.ids < codec.OFFSET)
+    def __call__(self, seen: Seen) -> Bool[Tensor, "*shape"]:
+        ends = is_space_like(seen.ids) & ~is_space_like(seen.previous_ids)
+        return ends | (seen.ids < codec.OFFSET)
 
 
 @dataclass(frozen=True)
@@ -116,8 +155,8 @@ class EntropyRule:
         if self.threshold is None and self.increase is None:
             raise ValueError("an entropy rule needs a threshold, an increase or both")
 
-    def __call__(self, context: Context) -> Bool[Tensor, "*shape"]:
-        entropies, previous = context.entropies, context.previous_entropies
+    def __call__(self, seen: Seen) -> Bool[Tensor, "*shape"]:
+        entropies, previous = seen.entropies, seen.previous_entropies
         if entropies is None or previous is None:
             raise ValueError("an entropy rule needs entropies")
         if self.increase is None:
@@ -137,155 +176,44 @@ def is_space_like(ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     return ~(is_letter | is_digit | is_continuation) | (ids < codec.OFFSET)
 
 
-@dataclass(frozen=True)
-class Patcher:
-    """A rule and, optionally, a longest patch.
-
-    A patch that the rule leaves longer than ``max_length`` is cut, from its start, into pieces of
-    ``max_length`` and a remainder, which keeps the patching incremental. The first byte of a
-    document is always a patch of its own.
-    """
-
-    rule: Rule
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be at least 1, not {self.max_length}")
-
-    @property
-    def needs_entropies(self) -> bool:
-        """Whether :meth:`next_boundary` must be given entropies."""
-        return self.rule.needs_entropies
-
-    def next_boundary(
-        self,
-        ids: Int[Tensor, "batch bytes"],
-        entropies: Float[Tensor, "batch bytes"] | None = None,
-        documents: Int[Tensor, "batch bytes"] | None = None,
-    ) -> Bool[Tensor, "batch bytes"]:
-        """Whether the byte after each byte starts a patch, for whole documents.
-
-        Args:
-            ids: packed rows; every document begins in its row.
-            entropies: entropy of the prediction of the byte after each, where the rule needs it.
-            documents: document of each byte; ``None`` for one document a row.
-        """
-        if documents is None:
-            documents = torch.zeros_like(ids)
-        positions = row_positions(documents)
-        previous = None if entropies is None else entropies.roll(1, 1)
-        context = Context(positions, ids, ids.roll(1, 1), entropies, previous)
-        decision = self.rule(context) | (positions == 0)
-        if self.max_length is None:
-            return decision
-        starts = decision.roll(1, 1) | (positions == 0)
-        return _limit_lengths(decision, starts, self.max_length, positions.new_zeros(()))[0]
-
-    def stream(self) -> "PatcherStream":
-        """Apply the rule to one document as it arrives."""
-        return PatcherStream(self)
-
-
-class PatcherStream:
-    """Boundary decisions for one document, fed in pieces of any length.
-
-    What :meth:`feed` returns, concatenated over the pieces, is :meth:`Patcher.next_boundary` of
-    the whole: the state is the last id and entropy, the position, and how long the rule's current
-    patch already is.
-    """
-
-    def __init__(self, patcher: Patcher) -> None:
-        self._patcher = patcher
-        self._position = 0
-        self._previous_id: Tensor | None = None
-        self._previous_entropy: Tensor | None = None
-        self._previous_decision: Tensor | None = None
-        self._open_length: Tensor | None = None
-
-    def feed(
-        self, ids: Int[Tensor, " bytes"], entropies: Float[Tensor, " bytes"] | None = None
-    ) -> Bool[Tensor, " bytes"]:
-        """Whether the byte after each of ``ids``, the document's next bytes, starts a patch."""
-        if not len(ids):
-            return torch.zeros_like(ids, dtype=torch.bool)
-        begin = self._position
-        positions = torch.arange(begin, begin + len(ids), device=ids.device)
-        context = Context(
-            positions,
-            ids,
-            _shift(ids, self._previous_id),
-            entropies,
-            None if entropies is None else _shift(entropies, self._previous_entropy),
-        )
-        decision = self._patcher.rule(context)
-        if begin == 0:
-            decision = decision | (positions == 0)
-        limited = decision
-        if self._patcher.max_length is not None:
-            starts = _shift(decision, self._previous_decision) | (positions == 0)
-            carried = positions.new_zeros(()) if self._open_length is None else self._open_length
-            limited, self._open_length = _limit_lengths(
-                decision, starts, self._patcher.max_length, carried
-            )
-        self._position += len(ids)
-        self._previous_id = ids[-1:]
-        self._previous_entropy = None if entropies is None else entropies[-1:]
-        self._previous_decision = decision[-1:]
-        return limited
-
-
-def build_patcher(config: PatchingConfig) -> Patcher:
-    """The patcher a configuration describes.
+@singledispatch
+def build_rule(config: PatchingConfig) -> Rule | StatefulRule:
+    """Return the rule that a configuration describes.
 
     Raises:
         PatchingError: a threshold has not been calibrated yet.
     """
-    return Patcher(_build_rule(config), config.max_length)
+    raise TypeError(f"no rule is registered for {type(config).__name__}")
 
 
-def _build_rule(config: PatchingConfig) -> Rule:
-    match config:
-        case BytePatching():
-            return ByteRule()
-        case StaticPatching():
-            return StaticRule(config.length)
-        case SpacePatching():
-            return SpaceRule()
-        case EntropyPatching(threshold=float(threshold)):
-            return EntropyRule(threshold=threshold)
-        case MonotonicPatching(increase=float(increase)):
-            return EntropyRule(increase=increase)
-        case CombinedPatching(threshold=float(threshold)):
-            return EntropyRule(threshold=threshold, increase=config.increase)
-    raise PatchingError(f"the {config.kind} rule has no threshold yet: give one, or calibrate it")
-
-
-def _shift(values: Tensor, previous: Tensor | None) -> Tensor:
-    """``values`` one position later, ``previous`` (anything, where there is none) in front."""
-    first = values[:1] if previous is None else previous
-    return first if len(values) == 1 else torch.cat((first, values[:-1]))
-
-
-def _limit_lengths(
-    decision: Bool[Tensor, "*batch bytes"],
-    starts: Bool[Tensor, "*batch bytes"],
-    max_length: int,
-    carried: Int[Tensor, ""],
-) -> tuple[Bool[Tensor, "*batch bytes"], Int[Tensor, "*batch"]]:
-    """Also end a patch at every ``max_length`` bytes since the rule last started one.
+def register_rule(config: type[ConfigT], build: Callable[[ConfigT], Rule | StatefulRule]) -> None:
+    """Make a patching rule known: to recipes, checkpoints, commands and ``LanguageModel.patch``.
 
     Args:
-        decision: whether the rule starts a patch after each byte.
-        starts: whether it started one at each byte.
-        max_length: longest patch.
-        carried: bytes that the patch open at the first column already had.
+        config: its configuration, with a ``kind`` of its own.
+        build: makes the rule of a configuration.
 
-    Returns:
-        The decisions, and the bytes since the rule last started a patch, the last one included.
+    Raises:
+        ConfigError: the kind is taken.
     """
-    num_bytes = decision.shape[-1]
-    index = torch.arange(num_bytes, device=decision.device)
-    last_start = torch.where(starts, index, -carried).cummax(-1).values
-    limited = decision | ((index - last_start + 1) % max_length == 0)
-    return limited, num_bytes - last_start[..., -1]
+    RULES.add(config)
+    build_rule.register(config, build)
+
+
+def _with_threshold(config: Any, **values: float | None) -> EntropyRule:
+    if config.needs_calibration:
+        raise PatchingError(
+            f"the {config.kind} rule has no threshold yet: give one, or calibrate it"
+        )
+    return EntropyRule(**values)
+
+
+register_rule(BytePatching, lambda config: ByteRule())
+register_rule(StaticPatching, lambda config: StaticRule(config.length))
+register_rule(SpacePatching, lambda config: SpaceRule())
+register_rule(EntropyPatching, lambda config: _with_threshold(config, threshold=config.threshold))
+register_rule(MonotonicPatching, lambda config: _with_threshold(config, increase=config.increase))
+register_rule(
+    CombinedPatching,
+    lambda config: _with_threshold(config, threshold=config.threshold, increase=config.increase),
+)

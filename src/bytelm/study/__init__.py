@@ -1,24 +1,29 @@
 """Studies: families of models compared at equal FLOPs, planned, run in slices, fitted and drawn."""
 
+from bytelm.study.costs import Cost, run_costs
+from bytelm.study.loading import load_plan, parse_plan, plan_names
 from bytelm.study.page import write_page
-from bytelm.study.plan import Plan, Run, load_plan, plan_names, plan_runs
-from bytelm.study.runs import finished_result, run_all, share_done
-from bytelm.study.settling import Cost, run_cost, settle_run
+from bytelm.study.plan import Plan, Run, plan_runs
+from bytelm.study.resolving import Resolved, Resolver
+from bytelm.study.results import finished_result
+from bytelm.study.runs import run_all, share_done
 from bytelm.study.table import table_folder, write_table
 from bytelm.study.text import prepare_text
 
 __all__ = [
     "Cost",
     "Plan",
+    "Resolved",
+    "Resolver",
     "Run",
     "finished_result",
     "load_plan",
+    "parse_plan",
     "plan_names",
     "plan_runs",
     "prepare_text",
     "run_all",
-    "run_cost",
-    "settle_run",
+    "run_costs",
     "share_done",
     "table_folder",
     "write_page",

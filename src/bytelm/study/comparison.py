@@ -1,4 +1,4 @@
-"""Comparisons: from the table to curves, laws and crossovers."""
+"""Comparisons: curves, power laws and crossovers, made from the table."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from bytelm.study.table import budget
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs set beside each other."""
+    """Runs of several families, and what the fit makes of them."""
 
     name: str
     config: ComparisonConfig
     rows: list[int]
-    """Of the table: every run that takes part."""
+    """Rows of the table that take part."""
     curves: list[Curve]
-    """Of members with at least one run; none for a plain table."""
-    beside: Curve | None
+    """A curve for each member that has a run; empty for a plain table."""
+    baseline: Curve | None
     """The baseline's curve."""
     crossovers: list[Crossover]
     left_out: list[str]
-    """What is missing, and why."""
-    baselines: dict[int, list[int]]
-    """For rows with any: the baseline's rows at the same budget."""
+    """Members that are missing, and why."""
+    baseline_rows: dict[int, list[int]]
+    """Rows of the baseline at the budget of each other row."""
     budget_name: str
-    """What budgets were planned in."""
+    """Unit that budgets were planned in."""
 
 
 def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
-    """Work out one comparison of a plan from the runs that are finished."""
+    """Make one comparison of a plan from the runs that are finished."""
     config = plan.comparisons[name]
     members = {member: _rows(bootstrap, member, config) for member in config.families}
     left_out = [f"{member}: no run is finished" for member, rows in members.items() if not rows]
@@ -41,26 +41,29 @@ def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
         members = {member: rows for member, rows in members.items() if member not in unlike}
     rows = [row for rows in members.values() for row in rows]
     base = members.get(config.baseline or "", [])
-    baselines = {row: _same_budget(bootstrap, row, base) for row in rows if row not in base}
+    base_rows = {row: _same_budget(bootstrap, row, base) for row in rows if row not in base}
     in_flops = {bootstrap.results.rows[row]["budget_flops"] is not None for row in rows}
     planned = " or ".join({True: "training FLOPs", False: "bytes of rows"}[b] for b in in_flops)
     if config.kind == "table":
-        return Comparison(name, config, rows, [], None, [], left_out, baselines, planned)
+        return Comparison(name, config, rows, [], None, [], left_out, base_rows, planned)
     axis = "flops" if config.kind == "training" else "train_bytes"
     curves = {
         member: bootstrap.curve(plan.label(member), _by_budget(bootstrap, rows), axis)
         for member, rows in members.items()
     }
-    beside = curves.get(config.baseline or "")
-    crossovers = [
-        find_crossover(curve, beside) for curve in curves.values() if beside and curve is not beside
-    ]
     drawn = list(curves.values())
-    return Comparison(name, config, rows, drawn, beside, crossovers, left_out, baselines, planned)
+    baseline = curves.get(config.baseline or "")
+    crossovers = [
+        find_crossover(curve, baseline) for curve in drawn if baseline and curve is not baseline
+    ]
+    return Comparison(name, config, rows, drawn, baseline, crossovers, left_out, base_rows, planned)
 
 
 def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[int]:
-    """Rows of a family, or of one of its sizes; with settings of their own in tables only."""
+    """Return the rows of a family or of one of its sizes.
+
+    Runs with settings of their own take part in tables only.
+    """
     family, _, size = member.partition("/")
     return [
         number
@@ -72,7 +75,7 @@ def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[i
 
 
 def _by_budget(bootstrap: Bootstrap, rows: list[int]) -> list[list[list[int]]]:
-    """Rows by budget, size and seed."""
+    """Group rows by budget, size and seed."""
     groups: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number in rows:
         row = bootstrap.results.rows[number]
@@ -81,21 +84,21 @@ def _by_budget(bootstrap: Bootstrap, rows: list[int]) -> list[list[list[int]]]:
 
 
 def _same_budget(bootstrap: Bootstrap, row: int, base: list[int]) -> list[int]:
-    """The baseline's rows at a row's budget; of several sizes, those of the best."""
+    """Return the baseline's rows at the budget of a row, for its best size there."""
     rows = bootstrap.results.rows
-    beside = [other for other in base if budget(rows[other]) == budget(rows[row])]
-    if not beside:
+    same = [other for other in base if budget(rows[other]) == budget(rows[row])]
+    if not same:
         return []
-    (sizes,) = _by_budget(bootstrap, beside)
+    (sizes,) = _by_budget(bootstrap, same)
     return min(sizes, key=lambda numbers: bootstrap.bpb[numbers].mean())
 
 
 def _unlike(
     config: ComparisonConfig, bootstrap: Bootstrap, members: dict[str, list[int]]
 ) -> dict[str, str]:
-    """Members whose inference FLOPs are not those of the baseline, and by how much."""
+    """Return the members whose inference FLOPs differ from the baseline's, and by how much."""
     if config.baseline not in members:
-        why = f"nothing to set {{}} beside: the baseline {config.baseline} has no finished run"
+        why = f"{{}} cannot be compared: the baseline {config.baseline} has no finished run"
         return {member: why.format(member) for member in members}
     wanted = bootstrap.results.rows[members[config.baseline][0]]["inference_flops"]
     found = {}

@@ -1,4 +1,4 @@
-"""Figures of a study, each drawn from its table alone."""
+"""Figures of a study, drawn from its table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,23 +12,25 @@ from bytelm.study.table import budget
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black")
 MARKERS = "os^DvPX*<>"
-"""One less than colours: families look alike only after 110."""
+"""One marker fewer than colours, so that 110 families differ in one or the other."""
 SIDE_STEP = 1.03
+"""Factor between the budgets at which differences of neighbouring families are drawn."""
 DIFFERENCES = (0.02, 0.05, 0.1, 0.2, 0.5)
-"""Where differences from a baseline have a tick, to either side of 0."""
+"""Ticks of the axis of differences from a baseline, on both sides of 0."""
 
 
 def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
-    """Bits per byte against budgets: points with 95% intervals, fitted laws with their bands.
+    """Draw bits per byte against budgets, and the differences from the baseline.
 
-    Beside it what is left when the baseline is taken away, whose intervals are narrower.
+    The first panel has points with 95% intervals and fitted laws with their bands; the second has
+    the differences, whose intervals are narrower.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    beside = comparison.beside
-    figure = new_figure(7.2 if beside is None else 11.0, 4.2)
-    panels = np.atleast_1d(figure.subplots(1, 1 if beside is None else 2))
+    baseline = comparison.baseline
+    figure = new_figure(7.2 if baseline is None else 11.0, 4.2)
+    panels = np.atleast_1d(figure.subplots(1, 1 if baseline is None else 2))
     for number, curve in enumerate(comparison.curves):
         colour, marker = _look(number)
         style = {"fmt": marker, "ms": 5, "color": colour, "capsize": 2}
@@ -38,16 +40,16 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
             x = np.geomspace(curve.x[0], curve.x[-1], 100)
             panels[0].plot(x, curve.law(x), color=colour, lw=1.2)
             panels[0].fill_between(x, *curve.band(x), color=colour, alpha=0.12, lw=0)
-        if beside is not None and curve is not beside:
-            x, difference, low, high = curve.minus(beside)
-            # Side by side, or those that are alike would hide each other.
+        if baseline is not None and curve is not baseline:
+            x, difference, low, high = curve.minus(baseline)
+            # Shift each family a little, so that equal differences do not hide each other.
             x = x * SIDE_STEP ** (number - len(comparison.curves) / 2)
             errors = np.abs([difference - low, high - difference])
             panels[1].errorbar(x, difference, errors, lw=0.8, **style)
     for crossover in comparison.crossovers:
         if crossover.x is not None:
             panels[0].axvline(crossover.x, color="0.6", lw=0.8, ls=":")
-    # Budgets of one size differ in their last digits: that is nothing to zoom into.
+    # Runs of one budget differ in the last digits of what they spent; do not zoom in on these.
     budgets = np.concatenate([curve.x for curve in comparison.curves])
     for panel in panels:
         panel.set_xscale("log")
@@ -58,9 +60,9 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
     panels[0].set_ylabel("held-out bits per byte")
     panels[0].set_title(comparison.config.title, fontsize=10, loc="left")
     _add_legend(figure, panels[0])
-    if beside is not None:
+    if baseline is not None:
         panels[1].axhline(0, color="0.3", lw=1)
-        # Even near 0, logarithmic further away.
+        # Linear near 0, logarithmic further away.
         panels[1].set_yscale("symlog", linthresh=DIFFERENCES[-3])
         low, high = panels[1].get_ylim()
         ticks = [-one for one in DIFFERENCES[::-1]] + [0.0, *DIFFERENCES]
@@ -68,12 +70,12 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
         panels[1].set_yticks([], minor=True)
         panels[1].set_ylim(low, high)
         panels[1].set_ylabel("difference in bits per byte")
-        panels[1].set_title(f"minus {beside.name}", fontsize=10, loc="left")
+        panels[1].set_title(f"minus {baseline.name}", fontsize=10, loc="left")
     save_figure(figure, path)
 
 
 def draw_units(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bytes per patch (or token) against quality, darker for larger budgets.
+    """Draw quality against bytes per patch or token, darker for larger budgets.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
@@ -100,7 +102,7 @@ def draw_units(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Wall-clock seconds and peak memory against training FLOPs.
+    """Draw wall-clock seconds and peak memory against training FLOPs.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
@@ -127,12 +129,12 @@ def draw_costs(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _look(number: int) -> tuple[str, str]:
-    """Colour and marker of a family."""
+    """Return the colour and marker of a family."""
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
 def _add_legend(figure: Any, axis: Any) -> None:
-    """A legend of its own room below the panels, where it hides nothing."""
+    """Add a legend below the panels, and make the figure taller by its height."""
     handles, labels = axis.get_legend_handles_labels()
     width, height = figure.get_size_inches()
     columns = max(int(width / (0.5 + 0.065 * max(map(len, labels)))), 1)

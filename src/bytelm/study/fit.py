@@ -4,12 +4,13 @@
 
     bpb(x) = E + A x ** -alpha          x: training FLOPs, or training bytes
 
-With fewer than five budgets ``E`` cannot be told from ``alpha`` and is 0: a straight line in
-logarithms, good between the budgets and not beyond. Intervals are 95% of bootstrap replicates,
-each of which draws the held-out documents of every source anew (the same draw for every run, so
-that what two runs have in common does not count as their difference) and adds to every run the
-noise of its seed, of the spread seen between seeds of one configuration: Student's t, since that
-spread is an estimate. The mix of sources is part of the question and is not drawn.
+With fewer than five budgets ``E`` and ``alpha`` cannot both be estimated, and ``E`` is 0: the law
+is a straight line in logarithms, valid between the budgets and not beyond. Intervals are 95% of
+bootstrap replicates. Each replicate resamples the held-out documents within each source, in the
+same way for all runs, so that what two runs have in common does not count as a difference. It also
+adds the noise of a seed to each run, with the spread between seeds of one configuration; the noise
+is Student's t because that spread is an estimate. The mix of sources is part of the question and
+stays.
 """
 
 import math
@@ -27,9 +28,9 @@ REPLICATES = 1000
 MIN_POINTS_FOR_FLOOR = 5
 MAX_T = 30.0
 SAME = 0.1
-"""How far what was spent of one budget may differ between runs that are beside each other."""
+"""Relative difference up to which two runs count as having spent the same."""
 MIN_SHARE = 0.975
-"""Share of replicates that must agree on a side for it to be stated."""
+"""Share of replicates that must agree on the sign of a difference for it to be stated."""
 
 Floats = NDArray[np.float64]
 
@@ -43,41 +44,44 @@ class PowerLaw:
     exponent: float
 
     def __call__(self, x: Floats) -> Floats:
-        """Bits per byte."""
+        """Return the bits per byte at ``x``."""
         return self.floor + np.exp(self.log_scale - self.exponent * np.log(x))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A family's points, its law, and the law's replicates."""
+    """Points of a family, the power law through them, and the law's replicates."""
 
     name: str
     budgets: Floats
-    """As planned, ascending."""
+    """Planned budgets, ascending."""
     x: Floats
-    """What was spent of each."""
+    """FLOPs or bytes that were spent at each budget."""
     bpb: Floats
-    """At each, the mean over seeds."""
+    """Bits per byte at each budget, as the mean over seeds."""
     drawn: Floats
-    """Its replicates, ``[replicate, budget]``."""
+    """Replicates of ``bpb``, ``[replicate, budget]``."""
     law: PowerLaw | None
     """``None`` for fewer than two budgets."""
     replicates: tuple[PowerLaw, ...]
 
     @property
     def low(self) -> Floats:
-        """Where the 95% of each budget begin."""
+        """Lower ends of the 95% intervals of ``bpb``."""
         return np.quantile(self.drawn, 0.025, axis=0)
 
     @property
     def high(self) -> Floats:
-        """Where the 95% of each budget end."""
+        """Upper ends of the 95% intervals of ``bpb``."""
         return np.quantile(self.drawn, 0.975, axis=0)
 
     def minus(self, other: "Curve") -> tuple[Floats, Floats, Floats, Floats]:
-        """Differences at shared budgets: where the other is, how large, and their 95%.
+        """Return the differences from another curve at the budgets that both have.
 
-        Narrower than those of the curves, since both are measured on the same documents.
+        Returns:
+            ``x`` of the other curve, the differences, and the ends of their 95% intervals. These
+            are narrower than the intervals of the curves, since both are measured on the same
+            documents.
         """
         shared = np.intersect1d(self.budgets, other.budgets)
         mine, others = self.at(shared), other.at(shared)
@@ -85,18 +89,18 @@ class Curve:
         return others.x, mine.bpb - others.bpb, low, high
 
     def at(self, budgets: Floats) -> "Curve":
-        """The curve through some of its budgets alone."""
+        """Return the curve through some of the budgets alone."""
         kept = np.isin(self.budgets, budgets)
         return through(
             self.name, self.budgets[kept], self.x[kept], self.bpb[kept], self.drawn[:, kept]
         )
 
     def exponent_interval(self) -> tuple[float, float]:
-        """95% of the replicates' exponents."""
+        """Return the 95% interval of the exponent."""
         return _interval([law.exponent for law in self.replicates])
 
     def band(self, x: Floats) -> tuple[Floats, Floats]:
-        """95% of the replicates' curves."""
+        """Return the 95% interval of the law at each ``x``."""
         curves = np.array([law(x) for law in self.replicates])
         low, high = np.quantile(curves, (0.025, 0.975), axis=0)
         return low, high
@@ -104,7 +108,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where one curve begins to lie below another, or why that cannot be said."""
+    """Where a curve crosses the baseline, or why that cannot be stated."""
 
     name: str
     baseline: str
@@ -112,16 +116,16 @@ class Crossover:
     low: float | None
     high: float | None
     verdict: str
-    """For people: what is known."""
+    """Statement for the page."""
 
 
 class Bootstrap:
     """Replicates of every run's bits per byte.
 
     Args:
-        results: of a study.
-        replicates: how many.
-        seed: of the draws.
+        results: results of a study.
+        replicates: number of replicates.
+        seed: seed of the resampling.
 
     Raises:
         DataError: there is no run.
@@ -137,32 +141,34 @@ class Bootstrap:
         weights = _draws(results, replicates, generator)
         resampled = np.array([results.bits_per_byte(draw) for draw in weights])
         noise = generator.standard_t(max(freedom, 1), resampled.shape)
-        # With a single pair of seeds the tails of t are so long that nothing could be drawn.
+        # With a single pair of seeds the tails of t are so long that figures could not show them.
         self.replicates = resampled * np.exp(self.seed_noise * noise.clip(-MAX_T, MAX_T))
         """``[replicate, run]``."""
 
-    def interval(self, row: int, beside: Sequence[int] = ()) -> tuple[float, float]:
-        """95% of a run's bits per byte, or of its difference from the mean of some others.
+    def interval(self, row: int, baseline: Sequence[int] = ()) -> tuple[float, float]:
+        """Return the 95% interval of a run's bits per byte, or of a difference.
 
-        Documents are drawn alike for both, so the interval of a difference is narrower than what
-        two intervals suggest.
+        Args:
+            row: the run.
+            baseline: runs whose mean is subtracted. All are resampled alike, so the interval of the
+                difference is narrower than the intervals of both suggest.
         """
         values = self.replicates[:, row]
-        if beside:
-            values = values - self.replicates[:, list(beside)].mean(1)
+        if baseline:
+            values = values - self.replicates[:, list(baseline)].mean(1)
         low, high = np.quantile(values, (0.025, 0.975))
         return float(low), float(high)
 
     def curve(self, name: str, budgets: Sequence[Sequence[Sequence[int]]], axis: str) -> Curve:
-        """The curve through some runs: at each budget the best size, each the mean of its seeds.
+        """Return the curve through some runs: at each budget the best size, as the mean over seeds.
 
-        The choice of a size is made anew in every replicate, or a family with more sizes would seem
-        surer than it is.
+        Each replicate chooses the best size for itself; otherwise the intervals of a family with
+        several sizes would be too narrow.
 
         Args:
-            name: of the curve.
+            name: name of the curve.
             budgets: rows of the table by budget, size and seed.
-            axis: the column that goes along.
+            axis: column of the table that is ``x``.
         """
         means, drawn, x, planned = [], [], [], []
         for sizes in budgets:
@@ -179,7 +185,7 @@ class Bootstrap:
 
 
 def through(name: str, budgets: Floats, x: Floats, bpb: Floats, drawn: Floats) -> Curve:
-    """The curve through some points, and its replicates."""
+    """Return the curve through some points, with a law for them and for each replicate."""
     if len(x) < 2:
         return Curve(name, budgets, x, bpb, drawn, None, ())
     laws = tuple(fit_power_law(x, y) for y in drawn)
@@ -187,9 +193,9 @@ def through(name: str, budgets: Floats, x: Floats, bpb: Floats, drawn: Floats) -
 
 
 def _draws(results: Results, replicates: int, generator: np.random.Generator) -> Floats:
-    """How often each document counts, ``[replicate, document]``.
+    """Return the weight of each document in each replicate, ``[replicate, document]``.
 
-    Documents are drawn within their source, which keeps the bytes that it has in all.
+    Documents are resampled within their source, whose total number of bytes stays.
     """
     weights = np.zeros((replicates, len(results.num_bytes)))
     sources = np.array(results.sources)
@@ -202,11 +208,11 @@ def _draws(results: Results, replicates: int, generator: np.random.Generator) ->
 
 
 def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
-    """Relative deviation between seeds of one configuration, pooled over all that have several.
+    """Estimate the relative deviation between seeds, pooled over all configurations with several.
 
     Returns:
-        The standard deviation of the logarithm of bits per byte, and its degrees of freedom; 0
-        and 0 where no configuration has two seeds.
+        The standard deviation of the logarithm of bits per byte, and its degrees of freedom; both
+        are 0 if no configuration has two seeds.
     """
     groups: dict[tuple, list[float]] = defaultdict(list)
     for row, value in zip(results.rows, bpb, strict=True):
@@ -219,11 +225,11 @@ def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
 
 
 def fit_power_law(x: Floats, y: Floats) -> PowerLaw:
-    """Least squares in logarithms, the floor (if it can be told) by search.
+    """Fit a power law by least squares in logarithms, and its floor by search.
 
     Args:
-        x: at least two budgets.
-        y: bits per byte at each, above 0.
+        x: budgets, at least two; with fewer than :data:`MIN_POINTS_FOR_FLOOR` the floor is 0.
+        y: bits per byte at each budget, above 0.
     """
     if len(x) < MIN_POINTS_FOR_FLOOR:
         return _fit_line(x, y, 0.0)
@@ -239,12 +245,21 @@ def _fit_line(x: Floats, y: Floats, floor: float) -> PowerLaw:
 
 
 def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
-    """From where on a curve lies on the other side of the baseline; refused where not bounded.
+    """Find where a curve crosses the baseline, if the runs bracket it.
 
-    Only budgets that both were run at count, and nothing is extrapolated: it is stated if the runs
-    of the first and of the last of them lie on different sides, and the laws, fitted to these
-    budgets, cross in between, as do both ends of the 95% interval of their replicates. Runs lie
-    on a side if :data:`MIN_SHARE` of the replicates do.
+    Only budgets that both were run at count, and nothing is extrapolated. A crossover is stated if
+
+    - the runs at the first and the last of these budgets lie on different sides of the baseline, in
+      :data:`MIN_SHARE` of the replicates, and
+    - the laws fitted to these budgets cross in between, as do both ends of the 95% interval of the
+      replicates' crossings.
+
+    For example, these differences from the baseline, with their 95% intervals::
+
+        budget        1e12                    5e12                     3e13
+        difference    0.20 [0.15, 0.25]       0.05 [-0.02, 0.09]      -0.10 [-0.14, -0.06]
+
+    are a crossover between 5e12 and 3e13, "below from there on".
     """
 
     def result(verdict: str, *values: float | None) -> Crossover:
@@ -263,9 +278,9 @@ def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
     differences = np.array(
         [a(grid) - b(grid) for a, b in zip(curve.replicates, baseline.replicates, strict=True)]
     )
-    # Runs at one budget are beside each other only where it is what goes along.
-    are_beside = np.allclose(curve.x, baseline.x, rtol=SAME)
-    runs = curve.drawn - baseline.drawn if are_beside else differences[:, [0, -1]]
+    # Budgets in FLOPs may be compared along training bytes: runs at one budget then differ in x.
+    is_same_x = np.allclose(curve.x, baseline.x, rtol=SAME)
+    runs = curve.drawn - baseline.drawn if is_same_x else differences[:, [0, -1]]
     below, above = (runs < 0).mean(0), (runs > 0).mean(0)
     for share, word in ((below, "below"), (above, "above")):
         if (share >= MIN_SHARE).all():
@@ -284,7 +299,17 @@ def find_crossover(curve: Curve, baseline: Curve) -> Crossover:
 
 
 def _span(difference: Floats, crossing: float | None, is_down: bool) -> tuple[float, float]:
-    """Where a replicate may cross in a direction; 0 and infinity are beyond the grid."""
+    """Return the bounds between which a replicate crosses in a direction.
+
+    A crossing below the grid is at 0, one above it at infinity; (0, infinity) says that it may be
+    anywhere::
+
+        difference on the grid    is_down    bounds
+        +  +  -  -                True       both are where the sign changes
+        -  -  -  -                True       (0, 0): it is below already
+        +  +  +  +                True       (inf, inf): it is not below yet
+        -  -  +  +                True       (0, inf): it crosses the other way
+    """
     if crossing is not None and (crossing > 0) == is_down:
         return abs(crossing), abs(crossing)
     if (difference < 0).all():
@@ -295,7 +320,11 @@ def _span(difference: Floats, crossing: float | None, is_down: bool) -> tuple[fl
 
 
 def _crossing(grid: Floats, difference: Floats) -> float | None:
-    """Where a difference changes sign, if it does once; negative where it turns positive."""
+    """Return where a difference changes its sign, if it does so exactly once.
+
+    The result is negative if the difference turns positive there: it is -20 for the differences
+    [-2, -1, 1, 2] on the grid [5, 10, 40, 80], and 20 for [2, 1, -1, -2].
+    """
     changes = np.flatnonzero(np.diff(np.sign(difference)))
     if len(changes) != 1:
         return None

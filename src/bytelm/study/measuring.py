@@ -1,10 +1,9 @@
-"""What a trained run has reached: likelihood of the held-out documents, and what it took."""
+"""Measuring a trained run: the likelihood of the held-out documents, and what the run took."""
 
 import hashlib
 import json
 import platform
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -15,38 +14,40 @@ import torch
 import bytelm
 from bytelm.checkpoint import load_model
 from bytelm.data import Dataset
-from bytelm.evaluation import Likelihood, dataset_pieces, evaluate_pieces, total
-from bytelm.model.ngram import NgramScorer
+from bytelm.storage import read_lines
+from bytelm.study.costs import inference_flops
 from bytelm.study.plan import Plan
-from bytelm.study.settling import Settled, inference_flops, scorer_training_flops
-from bytelm.tokens import load_tokenizer
+from bytelm.study.resolving import Resolved
+from bytelm.study.results import identity
+from bytelm.study.text import scorer_training_flops
 from bytelm.tracking import read_jsonl
+from bytelm.training import Likelihood, held_out_spans, measure_spans, total
 from bytelm.training.run import METRICS
 from bytelm.training.setup import choose_device
 from bytelm.version import __version__
 
 SLICES = "slices.jsonl"
-"""In a run's folder, a line for each time it was worked on."""
+"""File in a run's folder with a line for each slice."""
 BEGIN = '{"steps": '
-"""Of each of its lines."""
+"""Beginning of each line of that file."""
 
 
 def measure(
-    plan: Plan, settled: Settled, out: Path, folder: Path, train_bytes: int
+    plan: Plan, resolved: Resolved, out: Path, folder: Path, train_bytes: int
 ) -> dict[str, Any]:
-    """All there is to say of a trained run, JSON-ready.
+    """Return the complete result of a trained run, ready for JSON.
 
     Args:
-        plan: of the study.
-        settled: the run.
+        plan: the plan of the study.
+        resolved: the run.
         out: folder of the study.
-        folder: of the run, with its metrics and slices.
-        train_bytes: text it has read.
+        folder: folder of the run, with its metrics and slices.
+        train_bytes: bytes of text that the run has read.
     """
-    about = describe(plan, settled, out)
-    by_document, sources = held_out_likelihood(plan, settled, folder)
+    about = describe(plan, resolved, out)
+    by_document, sources = held_out_likelihood(plan, resolved, folder)
     whole = total(by_document.values())
-    unit = whole.patch_size if whole.num_patches else None
+    unit = whole.unit_bytes if whole.num_units else None
     slices = read_slices(folder)
     padded = [row for row in read_jsonl(folder / METRICS) if "padded_bytes" in row]
     return {
@@ -55,7 +56,7 @@ def measure(
         "epochs": train_bytes / about["text_bytes"],
         "bpb": whole.bits_per_byte,
         "unit_bytes": unit,
-        "inference_flops": inference_flops(settled.recipe, unit),
+        "inference_flops": inference_flops(resolved.recipe, unit),
         "evaluated_bytes": whole.num_bytes,
         "padded_bytes": _mean([row["padded_bytes"] for row in padded]),
         "padded_patches": _mean([row.get("padded_patches", 0.0) for row in padded]),
@@ -72,84 +73,69 @@ def measure(
 
 
 def held_out_likelihood(
-    plan: Plan, settled: Settled, folder: Path
+    plan: Plan, resolved: Resolved, folder: Path
 ) -> tuple[dict[int, Likelihood], dict[int, str]]:
-    """Likelihood of held-out documents by number, and their sources.
+    """Return the likelihood of the held-out documents, and their sources, by number.
 
-    The pieces are the same for all runs of a study whose rows have the same length.
+    All runs of a study whose rows have the same length are measured on the same spans.
     """
-    data = settled.recipe.data
+    data = resolved.recipe.data
     assert data.path is not None
     held_out = Dataset(Path(data.path), "validation")
-    module, _ = load_model(folder, choose_device(settled.recipe.train))
-    assert not isinstance(module, NgramScorer)
-    pieces = (
-        piece._replace(label=str(piece.stretch.document))
-        for piece in dataset_pieces(
+    lm, _ = load_model(folder, choose_device(resolved.recipe.train))
+    spans = (
+        one._replace(label=str(one.span.document))
+        for one in held_out_spans(
             held_out,
             max_bytes=plan.text.evaluated_bytes,
             context_bytes=data.row_bytes,
             skip_bytes=plan.text.skipped_bytes,
         )
     )
-    found = evaluate_pieces(module, pieces, context_bytes=data.row_bytes)
+    found = measure_spans(lm, spans, context_bytes=data.row_bytes)
     by_document = {int(label): one for label, one in found.items()}
     names, ids = held_out.source_names, held_out.source_ids
     return by_document, {number: names[int(ids[number])] for number in by_document}
 
 
 def read_slices(folder: Path) -> list[dict[str, Any]]:
-    """Lines of the times a run was worked on; one that a power cut left unfinished is dropped.
-
-    What was written after it begins on the same line.
-    """
-    found = []
-    for line in (folder / SLICES).read_text("utf-8").splitlines():
-        with suppress(ValueError):
-            found.append(json.loads(line[line.rfind(BEGIN) :]))
-    return found
+    """Return the record of each time a run was worked on, without one that a kill cut short."""
+    # Earlier versions appended to a line that was cut short: the last record in it is whole.
+    lines = read_lines(folder / SLICES)
+    return [json.loads(line[line.rfind(BEGIN) :]) for line in lines]
 
 
-def describe(plan: Plan, settled: Settled, out: Path) -> dict[str, Any]:
-    """What a run is, trained or not."""
-    run, recipe = settled.run, settled.recipe
-    family = plan.family(run.family)
+def describe(plan: Plan, resolved: Resolved, out: Path) -> dict[str, Any]:
+    """Return the part of a run's result that is known before it is trained."""
+    family = plan.families[resolved.run.family]
     text_bytes = int(Dataset(out / "text", "train").lengths.sum())
     scorer_training = scorer_training_flops(out, family.scorer) if family.scorer else 0.0
-    parameters, tables = settled.parameters()
-    assert recipe.data.path is not None
+    parameters, tables = resolved.parameters()
     return {
-        "run": asdict(run),
+        "run": asdict(resolved.run),
         "label": family.label,
-        "steps": settled.steps,
-        "flops": settled.flops,
-        "scorer_flops": settled.steps * settled.scorer_step_flops,
+        "steps": resolved.steps,
+        "flops": resolved.flops,
+        "scorer_flops": resolved.steps * resolved.scorer_step_flops,
         "scorer_training_flops": scorer_training,
         "parameters": parameters,
         "table_parameters": tables,
         "text_bytes": text_bytes,
-        "recipe": recipe.model_dump(mode="json"),
-        "evaluated": plan.text.model_dump(include={"evaluated_bytes", "skipped_bytes"}),
-        "counts_scorer": settled.counts_scorer,
-        "data": Dataset(Path(recipe.data.path), "train").manifest.fingerprint,
-        "tokenizer": (
-            load_tokenizer(Path(recipe.data.tokenizer)).fingerprint
-            if recipe.data.tokenizer
-            else None
-        ),
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        **identity(plan, resolved.run, out),
     }
 
 
 @cache
 def source_hash() -> str:
-    """A short hash of the package's code: runs of one table should be made by one."""
+    """Return a short hash of the package's code, by which a table shows what made its runs."""
     root = Path(bytelm.__file__).parent
     parts = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Where a slice ran."""
+    """Describe the machine and the software that a slice ran on."""
     on_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),

@@ -1,4 +1,4 @@
-"""The page of a study: tables, fits, crossovers and figures, made from the table alone."""
+"""Page of a study: tables, fits, crossovers and figures, made from the table alone."""
 
 import json
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bytelm.storage import write_text
 from bytelm.study.comparison import Comparison, compare
 from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
 from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Bootstrap, Crossover, Curve
@@ -19,12 +20,12 @@ AXES = {"training": "training FLOPs", "inference": "training bytes"}
 
 
 def write_page(plan: Plan, tables: Path, out: Path) -> Path:
-    """Fit, draw and describe what a study's table holds.
+    """Write the page of a study and draw its figures.
 
     Args:
-        plan: what is compared.
+        plan: the plan of the study.
         tables: folder of the two Parquet files.
-        out: where the page and its figures go.
+        out: folder of the page and its figures.
 
     Raises:
         DataError: there is no table, or it holds no run of the plan.
@@ -57,7 +58,7 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
     lines += ["## Bytes per patch and quality", "", "![bytes per patch](units.svg)", ""]
     lines += ["## Time and memory", "", "![time and memory](costs.svg)", "", *_costs(plain), ""]
     lines += ["## By source", "", *_sources(bootstrap), ""]
-    (out / PAGE).write_text("\n".join(lines), "utf-8")
+    write_text(out / PAGE, "\n".join(lines))
     return out / PAGE
 
 
@@ -87,7 +88,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
 
 
 def _machine(row: dict[str, Any]) -> str:
-    """Where a run was made, one after another if it moved or the code changed meanwhile."""
+    """Describe the machine of a run, or all of them if it moved or the code changed."""
     return ", then ".join(
         f"{one['device']}, {one['threads']} thread(s), torch {one['torch']}, bytelm "
         f"{one['bytelm']} (source {one['source']})"
@@ -104,7 +105,7 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _summary(comparison: Comparison) -> list[str]:
-    """Bits per byte of every family at every budget: the mean of its seeds, of its best size."""
+    """Table of families by budgets: bits per byte of the best size, as the mean over its seeds."""
     budgets = sorted({float(b) for curve in comparison.curves for b in curve.budgets})
 
     def line(curve: Curve) -> list[str]:
@@ -124,7 +125,7 @@ def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
     for number, row in zip(comparison.rows, rows, strict=True):
         settings = json.loads(row["settings"])
         chosen = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in settings.items())
-        baseline = comparison.baselines.get(number, [])
+        baseline = comparison.baseline_rows.get(number, [])
         lines.append(
             {
                 "family": row["label"],
@@ -150,7 +151,7 @@ def _interval(value: float, bounds: tuple[float, float]) -> str:
 
 
 def _difference(bootstrap: Bootstrap, row: int, base: list[int]) -> str:
-    """From the baseline at the same budget, where there is one."""
+    """Format the difference of a run from the baseline at the same budget, if there is one."""
     if not base:
         return "-"
     value = bootstrap.bpb[row] - bootstrap.bpb[base].mean()
@@ -206,7 +207,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _sources(bootstrap: Bootstrap) -> list[str]:
-    """Bits per byte by source, of every family's run at its largest budget."""
+    """Table of bits per byte by source, for the run of each family at its largest budget."""
     largest: dict[str, int] = {}
     rows = bootstrap.results.rows
     for number, row in enumerate(rows):

@@ -1,6 +1,6 @@
-"""The table of a study: a row for each run, and one for each run and held-out document.
+"""Tables of a study: one with a row for each run, and one for each run and held-out document.
 
-Both are Parquet, which any tool reads, and all that figures and pages are made of::
+Figures and pages are made from these two Parquet files alone::
 
     results.parquet     a run: what it was, what it cost, what it reached
     documents.parquet   run, document, source, nats, bytes
@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bytelm.checkpoint import replacing
 from bytelm.errors import DataError
+from bytelm.storage import atomic_file
 from bytelm.study.plan import Plan, plan_runs
-from bytelm.study.runs import finished_result
+from bytelm.study.results import finished_result
 
 RESULTS, DOCUMENTS = "results.parquet", "documents.parquet"
 
@@ -69,24 +69,24 @@ DOCUMENT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Results:
-    """Finished runs, and the likelihood of each held-out document under each."""
+    """Finished runs, and the likelihood of every held-out document under each of them."""
 
     rows: list[dict[str, Any]]
     nats: NDArray[np.float64]
-    """``nats[run, document]``, of the runs in ``rows``."""
+    """``nats[run, document]``, with runs in the order of ``rows``."""
     num_bytes: NDArray[np.float64]
-    """Of each document."""
+    """Length of each document in bytes."""
     sources: tuple[str, ...]
-    """Of each document."""
+    """Source of each document."""
     failures: tuple[str, ...] = ()
-    """Of runs that diverged, which are in none of the above."""
+    """Runs that diverged, which are in none of the above, and why."""
 
     def bits_per_byte(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of every run, each document counted ``weights[document]`` times."""
+        """Return the bits per byte of every run, with weights for the documents."""
         return (self.nats @ weights) / (self.num_bytes @ weights) / math.log(2)
 
     def by_source(self, row: int) -> dict[str, float]:
-        """Bits per byte of a run by source."""
+        """Return the bits per byte of a run by source."""
         names = np.array(self.sources)
         return {
             name: float(
@@ -99,19 +99,22 @@ class Results:
 
 
 def budget(row: dict[str, Any]) -> float:
-    """Of a run, as planned: in training FLOPs, or in bytes."""
+    """Return the planned budget of a run, in training FLOPs or in bytes."""
     return float(row["budget_flops"] or row["budget_bytes"])
 
 
 def write_table(plan: Plan, out: Path) -> tuple[int, int]:
-    """Table the finished runs of a study; how many there are, and how many runs in all.
+    """Write the finished runs of a study to its two tables.
 
     Args:
-        plan: of the study.
-        out: its folder; the tables go to :func:`table_folder`.
+        plan: the plan of the study.
+        out: folder of the study; the tables go to :func:`table_folder`.
+
+    Returns:
+        The number of finished runs, and of all runs.
 
     Raises:
-        ConfigError: a run was made by other settings than the plan's.
+        ConfigError: a result was made with other settings than the plan's, or from other data.
     """
     rows, documents = [], []
     runs = plan_runs(plan)
@@ -130,21 +133,21 @@ def write_table(plan: Plan, out: Path) -> tuple[int, int]:
 
 
 def table_folder(plan: Plan, out: Path) -> Path:
-    """Where the tables, figures and page of a plan go: several plans may share a study's folder."""
+    """Folder of the tables, figures and page of a plan; several plans may share a study's."""
     return out / plan.name
 
 
 def _replace(table: pa.Table, path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_file(path) as temporary:
         pq.write_table(table, temporary)
 
 
 def read_table(folder: Path, plan: Plan | None = None) -> Results:
-    """The table in a folder, without runs that failed.
+    """Read the tables in a folder, without runs that failed.
 
     Args:
-        folder: of a study, or a copy of its two files.
-        plan: where given, only families of this plan are kept.
+        folder: folder of the two files.
+        plan: keep only the families of this plan; ``None`` for all.
 
     Raises:
         DataError: there is no table, or its runs were measured on different text.
@@ -154,30 +157,22 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
         documents = pq.read_table(folder / DOCUMENTS)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder} holds no table of a study: {error}") from None
-    mine = [row for row in rows if not plan or row["family"] in plan.families]
-    kept = [row for row in mine if row["failure"] is None]
-    failures = [f"{row['run']}: {row['failure']}" for row in mine if row["failure"] is not None]
-    names = {row["run"]: number for number, row in enumerate(kept)}
-    columns = documents.to_pydict()
-    numbers = sorted(set(columns["document"]))
-    at = {number: column for column, number in enumerate(numbers)}
-    nats = np.full((len(kept), len(numbers)), np.nan)
-    num_bytes = np.zeros(len(numbers))
-    sources = [""] * len(numbers)
-    for run, number, source, one_nats, one_bytes in zip(*columns.values(), strict=True):
-        if run not in names:
-            continue
-        column = at[number]
-        nats[names[run], column] = one_nats
-        if num_bytes[column] not in (0, one_bytes):
-            raise DataError(f"{folder}: runs were measured on different text; run them again")
-        num_bytes[column] = one_bytes
-        sources[column] = source
-    used = num_bytes > 0
-    if np.isnan(nats[:, used]).any():
+    rows = [row for row in rows if not plan or row["family"] in plan.families]
+    kept = [row for row in rows if row["failure"] is None]
+    failures = [f"{row['run']}: {row['failure']}" for row in rows if row["failure"] is not None]
+    names = [row["run"] for row in kept]
+    mine = np.isin(documents["run"].to_numpy(), names)
+    columns = {name: documents[name].to_numpy()[mine] for name in documents.column_names}
+    _, first, at = np.unique(columns["document"], return_index=True, return_inverse=True)
+    # The last digits of sums depend on the order in memory: keep it, to reproduce old figures.
+    nats = np.full((len(names), len(first)), np.nan, order="F")
+    nats[[names.index(run) for run in columns["run"]], at] = columns["nats"]
+    num_bytes = columns["bytes"][first].astype(float)
+    if (columns["bytes"] != num_bytes[at]).any():
+        raise DataError(f"{folder}: runs were measured on different text; run them again")
+    if np.isnan(nats).any():
         raise DataError(f"{folder}: runs were measured on different documents; run them again")
-    picked = [s for s, keep in zip(sources, used, strict=True) if keep]
-    return Results(kept, nats[:, used], num_bytes[used], tuple(picked), tuple(failures))
+    return Results(kept, nats, num_bytes, tuple(columns["source"][first]), tuple(failures))
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""The text of a study: prepared once, scored by each entropy model, tokenized for baselines.
+"""Text of a study: prepared once, scored with each entropy model, tokenized for the token models.
 
 ::
 
-    STUDY/text.json           what the rest was made of
+    STUDY/text.json           inputs and settings that the rest was made from
     STUDY/text/               documents
     STUDY/scorers/NAME/       entropy models
-    STUDY/scored/NAME/        the same documents with entropies
+    STUDY/scored/NAME/        the same documents, with entropies
     STUDY/tokenizers/N.json   byte-pair merges
 
-Every part is made whole or not at all; the same plan finds it there. No document that is held out
-is also in the training text: preparation holds out every copy.
+Each part is made whole or not at all, and is used again when the command is repeated. No held-out
+document is also in the training text, since preparation holds out every copy.
 """
 
 import shutil
@@ -18,47 +18,51 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-
-from bytelm.checkpoint import locked, read_json, replacing, write_json
-from bytelm.config import Recipe, TableRecipe, differences, load_recipe
+from bytelm.checkpoint import read_config
+from bytelm.config import Recipe, differences, load_recipe
 from bytelm.data import Dataset, PrepareOptions, prepare, train_dataset_tokenizer
 from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import ConfigError, DataError
+from bytelm.progress import Progress
+from bytelm.storage import locked, read_json, write_json
 from bytelm.study.plan import STDLIB, Plan, Run, TextConfig
-from bytelm.tracking import preparation_bar
-from bytelm.training import fit_table, train
+from bytelm.training import fit_ngrams, train
 
 TEXT = "text.json"
 SMALL_TEXT = 4_000_000
-"""Bytes that are scored before other processes would have started."""
+"""Text up to this size is scored in this process, in less time than starting others takes."""
 TOKENIZER_BYTES = 16_000_000
-"""Training text whose pairs are counted for a tokenizer."""
+"""Bytes of training text whose pairs are counted for a tokenizer."""
 
 
 def prepare_text(
-    plan: Plan, runs: Iterable[Run], out: Path, console: Console, deadline: float | None = None
+    plan: Plan,
+    runs: Iterable[Run],
+    out: Path,
+    progress: Progress,
+    deadline: float | None = None,
 ) -> bool:
-    """Make everything that some runs of a plan read.
+    """Prepare the text, entropy models and tokenizers that some runs of a plan need.
 
     Args:
-        plan: of the study.
-        runs: which.
-        out: its folder.
-        console: where progress is shown.
-        deadline: by ``time.time()``; the training of an entropy model ends with a checkpoint then.
+        plan: the plan of the study.
+        runs: the runs.
+        out: folder of the study.
+        progress: told how it goes on.
+        deadline: time, as ``time.time()`` gives it, at which the training of an entropy model stops
+            with a checkpoint.
 
     Returns:
-        Whether all is there; false where the training of an entropy model ran out of time.
+        Whether everything is ready; false if the training of an entropy model ran out of time.
 
     Raises:
         BytelmError: as ``bytelm data prepare``, ``bytelm train`` and ``bytelm data tokenizer``.
     """
-    families = [plan.family(name) for name in sorted({run.family for run in runs})]
+    families = [plan.families[name] for name in sorted({run.family for run in runs})]
     with locked(out):
         _claim(plan, out)
         if not (out / "text" / MANIFEST).exists():
-            _prepare(plan.text, out, console)
+            _prepare(plan.text, out, progress)
         held_out = int(Dataset(out / "text", "validation").lengths.sum())
         if held_out <= plan.text.skipped_bytes:
             raise ConfigError(
@@ -67,43 +71,53 @@ def prepare_text(
             )
         for name in sorted({f.scorer for f in families if f.scorer}):
             scorer = plan.scorers[name]
-            # What is there was made of this text by this recipe, wherever the inputs are now.
+            # _claim has compared text and recipe; the inputs may have moved since.
             if (out / "scored" / name / MANIFEST).exists():
                 continue
             recipe = load_recipe(
                 scorer.recipe, [f"data.path={out / 'text'}", "data.verify=false", *scorer.overrides]
             )
-            if isinstance(recipe, TableRecipe):
-                with console.status(f"counting for scorer {name}"):
-                    fit_table(recipe, scorer_folder(out, name))
-            elif not _train_scorer(name, recipe, out, console, deadline):
-                return False
-            _score(name, out, console)
+            if isinstance(recipe, Recipe):
+                if not _train_scorer(name, recipe, out, progress, deadline):
+                    return False
+            else:
+                with progress.waiting(f"counting for scorer {name}"):
+                    fit_ngrams(recipe, scorer_folder(out, name))
+            _score(name, out, progress)
         for vocab_size in sorted({f.vocab_size for f in families if f.vocab_size}):
-            _tokenizer(vocab_size, out, console)
+            _tokenizer(vocab_size, out, progress)
     return True
 
 
 def text_folder(plan: Plan, family: str, out: Path) -> Path:
-    """Where the prepared text of a family lies."""
-    scorer = plan.family(family).scorer
+    """Folder of the prepared text of a family."""
+    scorer = plan.families[family].scorer
     return out / "text" if scorer is None else out / "scored" / scorer
 
 
 def scorer_folder(out: Path, name: str) -> Path:
-    """Where an entropy model lies."""
+    """Folder of an entropy model."""
     return out / "scorers" / name
 
 
+def scorer_training_flops(out: Path, name: str) -> float:
+    """Return the FLOPs that training an entropy model took; 0 for n-grams."""
+    folders = sorted((scorer_folder(out, name) / "checkpoints").glob("step-*"))
+    if not folders:
+        return 0.0
+    training = read_config(folders[-1]).training or {}
+    return float(training.get("flops", 0.0))
+
+
 def tokenizer_path(out: Path, vocab_size: int) -> Path:
-    """Where a tokenizer lies."""
+    """File of a tokenizer."""
     return out / "tokenizers" / f"{vocab_size}.json"
 
 
 def _claim(plan: Plan, out: Path) -> None:
-    """Take a new folder, or check that the text and entropy models there are those of the plan.
+    """Record the plan's text and entropy models in a folder, or check them if it has some.
 
-    Several plans may share a folder: the entropy models of each are added.
+    Several plans may share a folder, to which each adds its entropy models.
     """
     path = out / TEXT
     text = plan.text.model_dump(mode="json", include={"train", "validation", "validation_share"})
@@ -121,31 +135,30 @@ def _claim(plan: Plan, out: Path) -> None:
         )
     everything = {"text": text, "scorers": {**found["scorers"], **scorers}}
     if everything != found or not path.exists():
-        with replacing(path) as temporary:
-            write_json(temporary, everything)
+        write_json(path, everything)
 
 
-def _prepare(text: TextConfig, out: Path, console: Console) -> None:
+def _prepare(text: TextConfig, out: Path, progress: Progress) -> None:
     options = PrepareOptions(
         validation=tuple(_expand(text.validation)),
         validation_share=text.validation_share,
         leave_out=(out,),
     )
-    with preparation_bar(console) as report:
+    with progress.preparing() as report:
         manifest = prepare(_expand(text.train), out / "text", options, report)
     if not manifest.sources("validation"):
-        # The folder is to be had for another attempt.
+        # Remove the folder so that the command can be retried.
         shutil.rmtree(out / "text")
         (out / TEXT).unlink()
         count = sum(source.documents for source in manifest.sources("train").values())
         raise DataError(
-            f"of {count} documents none is held out, so the study could measure nothing: name "
+            f"none of {count} documents is held out, so the study could measure nothing: name "
             "files in text.validation, or raise text.validation_share"
         )
 
 
 def _expand(arguments: Iterable[str]) -> list[str]:
-    """Arguments with the sources of the standard library in place of their mark."""
+    """Replace the mark of the standard library with the paths of its sources."""
     expanded: list[str] = []
     for one in arguments:
         paths = _stdlib_sources() if STDLIB in one else []
@@ -155,7 +168,7 @@ def _expand(arguments: Iterable[str]) -> list[str]:
 
 def _stdlib_sources() -> list[Path]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    # Installed packages may lie inside the library's folder, and differ between machines.
+    # Installed packages may be inside the library's folder, and they differ between machines.
     return [
         path
         for path in sorted(library.rglob("*.py"))
@@ -164,33 +177,31 @@ def _stdlib_sources() -> list[Path]:
 
 
 def _train_scorer(
-    name: str, recipe: Recipe, out: Path, console: Console, deadline: float | None
+    name: str, recipe: Recipe, out: Path, progress: Progress, deadline: float | None
 ) -> bool:
     result = train(
         recipe,
         scorer_folder(out, name),
-        console=console,
-        title=f"scorer {name}",
+        callbacks=[progress.training(f"scorer {name}")],
         time_limit=None if deadline is None else max(deadline - time.time(), 0.0),
     )
     return result.finished
 
 
-def _score(name: str, out: Path, console: Console) -> None:
+def _score(name: str, out: Path, progress: Progress) -> None:
     text = read_manifest(out / "text").sources()
     is_small = sum(source.text_bytes for source in text.values()) < SMALL_TEXT
     options = PrepareOptions(scorer=scorer_folder(out, name), workers=1 if is_small else None)
-    with preparation_bar(console) as report:
+    with progress.preparing() as report:
         prepare([str(out / "text")], out / "scored" / name, options, report)
 
 
-def _tokenizer(vocab_size: int, out: Path, console: Console) -> None:
+def _tokenizer(vocab_size: int, out: Path, progress: Progress) -> None:
     path = tokenizer_path(out, vocab_size)
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
-    with console.status(f"training a tokenizer of {vocab_size} tokens"):
+    with progress.waiting(f"training a tokenizer of {vocab_size} tokens"):
         dataset = Dataset(out / "text", "train")
         tokenizer = train_dataset_tokenizer(dataset, vocab_size, TOKENIZER_BYTES)
-    with replacing(path) as temporary:
-        tokenizer.save(temporary)
+    tokenizer.save(path)

@@ -1,22 +1,38 @@
 """Training."""
 
+from bytelm.training.counting import fit_ngrams
+from bytelm.training.objective import (
+    LabelledSpan,
+    Likelihood,
+    measure_spans,
+    position_nats,
+    total,
+)
 from bytelm.training.optim import build_optimizer, learning_rate
+from bytelm.training.parallel import parallelize
 from bytelm.training.run import TrainingResult, train
-from bytelm.training.setup import settle, with_room
-from bytelm.training.table import fit_table
+from bytelm.training.setup import resolve, with_room
 from bytelm.training.timing import StepCost, step_cost
 from bytelm.training.trainer import Trainer, step_flops
+from bytelm.training.validation import held_out_spans
 
 __all__ = [
+    "LabelledSpan",
+    "Likelihood",
     "StepCost",
     "Trainer",
     "TrainingResult",
     "build_optimizer",
-    "fit_table",
+    "fit_ngrams",
+    "held_out_spans",
     "learning_rate",
-    "settle",
+    "measure_spans",
+    "parallelize",
+    "position_nats",
+    "resolve",
     "step_cost",
     "step_flops",
+    "total",
     "train",
     "with_room",
 ]

@@ -9,23 +9,24 @@ from bytelm.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on norms and embedding tables.
+    """Return AdamW; weight decay is on matrices only, not on norms and embeddings.
 
-    A row of an n-gram table is read rarely: decay would erase it between readings. Parameter groups
-    hold, as ``rate``, what their learning rate is to be multiplied by.
+    A hash embedding is read rarely: decay would erase it between readings. Parameter groups hold,
+    as ``lr_multiplier``, what their learning rate is to be multiplied by.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_table = id(parameter) in tables
-        decay = config.weight_decay if parameter.dim() > 1 and not is_table else 0.0
+        is_embedding = id(parameter) in embeddings
+        decay = config.weight_decay if parameter.dim() > 1 and not is_embedding else 0.0
         is_output = name.removeprefix("decoder.") == "output.weight"
-        part = "embeddings" if is_table else "output" if is_output else _part(name)
-        groups.setdefault((decay, _rate(config, part)), []).append(parameter)
+        part = "embeddings" if is_embedding else "output" if is_output else _part(name)
+        multiplier = config.lr_multipliers.get(part, 1.0)
+        groups.setdefault((decay, multiplier), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": decay, "rate": rate}
-            for (decay, rate), parameters in groups.items()
+            {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
+            for (decay, multiplier), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -38,12 +39,8 @@ def _part(name: str) -> str:
     return name.partition(".")[0].removesuffix("_model")
 
 
-def _rate(config: OptimizerConfig, part: str) -> float:
-    return {str(name): rate for name, rate in config.rates.items()}.get(part, 1.0)
-
-
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of step ``step`` of ``steps``: linear warm-up, then a cosine to ``final_ratio``.
+    """Return the rate of a step: linear warm-up, then a cosine to ``final_ratio``.
 
     ::
 

@@ -3,22 +3,24 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from bytelm.checkpoint import is_vacant, locked, saved_steps
+from bytelm.checkpoint import saved_steps
 from bytelm.config import Recipe, differences, dump_yaml, load_recipe
 from bytelm.errors import CheckpointError, ConfigError, TrainingError
-from bytelm.evaluation import Likelihood, total
-from bytelm.tracking import JsonlSink, LiveLine, Sink, TensorBoardSink
+from bytelm.progress import Callback, StopTraining
+from bytelm.storage import disk_errors, is_vacant, locked, write_text
+from bytelm.tracking import JsonlMetrics, TensorBoardMetrics
+from bytelm.training.objective import Likelihood, total
 from bytelm.training.state import load_step, save_step, step_folder
 from bytelm.training.trainer import Trainer
 
 RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
+RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
+"""Advice when the disk refuses; see :func:`bytelm.storage.disk_errors`."""
 
 # Settings that may change when a run is resumed: they do not change what is computed (though
 # another device rounds differently).
@@ -54,8 +56,7 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
-    console: Console | None = None,
-    title: str = "training",
+    callbacks: Sequence[Callback] = (),
     time_limit: float | None = None,
 ) -> TrainingResult:
     """Train a recipe in a folder, or go on with the run that is there.
@@ -65,8 +66,7 @@ def train(
     Args:
         recipe: of a transformer or a BLT.
         folder: of the run; made if need be.
-        console: where progress is shown.
-        title: of the progress line.
+        callbacks: told how the run goes on, in this order.
         time_limit: seconds after which to stop as if by a signal.
 
     Raises:
@@ -77,42 +77,48 @@ def train(
     """
     _check_folder(recipe, folder)
     trainer = Trainer(recipe)
-    with _disk_errors(folder), locked(folder):
+    with disk_errors(folder, CheckpointError, RESUME), locked(folder):
         # Only now: a recipe that cannot be used must not keep the folder from one that can.
         _write_recipe(recipe, folder)
         metrics_bytes = _resume(folder, trainer)
-        run = _Run(folder, trainer, metrics_bytes)
-        shown = console or Console(quiet=True)
-        with LiveLine(shown, title, recipe.train.steps, trainer.num_steps) as line:
-            try:
-                return run.train(line, time_limit)
-            finally:
-                run.close()
+        run = _Run(folder, trainer, metrics_bytes, callbacks)
+        try:
+            return run.train(time_limit)
+        finally:
+            run.end()
 
 
 class _Run:
     """A trainer and the folder that keeps what it does."""
 
-    def __init__(self, folder: Path, trainer: Trainer, metrics_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, trainer: Trainer, metrics_bytes: int, callbacks: Sequence[Callback]
+    ) -> None:
         self.folder, self.trainer = folder, trainer
-        self.jsonl = JsonlSink(folder / METRICS, metrics_bytes)
-        self.sinks: list[Sink] = [self.jsonl]
+        self.jsonl = JsonlMetrics(folder / METRICS, metrics_bytes)
+        self.callbacks: list[Callback] = [self.jsonl]
         if trainer.recipe.train.tensorboard:
-            self.sinks.append(TensorBoardSink(folder / TENSORBOARD, trainer.num_steps))
+            self.callbacks.append(TensorBoardMetrics(folder / TENSORBOARD, trainer.num_steps))
+        self.callbacks += callbacks
 
-    def train(self, line: LiveLine, time_limit: float | None) -> TrainingResult:
+    def train(self, time_limit: float | None) -> TrainingResult:
         """Take steps to the last, or until told to stop."""
         trainer, config, began = self.trainer, self.trainer.recipe.train, time.monotonic()
+        for callback in self.callbacks:
+            callback.on_begin(trainer.num_steps, config.steps)
         validation: dict[str, Likelihood] = {}
         with _stop_signals() as stop:
             while trainer.num_steps < config.steps and not stop:
                 self._step()
                 step = trainer.num_steps
                 is_last = step == config.steps
-                if step % config.log_every == 0 or is_last:
-                    self._report(line)
-                if step % config.validate_every == 0 or is_last:
-                    validation = self._validate(line)
+                try:
+                    if step % config.log_every == 0 or is_last:
+                        self._write(trainer.report())
+                    if step % config.validate_every == 0 or is_last:
+                        validation = self._validate()
+                except StopTraining:
+                    stop.append("callback")
                 if time_limit is not None and time.monotonic() - began > time_limit:
                     stop.append("time limit")
                 if step % config.checkpoint_every == 0 or is_last or stop:
@@ -126,10 +132,10 @@ class _Run:
             trainer.num_steps, finished, validation, trainer.flops, trainer.bytes_seen
         )
 
-    def close(self) -> None:
-        """Nothing more will come."""
-        for sink in self.sinks:
-            sink.close()
+    def end(self) -> None:
+        """Tell the callbacks that the run has ended."""
+        for callback in self.callbacks:
+            callback.on_end()
 
     def _step(self) -> None:
         try:
@@ -145,21 +151,11 @@ class _Run:
             "or more optimizer.warmup_steps, or look at the data around this step"
         )
 
-    def _report(self, line: LiveLine) -> None:
-        metrics = self.trainer.report()
-        self._write(metrics)
-        figures = f"{metrics['bpb']:.3f} bpb  {_si(metrics['bytes_per_second'])}B/s"
-        if "patch_size" in metrics:
-            padded = (metrics["padded_bytes"], metrics["padded_patches"])
-            figures += f"  {metrics['patch_size']:.2f} bytes/patch"
-            figures += f"  padded {padded[0]:.0%} bytes {padded[1]:.0%} patches"
-        line.update(self.trainer.num_steps, figures)
-
     def _write(self, metrics: dict[str, float]) -> None:
-        for sink in self.sinks:
-            sink.write(self.trainer.num_steps, metrics)
+        for callback in self.callbacks:
+            callback.on_metrics(self.trainer.num_steps, metrics)
 
-    def _validate(self, line: LiveLine) -> dict[str, Likelihood]:
+    def _validate(self) -> dict[str, Likelihood]:
         by_source = self.trainer.evaluate()
         if not by_source:
             return by_source
@@ -172,20 +168,18 @@ class _Run:
             "validation_bpb": everything.bits_per_byte,
             "validation_flops": self.trainer.flops,
         }
-        if everything.num_patches:
-            metrics["validation_patch_size"] = everything.patch_size
+        if everything.num_units:
+            metrics["validation_patch_size"] = everything.unit_bytes
         for name, likelihood in sorted(by_source.items()):
             metrics[f"validation_bpb/{name}"] = likelihood.bits_per_byte
         self._write(metrics)
-        step = self.trainer.num_steps
-        line.note(f"  step {step}: held-out {everything.bits_per_byte:.4f} bpb")
         return by_source
 
     def _save(self) -> None:
-        trainer = self.trainer
-        if step_folder(self.folder, trainer.num_steps).exists():
+        trainer, folder = self.trainer, step_folder(self.folder, self.trainer.num_steps)
+        if folder.exists():
             return
-        if not all(bool(p.isfinite().all()) for p in trainer.setup.trained.parameters()):
+        if not all(bool(p.isfinite().all()) for p in trainer.lm.trained.parameters()):
             raise self._diverged(f"weights are no longer finite at step {trainer.num_steps}")
         training = {
             "step": trainer.num_steps,
@@ -200,6 +194,8 @@ class _Run:
             trainer.state(self.jsonl.position()),
             training,
         )
+        for callback in self.callbacks:
+            callback.on_checkpoint(trainer.num_steps, folder)
 
 
 def _check_folder(recipe: Recipe, folder: Path) -> None:
@@ -221,22 +217,7 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write the recipe, whole or not at all; one that has saved a checkpoint stays as it is."""
     if not saved_steps(folder):
-        temporary = folder / f".{RECIPE}"
-        temporary.write_text(dump_yaml(recipe), "utf-8")
-        temporary.replace(folder / RECIPE)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the disk into an error that names the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"could not write {error.filename or folder}: {error.strerror or error}; free some "
-            "space or check the path, and run the same command again: it goes on from the last "
-            "checkpoint"
-        ) from error
+        write_text(folder / RECIPE, dump_yaml(recipe))
 
 
 def _resume(folder: Path, trainer: Trainer) -> int:
@@ -244,7 +225,7 @@ def _resume(folder: Path, trainer: Trainer) -> int:
     saved = saved_steps(folder)
     if not saved:
         return 0
-    state = load_step(saved[-1], trainer.setup.trained, trainer.optimizer, trainer.device)
+    state = load_step(saved[-1], trainer.lm.trained, trainer.optimizer, trainer.device)
     if state.data_fingerprint != trainer.data_fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data than {trainer.setup.dataset.folder} holds now: "
@@ -273,10 +254,3 @@ def _stop_signals() -> Iterator[list[str]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _si(value: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{suffix}"
-    return f"{value:.0f}"

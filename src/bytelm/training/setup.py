@@ -6,57 +6,32 @@ from typing import NamedTuple
 
 import torch
 
+from bytelm import cpu
 from bytelm.checkpoint import load_scorer
-from bytelm.config import (
-    BLTConfig,
-    CalibratedConfig,
-    DataConfig,
-    ModelDescription,
-    Recipe,
-    ScorerConfig,
-    TrainConfig,
-    TransformerConfig,
-)
-from bytelm.data import (
-    Dataset,
-    calibrate_sample,
-    mean_patch_size,
-    mean_token_bytes,
-    sample_dataset,
-)
+from bytelm.config import CalibratedPatching, DataConfig, ModelDescription, Recipe, TrainConfig
+from bytelm.data import Dataset, all_documents, calibrate_sample, sample_dataset
 from bytelm.data.dataset import SCORER
 from bytelm.errors import ConfigError, DataError, PatchingError
-from bytelm.model.blt import BLT
-from bytelm.model.build import LanguageModule, ScorerModule
-from bytelm.model.patched import PatchedModel
-from bytelm.model.tokenized import TokenModel
-from bytelm.model.transformer import Transformer
+from bytelm.lm import CausalLM, build_lm
 from bytelm.patching import build_patcher
 from bytelm.tokens import Tokenizer, load_tokenizer
-
-PATCH_MARGIN = 1.1
-"""Patches a row has room for, over what its bytes need on average."""
-TOKEN_SAMPLE_BYTES = 1_000_000
-"""Text whose tokens are counted to know their mean length."""
+from bytelm.training.parallel import parallelize
+from bytelm.units import ByteUnits, PatchUnits, TokenUnits, Units
 
 
 class Setup(NamedTuple):
-    """All that a run needs, settled."""
+    """All that a run needs, resolved."""
 
     recipe: Recipe
-    """The recipe with its threshold and patch budget filled in."""
+    """The recipe with its threshold and budget filled in."""
     description: ModelDescription
     dataset: Dataset
-    module: LanguageModule
-    """The complete model, initialised, on its device."""
-    trained: BLT | Transformer
-    """The part of it that learns."""
-    tokenizer: Tokenizer | None
-    """Of a model of tokens."""
+    lm: CausalLM
+    """The language model, initialised, on its device."""
 
 
 def set_up(recipe: Recipe, device: torch.device) -> Setup:
-    """Settle a recipe.
+    """Resolve a recipe and initialise its model.
 
     Raises:
         ConfigError: the recipe lacks something.
@@ -68,13 +43,16 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
             "data.path is missing: add data.path=FOLDER, made by `bytelm data prepare`"
         )
     dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
-    recipe = settle(recipe, dataset)
-    scorer, scorer_config, tokenizer = None, None, None
-    if recipe.data.tokenizer is not None:
-        tokenizer = _tokenizer(recipe, Path(recipe.data.tokenizer))
-    if isinstance(recipe.model, BLTConfig):
-        scorer, scorer_config = _scorer(recipe, dataset, device)
-    assert isinstance(recipe.model, BLTConfig | TransformerConfig)
+    tokenizer = _load_tokenizer(recipe)
+    recipe = _resolve(recipe, dataset, tokenizer)
+    scorer = scorer_config = None
+    if recipe.patching is not None and build_patcher(recipe.patching).needs_entropies:
+        _check_entropies(dataset, recipe.patching.kind)
+        record = dataset.manifest.scorer
+        assert record is not None
+        scorer, scorer_config = load_scorer(
+            dataset.folder / SCORER, reset_at_newline=record.reset_at_newline, device=device
+        )
     description = ModelDescription(
         model=recipe.model,
         patching=recipe.patching,
@@ -82,29 +60,50 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
         tokens=tokenizer is not None,
         context_bytes=recipe.data.row_bytes,
     )
-    module, trained = _initialise(recipe, scorer, tokenizer, device)
-    return Setup(recipe, description, dataset, module, trained, tokenizer)
+    lm = build_lm(description, scorer=scorer, tokenizer=tokenizer)
+    init_weights = getattr(lm.trained, "init_weights", None)
+    if init_weights is not None:
+        init_weights(torch.Generator().manual_seed(recipe.train.seed))
+    cpu.fuse(lm.trained.to(device))
+    parallelize(lm.trained, recipe.train)
+    return Setup(recipe, description, dataset, lm)
 
 
-def settle(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Fill in what a recipe leaves to its data: the threshold, and the room for patches or tokens.
+def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Fill in what a recipe leaves to its data: the threshold, and the units in a row.
 
     Raises:
         ConfigError: the tokenizer does not fit the model.
         DataError: the data, or the tokenizer, is damaged or unfit.
         PatchingError: the wanted patch size cannot be reached.
     """
-    if isinstance(recipe.model, BLTConfig):
-        return _settle_patches(recipe, dataset)
-    if recipe.data.tokenizer is None or recipe.data.row_patches is not None:
-        return recipe
-    tokenizer = _tokenizer(recipe, Path(recipe.data.tokenizer))
-    mean = mean_token_bytes(tokenizer, sample_dataset(dataset, TOKEN_SAMPLE_BYTES))
-    return recipe.model_copy(update={"data": with_room(recipe.data, mean, margin=1.0)})
+    return _resolve(recipe, dataset, _load_tokenizer(recipe))
+
+
+def _resolve(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer | None) -> Recipe:
+    patching, data = recipe.patching, recipe.data
+    if isinstance(patching, CalibratedPatching):
+        _check_entropies(dataset, patching.kind)
+    if isinstance(patching, CalibratedPatching) and patching.needs_calibration:
+        if patching.patch_size is None:
+            raise PatchingError(
+                f"the {patching.kind} rule needs a threshold or a patch_size to find one for"
+            )
+        patching = calibrate_sample(patching, sample_dataset(dataset), patching.patch_size)
+    units: Units = ByteUnits()
+    if tokenizer is not None:
+        units = TokenUnits(tokenizer)
+    elif patching is not None:
+        units = PatchUnits(build_patcher(patching))
+    if units.has_budget and data.row_patches is None:
+        sample = sample_dataset(dataset, units.sample_bytes)
+        mean_bytes = units.mean_bytes(all_documents(sample))
+        data = with_room(data, mean_bytes, units.margin)
+    return recipe.model_copy(update={"patching": patching, "data": data})
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device a recipe asks for.
+    """Return the device that a recipe asks for.
 
     Raises:
         ConfigError: it is not there.
@@ -117,79 +116,38 @@ def choose_device(config: TrainConfig) -> torch.device:
     return torch.device(wanted)
 
 
-def _settle_patches(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Find the threshold and the patch budget that the recipe leaves open."""
-    patching, data = recipe.patching, recipe.data
-    assert patching is not None
-    is_open = isinstance(patching, CalibratedConfig) and patching.needs_calibration
-    sample = sample_dataset(dataset) if is_open or data.row_patches is None else {}
-    if isinstance(patching, CalibratedConfig):
-        if not dataset.has_entropies:
-            raise DataError(
-                f"{dataset.folder} has no entropies, which the {patching.kind} rule needs: prepare "
-                "it with --scorer, or choose another rule"
-            )
-        if patching.needs_calibration:
-            if patching.patch_size is None:
-                raise PatchingError(
-                    f"the {patching.kind} rule needs a threshold or a patch_size to find one for"
-                )
-            patching = calibrate_sample(patching, sample, patching.patch_size)
-    if data.row_patches is None:
-        data = with_room(data, mean_patch_size(patching, sample))
-    return recipe.model_copy(update={"patching": patching, "data": data})
+def with_room(data: DataConfig, unit_bytes: float, margin: float) -> DataConfig:
+    """Return a configuration whose rows have room for units of a mean size.
 
-
-def with_room(data: DataConfig, mean_size: float, margin: float = PATCH_MARGIN) -> DataConfig:
-    """Room for patches (or tokens) of a mean size.
-
-    Rows of tokens close on their tokens and need no margin: they are equal in bytes on average.
+    Args:
+        data: the configuration.
+        unit_bytes: mean bytes per patch or token.
+        margin: room over what the bytes of a row need on average. Rows of tokens close on their
+            tokens and need none: they are equal in bytes on average.
     """
-    # No row holds more of them than bytes.
-    wanted = min(math.ceil(margin * data.row_bytes / mean_size), data.row_bytes)
+    # No row holds more units than bytes.
+    wanted = min(math.ceil(margin * data.row_bytes / unit_bytes), data.row_bytes)
     return data.model_copy(update={"row_patches": wanted})
 
 
-def _tokenizer(recipe: Recipe, path: Path) -> Tokenizer:
-    """The tokenizer of a recipe whose model is of its size."""
+def _load_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """Return the tokenizer of a recipe, whose model must be of its size."""
+    if recipe.data.tokenizer is None:
+        return None
+    path = Path(recipe.data.tokenizer)
     tokenizer = load_tokenizer(path)
-    assert isinstance(recipe.model, TransformerConfig)
-    if recipe.model.vocab_size != tokenizer.vocab_size:
+    vocab_size = getattr(recipe.model, "vocab_size", None)
+    if vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {recipe.model.vocab_size}, but {path} has "
-            f"{tokenizer.vocab_size} tokens: set model.vocab_size={tokenizer.vocab_size}"
+            f"model.vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens: "
+            f"set model.vocab_size={tokenizer.vocab_size}"
         )
     return tokenizer
 
 
-def _scorer(
-    recipe: Recipe, dataset: Dataset, device: torch.device
-) -> tuple[ScorerModule | None, ScorerConfig | None]:
-    """The scorer of the data, where the rule needs one."""
-    assert recipe.patching is not None
-    if not build_patcher(recipe.patching).needs_entropies:
-        return None, None
-    record = dataset.manifest.scorer
-    assert record is not None
-    return load_scorer(
-        dataset.folder / SCORER, reset_at_newline=record.reset_at_newline, device=device
-    )
-
-
-def _initialise(
-    recipe: Recipe,
-    scorer: ScorerModule | None,
-    tokenizer: Tokenizer | None,
-    device: torch.device,
-) -> tuple[LanguageModule, BLT | Transformer]:
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    if isinstance(recipe.model, BLTConfig):
-        assert recipe.patching is not None
-        blt = BLT(recipe.model)
-        blt.init_weights(generator)
-        return PatchedModel(blt.to(device), build_patcher(recipe.patching), scorer), blt
-    assert isinstance(recipe.model, TransformerConfig)
-    transformer = Transformer(recipe.model)
-    transformer.init_weights(generator)
-    transformer.to(device)
-    return (TokenModel(transformer, tokenizer) if tokenizer else transformer), transformer
+def _check_entropies(dataset: Dataset, kind: str) -> None:
+    if not dataset.has_entropies:
+        raise DataError(
+            f"{dataset.folder} has no entropies, which the {kind} rule needs: prepare it with "
+            "--scorer, or choose another rule"
+        )

@@ -21,21 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from bytelm.checkpoint import (
-    check_folder,
+    check_checkpoint,
     load_tensors,
-    read_json,
-    remove_unfinished,
     save_tensors,
     saved_steps,
-    write_json,
     write_model,
-    writing_folder,
 )
 from bytelm.data import LoaderState
 from bytelm.errors import CheckpointError
+from bytelm.storage import atomic_folder, read_json, remove_unfinished, write_json
 from bytelm.training.setup import Setup
 
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -79,9 +77,9 @@ def save_step(
     """
     folder = step_folder(run, state.step)
     remove_unfinished(folder.parent)
-    with writing_folder(folder) as temporary:
-        write_model(temporary, setup.module, setup.description, training)
-        save_tensors(temporary / OPTIMIZER, _moments(setup.trained, optimizer))
+    with atomic_folder(folder) as temporary:
+        write_model(temporary, setup.lm, setup.description, training)
+        save_tensors(temporary / OPTIMIZER, _moments(setup.lm.trained, optimizer))
         write_json(temporary / TRAINER, asdict(state))
     for old in saved_steps(run)[: -setup.recipe.train.keep_checkpoints]:
         shutil.rmtree(old)
@@ -96,22 +94,27 @@ def load_step(
         CheckpointError: the folder is damaged or of another model.
     """
     try:
-        check_folder(folder)
+        check_checkpoint(folder)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} (or remove {folder} to resume from the checkpoint before it)"
         ) from None
-    trained.load_state_dict(load_tensors(folder / "model.safetensors", device))
-    moments = load_tensors(folder / OPTIMIZER, device)
+    trained.load_state_dict(load_tensors(folder / "model.safetensors", trained, device))
+    moments = load_tensors(folder / OPTIMIZER, trained, device)
     names = {id(p): name for name, p in trained.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = names[id(parameter)]
-            optimizer.state[parameter] = {
-                key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            keys = {key: f"{names[id(parameter)]}/{key}" for key in MOMENTS}
+            # One that has had no gradient yet has none.
+            if keys["step"] in moments:
+                optimizer.state[parameter] = {key: moments[name] for key, name in keys.items()}
     data = read_json(folder / TRAINER)
-    return TrainerState(**{**data, "data": LoaderState(**data["data"])})
+    interval = {_INTERVAL.get(name, name): value for name, value in data["interval"].items()}
+    return TrainerState(**{**data, "data": LoaderState(**data["data"]), "interval": interval})
+
+
+_INTERVAL = {"num_patches": "num_units", "room_patches": "room_units"}
+"""Names that totals had in earlier versions, and their present ones."""
 
 
 def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

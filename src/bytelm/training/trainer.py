@@ -9,20 +9,14 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from bytelm.accounting import training_flops
-from bytelm.config import BLTConfig, Recipe, TransformerConfig
+from bytelm.config import Recipe
 from bytelm.data import IGNORED, Batch, Dataset, Loader
 from bytelm.errors import TrainingError
-from bytelm.evaluation import (
-    Likelihood,
-    batch_logits,
-    dataset_pieces,
-    evaluate_pieces,
-    position_nats,
-)
-from bytelm.patching import build_patcher
+from bytelm.training.objective import Likelihood, measure_spans, position_nats
 from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
+from bytelm.training.validation import held_out_spans
 
 
 @dataclass
@@ -34,22 +28,22 @@ class _Interval:
     num_bytes: int = 0
     num_targets: int = 0
     num_positions: int = 0
-    num_patches: int = 0
+    num_units: int = 0
     room_bytes: int = 0
-    room_patches: int = 0
+    room_units: int = 0
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the interval."""
+        """Return the figures of the interval."""
         figures = {
             "loss": self.target_nats / self.num_targets,
             "bpb": self.byte_nats / math.log(2) / max(self.num_bytes, 1),
             "bytes_per_second": self.num_bytes / self.seconds,
             "padded_bytes": 1 - self.num_positions / self.room_bytes,
         }
-        if self.num_patches:
-            figures["patch_size"] = self.num_positions / self.num_patches
-            figures["padded_patches"] = 1 - self.num_patches / self.room_patches
+        if self.num_units:
+            figures["patch_size"] = self.num_positions / self.num_units
+            figures["padded_patches"] = 1 - self.num_units / self.room_units
         return figures
 
 
@@ -63,31 +57,30 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.device = choose_device(recipe.train)
         self.setup = set_up(recipe, self.device)
-        self.recipe = self.setup.recipe
-        data, patching = self.recipe.data, self.recipe.patching
+        self.recipe, self.lm = self.setup.recipe, self.setup.lm
+        data = self.recipe.data
         self.loader = Loader(
             self.setup.dataset,
+            units=self.lm.units,
             row_bytes=data.row_bytes,
-            row_patches=data.row_patches if patching or self.setup.tokenizer else None,
+            row_units=data.row_patches,
             rows_per_step=data.rows_per_step,
-            patcher=build_patcher(patching) if patching else None,
-            tokenizer=self.setup.tokenizer,
             mixture=data.mixture,
             seed=self.recipe.train.seed,
         )
         self.held_out = Dataset(self.setup.dataset.folder, "validation", verify=data.verify)
-        self.optimizer = build_optimizer(self.setup.trained, self.recipe.optimizer)
+        self.optimizer = build_optimizer(self.lm.trained, self.recipe.optimizer)
         self.step_flops = step_flops(self.recipe)
         self.data_fingerprint = self.setup.dataset.manifest.fingerprint
-        if self.setup.tokenizer:
-            self.data_fingerprint += f"/{self.setup.tokenizer.fingerprint}"
+        if self.lm.units.fingerprint:
+            self.data_fingerprint += f"/{self.lm.units.fingerprint}"
         self.num_steps = 0
         """Steps taken."""
         self.bytes_seen = 0
         self.interval = _Interval()
         self._rate = self._norm = 0.0
         if recipe.train.compile or (recipe.train.compile is None and self.device.type == "cuda"):
-            self.setup.trained.compile(dynamic=False)
+            self.lm.trained.compile(dynamic=False)
 
     @property
     def flops(self) -> float:
@@ -107,14 +100,14 @@ class Trainer:
         for micro in batch.split(self.recipe.train.micro_rows or len(batch.ids)):
             micro = micro.to(self.device)
             with self._precision():
-                nats = position_nats(batch_logits(self.setup.module, micro), micro)
+                nats = position_nats(self.lm, micro)
             # Divided by the targets of the whole step: k micro-batches equal one large batch.
             (nats.sum() / num_targets).backward()
             with torch.no_grad():
                 all_nats += nats.sum()
                 byte_nats += (nats * (micro.target_bytes > 0)).sum()
         settings = self.recipe.optimizer
-        self._norm = float(clip_grad_norm_(self.setup.trained.parameters(), settings.clip_norm))
+        self._norm = float(clip_grad_norm_(self.lm.trained.parameters(), settings.clip_norm))
         if not math.isfinite(self._norm):
             raise TrainingError(
                 f"the loss is no longer finite at step {self.num_steps + 1} (gradient norm "
@@ -122,7 +115,7 @@ class Trainer:
             )
         self._rate = learning_rate(self.num_steps, self.recipe.train.steps, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate * group["rate"]
+            group["lr"] = self._rate * group["lr_multiplier"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(batch, num_targets, float(all_nats), float(byte_nats))
@@ -137,16 +130,16 @@ class Trainer:
         interval.num_targets += num_targets
         interval.num_positions += int(batch.byte_counts.sum())
         # A row of tokens has room for tokens only.
-        room = batch.byte_counts.sum() if self.setup.tokenizer else batch.ids.numel()
-        interval.room_bytes += int(room)
-        if batch.patch_counts is not None and batch.num_patches is not None:
-            interval.num_patches += int(batch.patch_counts.sum())
-            interval.room_patches += batch.num_patches * len(batch.ids)
+        has_bytes = self.lm.units.byte_room == 1.0
+        interval.room_bytes += batch.ids.numel() if has_bytes else int(batch.byte_counts.sum())
+        if batch.unit_counts is not None and batch.budget is not None:
+            interval.num_units += int(batch.unit_counts.sum())
+            interval.room_units += batch.budget * len(batch.ids)
         self.num_steps += 1
         self.bytes_seen += num_bytes
 
     def report(self) -> dict[str, float]:
-        """Metrics since the last report, which they end."""
+        """Return the metrics since the last report, and begin the next."""
         interval, self.interval = self.interval, _Interval()
         return {
             **interval.metrics(),
@@ -158,21 +151,21 @@ class Trainer:
         }
 
     def evaluate(self) -> dict[str, Likelihood]:
-        """Likelihood of held-out text by source; empty where there is none."""
+        """Return the likelihood of held-out text by source; empty where there is none."""
         if not len(self.held_out):
             return {}
         context_bytes = self.recipe.data.row_bytes
-        pieces = dataset_pieces(
+        spans = held_out_spans(
             self.held_out,
             max_bytes=self.recipe.train.validation_bytes,
             context_bytes=context_bytes,
         )
         # Held-out rows come in many shapes: compiling each would take longer than running it.
         with self._precision(), torch.compiler.set_stance("force_eager"):
-            return evaluate_pieces(self.setup.module, pieces, context_bytes=context_bytes)
+            return measure_spans(self.lm, spans, context_bytes=context_bytes)
 
     def state(self, metrics_bytes: int) -> TrainerState:
-        """Everything but tensors that it takes to go on from here."""
+        """Return everything but tensors that it takes to go on from here."""
         return TrainerState(
             step=self.num_steps,
             data=self.loader.state(),
@@ -199,9 +192,6 @@ class Trainer:
 
 
 def step_flops(recipe: Recipe) -> float:
-    """FLOPs of one optimiser step of a settled recipe, padding included."""
-    data = recipe.data
-    assert isinstance(recipe.model, BLTConfig | TransformerConfig)
-    num_units = data.row_patches or 0
-    num_positions = data.row_bytes if data.tokenizer is None else num_units
-    return float(training_flops(recipe.model, num_positions, num_units) * data.rows_per_step)
+    """Return the FLOPs of one optimiser step of a resolved recipe, padding included."""
+    row = training_flops(recipe.model, recipe.row_length, recipe.data.row_patches or 0)
+    return float(row * recipe.data.rows_per_step)

@@ -1,4 +1,4 @@
-"""A scorer that is a table: next-byte entropies by context, made by counting.
+"""The n-gram scorer: next-byte entropies by context, found by counting.
 
 The paper notes that an entropy model with a small receptive field can be tabulated (section 4.2).
 Here the model is an interpolated n-gram (Witten-Bell)::
@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from bytelm import codec
 from bytelm.config import NgramConfig
-from bytelm.model.scorers import split_at_newlines
 from bytelm.patching import row_positions
+from bytelm.scoring.context import ContextScorer
+from bytelm.scoring.transformer import split_at_newlines
 
 # An odd 64-bit multiplier (the golden ratio's bits), as a signed integer.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 
 
-class NgramScorer(nn.Module):
+class NgramScorer(ContextScorer):
     """Entropy of each byte's longest known context."""
 
     keys: Int[Tensor, " contexts"]
@@ -43,22 +44,22 @@ class NgramScorer(nn.Module):
     ) -> None:
         super().__init__()
         self.max_order = max_order
+        self.context = max_order - 1
         self.reset_at_newline = reset_at_newline
         self.register_buffer("keys", torch.zeros(num_contexts, dtype=torch.long))
         self.register_buffer("values", torch.zeros(num_contexts))
         self.register_buffer("default", torch.zeros(()))
 
-    def entropies(
-        self,
-        ids: Int[Tensor, "batch bytes"],
-        documents: Int[Tensor, "batch bytes"] | None = None,
+    def document_starts(
+        self, ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"]
+    ) -> Int[Tensor, "batch bytes"]:
+        """Return numbers that change at documents and, if it resets there, at newlines."""
+        return split_at_newlines(ids, documents) if self.reset_at_newline else documents
+
+    def score(
+        self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
     ) -> Float[Tensor, "batch bytes"]:
-        """Entropies of packed rows."""
-        if documents is None:
-            documents = torch.zeros_like(ids)
-        if self.reset_at_newline:
-            documents = split_at_newlines(ids, documents)
-        positions = row_positions(documents)
+        """Return the entropy of each byte's longest known context."""
         entropies = self.default.expand(ids.shape)
         if not len(self.keys):
             return entropies
@@ -67,25 +68,6 @@ class NgramScorer(nn.Module):
             known = (self.keys[slots] == keys) & (positions >= order - 1)
             entropies = torch.where(known, self.values[slots], entropies)
         return entropies
-
-    def stream(self) -> "NgramScorerStream":
-        """Score one document as it arrives."""
-        return NgramScorerStream(self)
-
-
-class NgramScorerStream:
-    """An :class:`NgramScorer` at work on one document: it remembers ``max_order - 1`` ids."""
-
-    def __init__(self, scorer: NgramScorer) -> None:
-        self._scorer = scorer
-        self._recent: Tensor | None = None
-
-    def feed(self, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
-        """Entropies at the document's next bytes."""
-        recent = ids[:0] if self._recent is None else self._recent
-        joined = torch.cat((recent, ids))
-        self._recent = joined[max(len(joined) - self._scorer.max_order + 1, 0) :]
-        return self._scorer.entropies(joined[None])[0, len(recent) :]
 
 
 def context_keys(
@@ -109,7 +91,7 @@ def _wrap(value: int) -> int:
 
 
 def fit_ngram_scorer(sequences: Sequence[NDArray[np.int64]], config: NgramConfig) -> NgramScorer:
-    """Count contexts in ``sequences`` of ids and tabulate their entropies.
+    """Count contexts in ``sequences`` of ids and keep their entropies.
 
     Memory peaks at about ``max_contexts * 260 * 40`` bytes, and 60 for each byte of text. A context
     whose own shorter context was not kept takes that of all text as its prior.
@@ -124,16 +106,16 @@ def fit_ngram_scorer(sequences: Sequence[NDArray[np.int64]], config: NgramConfig
 
     uniform = np.full((1, codec.VOCAB_SIZE), 1.0 / codec.VOCAB_SIZE, dtype=np.float32)
     counts = np.bincount(following, minlength=codec.VOCAB_SIZE)[None]
-    table = _Table(np.zeros(0, np.int64), _interpolate(counts, uniform))
+    counted = _Order(np.zeros(0, np.int64), _interpolate(counts, uniform))
     keys, values = [], []
-    default = float(table.entropies()[0])
+    default = float(counted.entropies()[0])
     previous = np.zeros(len(following), np.int64)
     for order, key in enumerate(context_keys(torch.from_numpy(ids), config.max_order), start=1):
         current = key.numpy()[:-1][is_context]
         valid = positions >= order - 1
-        table = _next_order(table, current[valid], previous[valid], following[valid], config)
-        keys.append(table.keys)
-        values.append(table.entropies()[1:])
+        counted = _next_order(counted, current[valid], previous[valid], following[valid], config)
+        keys.append(counted.keys)
+        values.append(counted.entropies()[1:])
         previous = current
 
     all_keys, all_values = np.concatenate(keys), np.concatenate(values)
@@ -145,7 +127,7 @@ def fit_ngram_scorer(sequences: Sequence[NDArray[np.int64]], config: NgramConfig
     return scorer
 
 
-class _Table:
+class _Order:
     """Distributions of one order: row 0 for unknown contexts, row ``r + 1`` for ``keys[r]``."""
 
     def __init__(self, keys: NDArray[np.int64], probabilities: NDArray[np.float32]) -> None:
@@ -166,29 +148,29 @@ class _Table:
 
 
 def _next_order(
-    shorter: _Table,
+    shorter: _Order,
     keys: NDArray[np.int64],
     shorter_keys: NDArray[np.int64],
     following: NDArray[np.int64],
     config: NgramConfig,
-) -> _Table:
+) -> _Order:
     """Distributions of the contexts one id longer that were seen often enough."""
     contexts, example, counts = np.unique(keys, return_index=True, return_counts=True)
     frequent = np.flatnonzero(counts >= config.min_count)
     if len(frequent) > config.max_contexts:
         order = np.argsort(-counts[frequent], kind="stable")
         frequent = np.sort(frequent[order[: config.max_contexts]])
-    table = _Table(contexts[frequent], shorter.probabilities)
+    counted = _Order(contexts[frequent], shorter.probabilities)
     prior = shorter.probabilities[shorter.rows(shorter_keys[example[frequent]])]
-    rows = table.rows(keys)
+    rows = counted.rows(keys)
     known = rows > 0
     cells = (rows[known] - 1) * codec.VOCAB_SIZE + following[known]
     size = len(frequent) * codec.VOCAB_SIZE
     pair_counts = np.bincount(cells, minlength=size).reshape(-1, codec.VOCAB_SIZE)
-    table.probabilities = np.concatenate(
+    counted.probabilities = np.concatenate(
         (shorter.probabilities[:1], _interpolate(pair_counts, prior))
     )
-    return table
+    return counted
 
 
 def _interpolate(counts: NDArray[np.int64], prior: NDArray[np.float32]) -> NDArray[np.float32]:

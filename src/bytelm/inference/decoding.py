@@ -2,75 +2,75 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bytelm import codec
 from bytelm.errors import ConfigError
-from bytelm.generation.sampling import GREEDY, Sampler, Sampling
-from bytelm.generation.session import Session, start_session
-from bytelm.model.patched import PatchedModel
-from bytelm.model.tokenized import TokenModel
-from bytelm.model.transformer import Transformer
+from bytelm.inference.sampling import GREEDY, Sampler, Sampling
+from bytelm.inference.session import Decodable, Session
+from bytelm.units import ByteUnits
 
+BYTES = ByteUnits()
 Finish = Literal["length", "end", "stop"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Generated:
     """Bytes that are certain, as they come."""
 
     data: bytes
     finish: Finish | None
-    """On the last piece, why generation ended: ``max_bytes`` reached, the model ended the
+    """At the end, why generation ended: ``max_bytes`` reached, the model ended the
     document, or a stop string appeared (which is not part of the output)."""
 
 
-def _byte(chosen: int) -> bytes:
-    """The byte of an id; nothing of a special one."""
-    return codec.decode([chosen])
+@runtime_checkable
+class Feedable(Protocol):
+    """Something at work on one document: a :class:`Session`, for one."""
+
+    def feed(self, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
+        """Return the logits of the id after each of the document's next ``ids``."""
+        ...
 
 
 def stream(
-    model: PatchedModel | Transformer | TokenModel,
+    model: Decodable,
     prompt: bytes,
     *,
     max_bytes: int,
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
-) -> Iterator[Piece]:
-    """Continue ``prompt``, any bytes or none, with a fresh session; see :func:`continue_from`."""
-    ids, decode = codec.encode(prompt), _byte
-    if isinstance(model, TokenModel):
-        ids, decode = model.tokenizer.encode(ids), model.tokenizer.decode
-        model = model.transformer
+) -> Iterator[Generated]:
+    """Continue ``prompt``, any bytes or none, with a new session; see :func:`continue_from`."""
+    ids = model.units.encode(codec.encode(prompt))
     return continue_from(
-        start_session(model),
-        torch.from_numpy(ids).to(next(model.parameters()).device),
+        Session(model),
+        torch.from_numpy(ids).to(model.device),
         max_bytes=max_bytes,
         sampling=sampling,
         stop=stop,
-        decode=decode,
+        decode=model.units.decode,
     )
 
 
 def continue_from(
-    session: Session,
+    session: Feedable,
     ids: Int[Tensor, " bytes"],
     *,
     max_bytes: int,
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
-    decode: Callable[[int], bytes] = _byte,
-) -> Iterator[Piece]:
+    decode: Callable[[int], bytes] = BYTES.decode,
+) -> Iterator[Generated]:
     """Feed ``ids`` to a session and continue, yielding bytes as soon as they are certain.
 
-    A byte is held back only while it may be the beginning of a stop string. The pieces end with
-    one whose ``finish`` is set, possibly without data. The id chosen last is not fed: to go on with
-    the same session, begin the next ``ids`` with it.
+    A byte is held back only while it may be the beginning of a stop string. The last of what is
+    yielded has its ``finish`` set, possibly without data. The id chosen last is not fed: to go on
+    with the same session, begin the next ``ids`` with it.
 
     Args:
         session: fed with what came before.
@@ -78,7 +78,7 @@ def continue_from(
         max_bytes: most bytes to generate.
         sampling: how each byte is chosen.
         stop: byte strings that end generation.
-        decode: the bytes of an id; of a model of tokens, its tokenizer's.
+        decode: the bytes of an id that the model predicts: its units'.
 
     Raises:
         ConfigError: ``max_bytes`` is negative or a stop string is empty.
@@ -91,59 +91,59 @@ def continue_from(
 
 
 def _continue(
-    session: Session,
+    session: Feedable,
     ids: Tensor,
     max_bytes: int,
     sampler: Sampler,
     stop: Sequence[bytes],
     decode: Callable[[int], bytes],
-) -> Iterator[Piece]:
+) -> Iterator[Generated]:
     held, left = b"", max_bytes
     while left > 0:
         chosen = sampler.choose(session.feed(ids)[-1])
         if chosen == codec.EOS:
-            yield Piece(held, "end")
+            yield Generated(held, "end")
             return
         new = decode(chosen)[:left]
-        # A special id is nothing to see, but a model may go on choosing it.
+        # Special ids yield no bytes; count them anyway so that generation terminates.
         left -= max(len(new), 1)
         held += new
         match = _first_match(held, stop)
         if match is not None:
-            yield Piece(held[:match], "stop")
+            yield Generated(held[:match], "stop")
             return
         certain = len(held) - _longest_partial_match(held, stop)
         if certain:
-            yield Piece(held[:certain], None)
+            yield Generated(held[:certain], None)
             held = held[certain:]
         ids = ids.new_tensor([chosen])
-    yield Piece(held, "length")
+    yield Generated(held, "length")
 
 
 def generate(
-    model: PatchedModel | Transformer | TokenModel,
+    model: Decodable,
     prompt: bytes,
     *,
     max_bytes: int,
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
 ) -> bytes:
-    """All the bytes that :func:`stream` yields."""
-    pieces = stream(model, prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
-    return b"".join(piece.data for piece in pieces)
+    """Return all the bytes that :func:`stream` yields."""
+    parts = stream(model, prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
+    return b"".join(part.data for part in parts)
 
 
 @torch.inference_mode()
 def reference_generate(
-    model: PatchedModel | Transformer,
+    model: Any,
     prompt: bytes,
     *,
     max_bytes: int,
     sampling: Sampling = GREEDY,
 ) -> bytes:
-    """Twin of :func:`generate`, without stop strings: one full forward per byte."""
+    """Twin of :func:`generate`, of byte models, without stop strings: a full forward per byte."""
     sampler = Sampler(sampling)
-    ids = torch.from_numpy(codec.encode(prompt)).to(next(model.parameters()).device)
+    ids = torch.from_numpy(codec.encode(prompt)).to(model.device)
     begin = len(ids)
     for _ in range(max_bytes):
         chosen = sampler.choose(model(ids[None])[0, -1])

@@ -1,4 +1,4 @@
-"""What the command line shows: tables of data, likelihood and costs, coloured patches."""
+"""Tables of data, likelihood and costs; coloured patches."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from bytelm.config import CalibratedPatching, Recipe
 from bytelm.data import Manifest
 from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
+from bytelm.quickstart import HEADINGS, REPORT, Quickstart, table_rows
 from bytelm.study import Cost, Plan
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
@@ -73,7 +74,7 @@ def show_likelihood(console: Console, by_source: Mapping[str, Likelihood]) -> No
     if len(rows) > 1:
         rows.append(("all", everything))
     for name, one in rows:
-        size = f"{one.patch_size:.2f}" if one.num_patches else "-"
+        size = f"{one.unit_bytes:.2f}" if one.num_units else "-"
         table.add_row(name, f"{one.num_bytes:,}", f"{one.bits_per_byte:.4f}", size)
     console.print(table)
 
@@ -117,10 +118,33 @@ def patches_json(patched: PatchedText) -> str:
     )
 
 
+def show_quickstart(console: Console, found: Quickstart) -> None:
+    """Show what a tour found, and what to try next."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in table_rows(found.rows):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    console.print(f"{found.rows[0].flops or 0:.2e} training FLOPs each", style="dim")
+    console.print()
+    shown = (found.prompt + found.sample).decode("utf-8", "replace")
+    console.print(shown, highlight=False, markup=False, style="dim")
+    blt = found.out / "blt"
+    console.print(
+        f"\n{found.seconds / 60:.1f} minutes. {found.out / REPORT} has the figures. Next:\n"
+        f"  bytelm patch {blt} 'def main():'\n"
+        f"  bytelm generate {blt} 'def '\n"
+        f"  bytelm eval {blt} FILE",
+        highlight=False,
+    )
+
+
 def show_study_costs(
     console: Console, plan: Plan, costs: Sequence[Cost], done: list[float]
 ) -> None:
-    """What the runs of a study cost, and which share of each is done."""
+    """Show what the runs of a study cost, and the share of each that is done."""
     table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
     table.add_column("run")
     for name in ("parameters", "tables", "inference", "steps", "read", "epochs"):
@@ -141,7 +165,7 @@ def show_study_costs(
             f"{si(cost.disk_bytes)}B",
             f"{share:.0%}",
         )
-    # Numbers cut short are worth nothing: a narrow terminal wraps the lines.
+    # On a narrow terminal, wrap lines rather than cut numbers off.
     wide = Console(file=console.file, width=max(console.width, COSTS_WIDTH), highlight=False)
     wide.print(table)
     left = [1 - share for share in done]

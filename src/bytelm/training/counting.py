@@ -1,18 +1,19 @@
-"""Fitting an n-gram table: the scorer that is trained by counting."""
+"""Fitting an n-gram scorer: it is trained by counting."""
 
 from pathlib import Path
 
 from bytelm.checkpoint import CONFIG, load_model, read_config, save_model
-from bytelm.config import ModelDescription, TableConfig, TableRecipe
+from bytelm.config import FittedNgramConfig, ModelDescription, NgramRecipe
 from bytelm.data import Dataset, sample_dataset
 from bytelm.errors import ConfigError
-from bytelm.model.ngram import NgramScorer, fit_ngram_scorer
+from bytelm.lm import ScorerLM
+from bytelm.scoring import NgramScorer, fit_ngram_scorer
 
 
-def fit_table(recipe: TableRecipe, folder: Path) -> NgramScorer:
-    """Count the n-grams of (a sample of) prepared data and save the table as a checkpoint.
+def fit_ngrams(recipe: NgramRecipe, folder: Path) -> NgramScorer:
+    """Count the n-grams of (a sample of) prepared data and save the scorer as a checkpoint.
 
-    Ends of documents are not counted. A table that is there already, of the same recipe and data,
+    Ends of documents are not counted. A scorer that is there already, of the same recipe and data,
     is returned.
 
     Raises:
@@ -30,12 +31,12 @@ def fit_table(recipe: TableRecipe, folder: Path) -> NgramScorer:
         "data": dataset.manifest.fingerprint,
     }
     if (folder / CONFIG).exists() and read_config(folder).training == training:
-        scorer, _ = load_model(folder)
+        scorer = load_model(folder)[0].get_scorer()
         assert isinstance(scorer, NgramScorer)
         return scorer
     sample = sample_dataset(dataset, recipe.model.max_bytes, recipe.seed)
-    pieces = [ids.numpy() for documents in sample.values() for ids, _ in documents]
-    scorer = fit_ngram_scorer(pieces, recipe.model)
-    config = TableConfig(max_order=recipe.model.max_order, num_contexts=len(scorer.keys))
-    save_model(folder, scorer, ModelDescription(model=config), training)
+    sequences = [ids.numpy() for documents in sample.values() for ids, _ in documents]
+    scorer = fit_ngram_scorer(sequences, recipe.model)
+    config = FittedNgramConfig(max_order=recipe.model.max_order, num_contexts=len(scorer.keys))
+    save_model(folder, ScorerLM(scorer), ModelDescription(model=config), training)
     return scorer

@@ -1,0 +1,239 @@
+"""Configuration of models: blocks, transformers, BLTs and scorers."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from bytelm.codec import VOCAB_SIZE
+from bytelm.config.kinds import Kinds, Node, open_node
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(Node):
+    """Base of what describes a network that can be trained."""
+
+    has_patches: ClassVar[bool] = False
+    """Whether a recipe of it needs a patching rule."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether it can read the tokens of a tokenizer instead of bytes."""
+    lr_parts: ClassVar[tuple[str, ...]] = ("embeddings", "output")
+    """Parts that may learn at rates of their own: all embeddings, the matrix that makes logits, and
+    what a kind of model names beside them, by the first part of its parameters' names."""
+
+    kind: str
+
+    @property
+    def can_score(self) -> bool:
+        """Whether it can be the scorer of a patching rule: a model of bytes within a window."""
+        return False
+
+
+MODELS: Kinds[ModelConfig] = Kinds("model")
+"""Networks that can be trained."""
+SCORERS: Kinds[Node] = Kinds("scorer")
+"""What can yield the entropies of a patching rule."""
+
+
+class RopeScaling(Node):
+    """Slower rotary frequencies, for contexts longer than those of pre-training."""
+
+    kind: Literal["linear", "llama3"]
+    """``linear`` divides every frequency by ``factor``, ``llama3`` the slow ones (Llama 3.1)."""
+    factor: Annotated[float, Field(ge=1)]
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """``llama3``: wavelengths above ``original_context / low_freq_factor`` are scaled in full."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """``llama3``: those below ``original_context / high_freq_factor`` are left as they are."""
+    original_context: Positive = 8192
+    """``llama3``: positions of the pre-training context."""
+
+
+class BlockConfig(Node):
+    """A pre-norm transformer block: all that Llama-family checkpoints say of theirs."""
+
+    dim: Positive
+    num_heads: Positive
+    num_kv_heads: Positive | None = None
+    """Key-value heads, each shared by a group of query heads; null for as many as ``num_heads``."""
+    head_dim: Positive | None = None
+    """Width of a head; null for ``dim / num_heads``."""
+    ffn_dim: Positive
+    """Width of the feed-forward's hidden layer."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_layout: Literal["interleaved", "half"] = "interleaved"
+    """Which dimensions rotate together: 2j and 2j + 1 (Llama's own), or j and j + head_dim / 2
+    (Hugging Face's)."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised by head before they are rotated."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.dim // self.num_heads
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "BlockConfig":
+        if (self.head_dim is None and self.dim % self.num_heads) or self.head_width % 2:
+            raise ValueError(
+                f"dim {self.dim} must be num_heads {self.num_heads} times an even head dimension"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.kv_heads}"
+            )
+        return self
+
+
+class StackConfig(BlockConfig):
+    """A stack of transformer blocks."""
+
+    num_layers: Positive
+
+
+class HashEmbeddingConfig(Node):
+    """Hash embeddings of n-grams, of bytes or tokens; ``sizes: []`` leaves them out."""
+
+    sizes: tuple[Annotated[int, Field(ge=2, le=32)], ...] = Field(
+        default=(3, 4, 5, 6, 7, 8), strict=False
+    )
+    num_buckets: Positive = 500_002
+    """Embeddings for each size and hash function."""
+    functions: Annotated[int, Field(ge=1, le=11)] = 1
+    combine: Literal["sum", "mean"] = "sum"
+
+
+@SCORERS.add
+@MODELS.add
+class TransformerConfig(StackConfig, ModelConfig):
+    """A plain transformer: entropy model, byte-level baseline, or baseline with a tokenizer."""
+
+    reads_tokens: ClassVar[bool] = True
+
+    kind: Literal["transformer"] = "transformer"
+    window: Positive | None = None
+    """Positions visible to one, itself included; null for all before it."""
+    vocab_size: Annotated[int, Field(ge=VOCAB_SIZE)] = VOCAB_SIZE
+    """Ids: 260 for bytes, more for the tokens of ``data.tokenizer``."""
+    hash_embeddings: HashEmbeddingConfig | None = None
+    """Added to the embedding of each id, as in a BLT; null for none."""
+
+    @property
+    def can_score(self) -> bool:
+        """Whether it has a window and reads bytes."""
+        return self.window is not None and self.vocab_size == VOCAB_SIZE
+
+    @field_validator("hash_embeddings")
+    @classmethod
+    def _no_sizes_are_none(cls, value: HashEmbeddingConfig | None) -> HashEmbeddingConfig | None:
+        return value if value and value.sizes else None
+
+
+class LocalConfig(BlockConfig):
+    """The byte-level encoder and decoder of a BLT, which share their blocks' description."""
+
+    encoder_layers: Positive = 1
+    decoder_layers: Positive
+    window: Positive | None = 512
+
+    def stack(self, num_layers: int) -> StackConfig:
+        """Return the configuration of one of the two stacks."""
+        block = {name: getattr(self, name) for name in BlockConfig.model_fields}
+        return StackConfig(**block, num_layers=num_layers)
+
+
+class CrossAttentionConfig(Node):
+    """Where bytes and patches meet."""
+
+    slots: Positive = 2
+    """Vectors per patch (k in the paper)."""
+    num_heads: Positive
+    encoder: Literal["none", "last", "all"] = "last"
+    """Encoder layers after which the patches attend to their bytes."""
+    decoder: Literal["none", "first", "all"] = "all"
+    """Decoder layers before which the bytes attend to their latent; with none it is added."""
+    queries: Literal["pooled", "learned"] = "pooled"
+    """First patch queries: max-pooled byte states, or one learned set for all patches."""
+    residual: Literal["single", "doubled"] = "doubled"
+    """The paper's ``x + out``, or the ``2 x + out`` of the released checkpoints. Small models train
+    as well with either (docs/log.md); with the second they can be exported to ``transformers``."""
+
+
+@MODELS.add
+class BLTConfig(ModelConfig):
+    """A Byte Latent Transformer."""
+
+    has_patches: ClassVar[bool] = True
+    lr_parts: ClassVar[tuple[str, ...]] = ("embeddings", "output", "encoder", "global", "decoder")
+
+    kind: Literal["blt"] = "blt"
+    local: LocalConfig
+    global_model: StackConfig
+    cross_attention: CrossAttentionConfig
+    hash_embeddings: HashEmbeddingConfig = HashEmbeddingConfig()
+
+    @property
+    def encoder_cross_layers(self) -> int:
+        """Encoder layers that have cross-attention."""
+        layers = {"none": 0, "last": 1, "all": self.local.encoder_layers}
+        return layers[self.cross_attention.encoder]
+
+    @property
+    def decoder_cross_layers(self) -> int:
+        """Decoder layers that have cross-attention."""
+        layers = {"none": 0, "first": 1, "all": self.local.decoder_layers}
+        return layers[self.cross_attention.decoder]
+
+    @model_validator(mode="after")
+    def _queries_fit(self) -> "BLTConfig":
+        if self.cross_attention.num_heads > self.local.dim:
+            raise ValueError(
+                f"cross_attention.num_heads {self.cross_attention.num_heads} exceeds local.dim "
+                f"{self.local.dim}"
+            )
+        learned = self.cross_attention.queries == "learned"
+        if learned and self.cross_attention.encoder == "none":
+            raise ValueError("learned queries need encoder cross-attention to see any byte")
+        return self
+
+
+class NgramConfig(Node):
+    """How an n-gram scorer is made: next-byte entropies by context, found by counting."""
+
+    kind: Literal["ngram"] = "ngram"
+    max_order: Positive = 5
+    """Longest context, in bytes."""
+    min_count: Positive = 4
+    """Contexts seen fewer times fall back to shorter ones."""
+    max_contexts: Positive = 131_072
+    """Contexts kept per order, most frequent first."""
+    max_bytes: Positive = 16_000_000
+    """Text counted; a corpus larger than this is sampled."""
+
+
+@SCORERS.add
+class FittedNgramConfig(Node):
+    """The size of a fitted n-gram scorer."""
+
+    kind: Literal["fitted_ngram"] = "fitted_ngram"
+    max_order: Positive
+    num_contexts: Annotated[int, Field(ge=0)]
+
+
+@open_node
+class ScorerConfig(Node):
+    """What yields the entropies."""
+
+    model: Annotated[Node, SCORERS]
+    reset_at_newline: bool = False
+    """Whether a newline begins a new context (paper section 4.4)."""

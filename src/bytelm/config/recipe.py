@@ -1,0 +1,134 @@
+"""Configuration of training runs and of saved models."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bytelm.config.kinds import Kinds, Node, open_node
+from bytelm.config.model import MODELS, SCORERS, ModelConfig, NgramConfig, Positive, ScorerConfig
+from bytelm.config.patching import RULES, PatchingConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+SAVED: Kinds[Node] = Kinds("model", MODELS, SCORERS)
+"""What a checkpoint may hold."""
+
+
+@open_node
+class ModelDescription(Node):
+    """All it takes to build a model: an untrained copy of what a checkpoint holds."""
+
+    model: Annotated[Node, SAVED]
+    patching: Annotated[PatchingConfig, RULES] | None = None
+    scorer: ScorerConfig | None = None
+    tokens: bool = False
+    """Whether ids are byte-pair tokens; the tokenizer then lies beside the weights."""
+    context_bytes: Positive | None = None
+    """Longest stretch of text the model was trained on."""
+
+
+class DataConfig(Node):
+    """What a run reads, and how it is cut into rows."""
+
+    path: str | None = None
+    """Folder made by ``bytelm data prepare``; required to train."""
+    tokenizer: str | None = None
+    """File made by ``bytelm data tokenizer``, for a transformer of tokens; null for bytes."""
+    row_bytes: Positive = 8192
+    """Bytes in a row: the longest context."""
+    row_patches: Positive | None = None
+    """Patches (or tokens) in a row; null for what their mean size makes of ``row_bytes``."""
+    rows_per_step: Positive = 8
+    """Rows in an optimiser step."""
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    """Share of bytes by source; null for what the data holds."""
+    verify: bool = True
+    """Check the hash of every shard before training."""
+
+
+class OptimizerConfig(Node):
+    """AdamW with linear warm-up and cosine decay (paper section 4.8)."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    final_ratio: Fraction = 0.0
+    """Learning rate at the last step, over the peak."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    lr_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Learning rate of a part over ``learning_rate``, such as ``{global: 0.1}``; 1 if not named."""
+
+
+class TrainConfig(Node):
+    """The loop."""
+
+    steps: Positive
+    micro_rows: Positive | None = None
+    """Rows in a forward pass; null for all of a step's at once."""
+    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 on CPU."""
+    compile: bool | None = None
+    """torch.compile; null for on CUDA only."""
+    log_every: Positive = 10
+    validate_every: Positive = 500
+    validation_bytes: Positive = 1_000_000
+    """Held-out text read at each validation."""
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    tensorboard: bool = False
+
+
+@open_node
+class Recipe(Node):
+    """Everything a training run is made of."""
+
+    model: Annotated[ModelConfig, MODELS]
+    patching: Annotated[PatchingConfig, RULES] | None = None
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+
+    @property
+    def row_length(self) -> int:
+        """Ids in a row: bytes, or the tokens that there is room for."""
+        data = self.data
+        return data.row_bytes if data.tokenizer is None else data.row_patches or 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        model = self.model
+        if model.has_patches and self.patching is None:
+            raise ValueError(f"a {model.kind} model needs a patching section")
+        if not model.has_patches and self.patching is not None:
+            raise ValueError(f"a {model.kind} model has no patches: remove patching")
+        if not model.reads_tokens and self.data.tokenizer is not None:
+            raise ValueError(f"a {model.kind} model reads bytes: remove data.tokenizer")
+        if unknown := sorted(set(self.optimizer.lr_multipliers) - set(model.lr_parts)):
+            raise ValueError(
+                f"optimizer.lr_multipliers names {unknown[0]!r}; of a {model.kind} model it can "
+                f"name {', '.join(model.lr_parts)}"
+            )
+        return self
+
+
+class NgramDataConfig(Node):
+    """What an n-gram scorer is counted from."""
+
+    path: str | None = None
+    """Folder made by ``bytelm data prepare``; required to count."""
+    verify: bool = True
+    """Check the hash of every shard before counting."""
+
+
+class NgramRecipe(Node):
+    """Everything an n-gram scorer is made of: it is counted, not trained."""
+
+    model: NgramConfig
+    data: NgramDataConfig = NgramDataConfig()
+    seed: Seed = 0
+    """Of the sample that is counted where there is more text than ``model.max_bytes``."""

@@ -1,0 +1,30 @@
+"""What the command line shows: progress, tables and patches."""
+
+from bytelm.display.progress import ConsoleProgress, TrainingBar
+from bytelm.display.tables import (
+    cost_shares,
+    costs_title,
+    patches_json,
+    show_costs,
+    show_data,
+    show_likelihood,
+    show_patches,
+    show_quickstart,
+    show_study_costs,
+    si,
+)
+
+__all__ = [
+    "ConsoleProgress",
+    "TrainingBar",
+    "cost_shares",
+    "costs_title",
+    "patches_json",
+    "show_costs",
+    "show_data",
+    "show_likelihood",
+    "show_patches",
+    "show_quickstart",
+    "show_study_costs",
+    "si",
+]

@@ -1,0 +1,183 @@
+"""Progress on a terminal: bars with the latest figures; plain lines where there is no terminal."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from bytelm.data import PreparationState
+from bytelm.progress import Callback, Progress
+
+PLAIN_SECONDS = 10.0
+"""Between lines where the output is not a terminal."""
+
+
+class ConsoleProgress(Progress):
+    """Shows how work goes on.
+
+    Args:
+        console: to show it on.
+        num_stages: parts of the work, where it has numbered ones.
+    """
+
+    def __init__(self, console: Console, num_stages: int = 0) -> None:
+        self._console, self._num_stages, self._stage = console, num_stages, 0
+
+    def stage(self, title: str) -> None:
+        """Print a numbered heading."""
+        self._stage += 1
+        number = Text(f"{self._stage}/{self._num_stages}", style="bold")
+        self._console.print(Text.assemble(number, "  ", title))
+
+    def note(self, text: str) -> None:
+        """Print a line, below a heading if there is one."""
+        indent = "      " if self._num_stages else ""
+        self._console.print(indent + text, highlight=False, markup=False, soft_wrap=True)
+
+    def training(self, title: str) -> Callback:
+        """Return a bar for a training run."""
+        return TrainingBar(self._console, f"     {title}" if self._num_stages else title)
+
+    @contextmanager
+    def preparing(self) -> Iterator[Callable[[PreparationState], None]]:
+        """Show a bar for the bytes of input that are read."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            DownloadColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        console = self._console
+        with RichProgress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("preparing", total=None)
+            last_plain = time.monotonic()
+
+            def report(state: PreparationState) -> None:
+                nonlocal last_plain
+                description = f"{state.documents:,} documents, {state.shards} shards"
+                done, total = state.done_bytes, state.total_bytes
+                if console.is_terminal:
+                    bar.update(task, completed=done, total=total or None, description=description)
+                elif time.monotonic() - last_plain > PLAIN_SECONDS:
+                    last_plain = time.monotonic()
+                    share = f", {done / total:.0%}" if total else ""
+                    console.print(f"{description}{share}", highlight=False)
+
+            yield report
+
+    @contextmanager
+    def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """Show a bar for things that are counted."""
+        bar = Bar(self._console, title, total)
+        try:
+            yield bar.update
+        finally:
+            bar.stop()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show a spinner."""
+        with self._console.status(what):
+            yield
+
+
+class TrainingBar(Callback):
+    """Shows the steps of a training run, with its latest metrics, and each validation in a line.
+
+    Args:
+        console: to show it on.
+        title: of the bar.
+    """
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title = console, title
+        self._bar: Bar | None = None
+
+    def on_begin(self, step: int, steps: int) -> None:
+        """Show the bar."""
+        self._bar = Bar(self._console, self._title, steps, step)
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics."""
+        assert self._bar is not None
+        if "validation_bpb" in metrics:
+            self._bar.note(f"  step {step}: held-out {metrics['validation_bpb']:.4f} bpb")
+        else:
+            self._bar.update(step, _figures(metrics))
+
+    def on_end(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Bar:
+    """A progress bar with the latest figures, or now and then a line of them."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+        self._console = console
+        self._title, self._total = title, total
+        # On a narrow terminal the figures wrap; how far things are is always there whole.
+        whole = Column(no_wrap=True)
+        columns: tuple[ProgressColumn, ...] = (
+            TextColumn("[bold]{task.description}", table_column=whole),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1)),
+        )
+        self._progress = RichProgress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task(escape(title), total=total, completed=done, figures="")
+        self._first = done
+        self._began = self._last_plain = time.monotonic()
+        self._progress.start()
+
+    def update(self, done: int, figures: str) -> None:
+        """Show how much is done."""
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=done, figures=figures)
+            return
+        now = time.monotonic()
+        if done < self._total and now - self._last_plain < PLAIN_SECONDS:
+            return
+        self._last_plain = now
+        left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
+        minutes, seconds = divmod(round(left), 60)
+        self.note(f"{self._title} {done}/{self._total} {figures}, {minutes}:{seconds:02d} left")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    figures = f"{metrics['bpb']:.3f} bpb  {_si(metrics['bytes_per_second'])}B/s"
+    if "patch_size" in metrics:
+        figures += f"  {metrics['patch_size']:.2f} bytes/patch"
+        figures += f"  padded {metrics['padded_bytes']:.0%} bytes"
+        figures += f" {metrics['padded_patches']:.0%} patches"
+    return figures
+
+
+def _si(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"

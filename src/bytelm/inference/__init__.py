@@ -1,0 +1,26 @@
+"""Inference: caches, states over slots, sessions, sampling, decoding."""
+
+from bytelm.inference.decoding import Generated, continue_from, generate, reference_generate, stream
+from bytelm.inference.graphs import Capture, Strategy, capture_cuda
+from bytelm.inference.sampling import GREEDY, Sampler, Sampling
+from bytelm.inference.session import Decodable, Session
+from bytelm.inference.states import DecodingState, PatchedState, TransformerState
+
+__all__ = [
+    "GREEDY",
+    "Capture",
+    "Decodable",
+    "DecodingState",
+    "Generated",
+    "PatchedState",
+    "Sampler",
+    "Sampling",
+    "Session",
+    "Strategy",
+    "TransformerState",
+    "capture_cuda",
+    "continue_from",
+    "generate",
+    "reference_generate",
+    "stream",
+]

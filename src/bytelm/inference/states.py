@@ -1,0 +1,452 @@
+"""Networks at work on the documents of several slots: ids in, logits out, nothing computed twice.
+
+A state holds what a network must remember of each slot's document. :meth:`prefill` takes any number
+of ids of one slot, :meth:`decode` one id of each of several; both give the logits of one full
+forward pass over the whole document, to rounding. (Were an entropy within rounding of the
+threshold, a patch could begin elsewhere; calibration puts the threshold into a gap, and an n-gram
+scorer's entropies are the same bits in any pieces.)
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bytelm import codec
+from bytelm.inference.cache import KVCache
+from bytelm.inference.graphs import Graphs, Strategy, choose_capture
+from bytelm.model.blt import BLT, Readable
+from bytelm.model.embedding import HashEmbedding
+from bytelm.model.transformer import Transformer
+from bytelm.patching import Patcher, Scorer, StatefulRule
+from bytelm.slots import CompoundState, Slots, SlotState, SlotTensors, assign, select
+
+
+@runtime_checkable
+class DecodingState(SlotState, Protocol):
+    """A language model at work on the documents of some slots."""
+
+    num_slots: int
+
+    def prefill(self, slot: int, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
+        """Return the logits of the id after each of the next ``ids`` of one slot's document."""
+        ...
+
+    def decode(
+        self, ids: Int[Tensor, " slots"], slots: Slots = None
+    ) -> Float[Tensor, "slots vocab"]:
+        """Return the logits of the id after the next one of each slot's document.
+
+        The first id of a document goes through :meth:`prefill`.
+        """
+        ...
+
+
+class EmbeddingState(SlotTensors):
+    """A :class:`HashEmbedding` at work: n-grams reach back into the last ids of each document."""
+
+    def __init__(self, embedding: HashEmbedding, num_slots: int) -> None:
+        self._embedding = embedding
+        recent = torch.full((embedding.context,), codec.BOE)
+        super().__init__(num_slots, {"recent": recent}, embedding.ids.weight.device)
+
+    def prefill(self, slot: int, ids: Int[Tensor, " ids"]) -> Float[Tensor, "1 ids dim"]:
+        """Return the embeddings of a document's next ids."""
+        joined = torch.cat((self["recent"][slot], ids))
+        self["recent"][slot] = joined[len(ids) :]
+        # What precedes the document is BOE, as n-grams see it.
+        positions = torch.arange(len(joined), device=ids.device)
+        return self._embedding(joined[None], positions[None])[:, self._embedding.context :]
+
+    def decode(self, ids: Int[Tensor, " slots"], slots: Slots) -> Float[Tensor, "slots 1 dim"]:
+        """Return the embedding of the next id of each document."""
+        if not self._embedding.context:
+            return self._embedding.last(ids[:, None])
+        joined = torch.cat((select(self["recent"], slots), ids[:, None]), 1)
+        assign(self["recent"], slots, joined[:, 1:])
+        return self._embedding.last(joined)
+
+
+class TransformerState(CompoundState):
+    """A plain transformer at work.
+
+    Args:
+        model: its weights must stay where they are while the state lives.
+        num_slots: documents at once.
+        strategy: how single ids are run.
+    """
+
+    def __init__(self, model: Transformer, num_slots: int = 1, strategy: Strategy = "auto") -> None:
+        self.num_slots = num_slots
+        self._model = model
+        device = _device(model)
+        capture = choose_capture(strategy, device)
+        self._embedding = EmbeddingState(model.embedding, num_slots)
+        self._cache = KVCache(model.spec, num_slots, device, is_static=capture is not None)
+        super().__init__(self._embedding, self._cache)
+        self._graphs = Graphs(capture, self)
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Sizes of the memory that steps use."""
+        return (self._cache.room,)
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
+        """Return the logits of the id after each of the next ``ids`` of one slot's document."""
+        if not len(ids):
+            return ids.new_empty(0, self._model.output.out_features, dtype=torch.float32)
+        context = self._cache.prefill(slot, len(ids))
+        return self._model.run(self._embedding.prefill(slot, ids), context)[0]
+
+    @torch.inference_mode()
+    def decode(
+        self, ids: Int[Tensor, " slots"], slots: Slots = None
+    ) -> Float[Tensor, "slots vocab"]:
+        """Return the logits of the id after the next one of each slot's document."""
+        slots = _all_as_none(slots, self.num_slots)
+        self._cache.reserve(slots)
+        return self._graphs.run(self._step, slots, ids)
+
+    def _step(self, slots: Slots, ids: Int[Tensor, " slots"]) -> Float[Tensor, "slots vocab"]:
+        x = self._embedding.decode(ids, slots)
+        return self._model.run(x, self._cache.step(slots))[:, 0]
+
+    def restart(self, where: Bool[Tensor, " slots"], slots: Slots = None) -> None:
+        """Start a new document in those of some slots that the device chooses."""
+        for tensor, start in ((self._cache.positions, 0), (self._embedding["recent"], codec.BOE)):
+            values = select(tensor, slots)
+            chosen = where.view(-1, *[1] * (values.dim() - 1))
+            assign(tensor, slots, values.masked_fill(chosen, start))
+
+
+class PatchedState(CompoundState):
+    """A BLT with its patcher and scorer at work.
+
+    A byte passes through scorer, encoder and decoder. The global transformer runs once per patch,
+    when it closes; between, a slot keeps the byte states of the patch still open and what its bytes
+    read of the last complete one.
+
+    Args:
+        blt: its weights must stay where they are while the state lives.
+        patcher: decides where patches begin.
+        scorer: yields the entropies that the patcher needs, if it needs any.
+        num_slots: documents at once.
+        strategy: how single bytes are run.
+    """
+
+    def __init__(
+        self,
+        blt: BLT,
+        patcher: Patcher,
+        scorer: Scorer | None,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+    ) -> None:
+        self.num_slots = num_slots
+        self._blt = blt
+        device = _device(blt)
+        if isinstance(patcher.rule, StatefulRule):
+            strategy = "eager"  # what it remembers is on the host
+        capture = choose_capture(strategy, device)
+        is_static = capture is not None
+        self._scorer = None
+        if patcher.needs_entropies:
+            assert scorer is not None
+            self._scorer = scorer.new_state(num_slots, strategy)
+        self._patcher = patcher.new_state(num_slots, device)
+        self._embedding = EmbeddingState(blt.encoder.embedding, num_slots)
+        self._caches = [
+            KVCache(module.spec, num_slots, device, is_static=is_static)
+            for module in (blt.encoder, blt.global_model, blt.decoder)
+        ]
+        self._encoder_cache, self._global_cache, self._decoder_cache = self._caches
+        self._open = _OpenPatch(num_slots, is_static=is_static)
+        self._latent = _Latent(num_slots)
+        parts = [self._patcher, self._embedding, *self._caches, self._open, self._latent]
+        super().__init__(*parts, *([self._scorer] if self._scorer else []))
+        self._graphs = Graphs(capture, self)
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Sizes of the memory that steps use."""
+        return (*(cache.room for cache in self._caches), self._open.room)
+
+    @property
+    def num_patches(self) -> Int[Tensor, " slots"]:
+        """Complete patches of each slot's document: how often the global transformer has run."""
+        return self._global_cache.positions
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
+        """Return the logits of the id after each of the next ``ids`` of one slot's document."""
+        if not len(ids):
+            return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
+        entropies = self._scorer.prefill(slot, ids) if self._scorer else None
+        context = self._encoder_cache.prefill(slot, len(ids))
+        states = self._blt.encoder(self._embedding.prefill(slot, ids), context)
+        next_boundary = self._patcher.prefill(slot, ids, entropies, states[-1][0])
+        readable, decoder_ids = self._read(slot, states, next_boundary)
+        context = self._decoder_cache.prefill(slot, len(ids))
+        return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+
+    def _read(
+        self,
+        slot: int,
+        states: list[Float[Tensor, "1 bytes dim"]],
+        next_boundary: Bool[Tensor, " bytes"],
+    ) -> tuple[Readable, Int[Tensor, " bytes"]]:
+        """Return what the new bytes may read, and which of it each reads.
+
+        A byte reads the last patch complete at it: one closed here, or the last one before.
+        """
+        closed = next_boundary.cumsum(0)
+        before = self._latent.read([slot])
+        num_closed = int(closed[-1])
+        if not num_closed:
+            self._open.extend(slot, states)
+            assert before is not None
+            return before, closed
+        vectors = self._close_patches(slot, states, next_boundary, closed)
+        context = self._global_cache.prefill(slot, num_closed)
+        new = self._blt.decoder.read_latents(self._blt.global_model(vectors, context))
+        readable, decoder_ids = new, closed - 1
+        if before is not None:
+            pairs = zip(before, new, strict=True)
+            readable = [tuple(torch.cat(xs, 1) for xs in zip(*pair, strict=True)) for pair in pairs]
+            decoder_ids = closed
+        # Last: it overwrites what was there before.
+        self._latent.write([slot], [tuple(x[:, -1:] for x in layer) for layer in new])
+        return readable, decoder_ids
+
+    def _close_patches(
+        self,
+        slot: int,
+        states: list[Float[Tensor, "1 bytes dim"]],
+        next_boundary: Bool[Tensor, " bytes"],
+        closed: Int[Tensor, " bytes"],
+    ) -> Float[Tensor, "1 patches global_dim"]:
+        """Return the vectors of the patches that end among the new bytes; the rest stays open.
+
+        With two bytes open before, and four new ones of which the second ends a patch::
+
+            bytes           o o n n n n
+            next_boundary       0 1 0 0
+            closed              0 1 1 1      patches closed at or before each
+            encoder_ids     0 0 0 0 1 1      so the last two bytes stay open
+        """
+        opened = self._open.take(slot)
+        num_closed, num_open = int(closed[-1]), opened[0].shape[1] if opened else 0
+        joined = states
+        if num_open:
+            joined = [torch.cat(pair, 1) for pair in zip(opened, states, strict=True)]
+        closed_before = closed - next_boundary.long()
+        encoder_ids = torch.cat((closed_before.new_zeros(num_open), closed_before))
+        rest = int((closed_before < num_closed).sum()) + num_open
+        self._open.extend(slot, [x[:, rest:] for x in joined])
+        return self._blt.encoder.patch_vectors(joined, encoder_ids[None], num_closed)
+
+    @torch.inference_mode()
+    def decode(
+        self, ids: Int[Tensor, " slots"], slots: Slots = None
+    ) -> Float[Tensor, "slots vocab"]:
+        """Return the logits of the id after the next one of each slot's document.
+
+        One step for bytes, and one for the patches that they close: the host waits for the device
+        once, to learn which.
+        """
+        slots = _all_as_none(slots, self.num_slots)
+        for cache in (self._encoder_cache, self._decoder_cache):
+            cache.reserve(slots)
+        named = range(self.num_slots) if slots is None else slots
+        entropies = self._scorer.decode(ids, slots) if self._scorer else None
+        index = ids.new_tensor(self._open.count(named))
+        state, ends = self._graphs.run(self._byte_step, slots, ids, index, entropies)
+        closing = [slot for slot, end in zip(named, ends.tolist(), strict=True) if end]
+        if closing:
+            some = _all_as_none(closing, self.num_slots)
+            self._global_cache.reserve(some)
+            lengths = ids.new_tensor(self._open.close(closing))
+            self._graphs.run(self._patch_step, some, lengths)
+        return self._graphs.run(self._decoder_step, slots, state)
+
+    def _byte_step(
+        self,
+        slots: Slots,
+        ids: Int[Tensor, " slots"],
+        index: Int[Tensor, " slots"],
+        entropies: Float[Tensor, " slots"] | None,
+    ) -> tuple[Float[Tensor, "slots 1 dim"], Bool[Tensor, " slots"]]:
+        """Take bytes through the encoder, into open patches; say which end their patch."""
+        x = self._embedding.decode(ids, slots)
+        states = self._blt.encoder(x, self._encoder_cache.step(slots))
+        self._open.append(slots, index, states)
+        return states[-1], self._patcher.decode(ids, entropies, states[-1][:, 0], slots)
+
+    def _patch_step(self, slots: Slots, lengths: Int[Tensor, " slots"]) -> None:
+        """Take open patches through the encoder's cross-attention and the global transformer."""
+        states, encoder_ids = self._open.patches(slots, lengths)
+        vectors = self._blt.encoder.patch_vectors(states, encoder_ids, 1)
+        latents = self._blt.global_model(vectors, self._global_cache.step(slots))
+        self._latent.write(slots, self._blt.decoder.read_latents(latents))
+
+    def _decoder_step(
+        self, slots: Slots, state: Float[Tensor, "slots 1 dim"]
+    ) -> Float[Tensor, "slots vocab"]:
+        """Return the logits of bytes, each of which reads its slot's last latent."""
+        readable = self._latent.read(slots)
+        assert readable is not None
+        first = torch.zeros(len(state), 1, dtype=torch.long, device=state.device)
+        return self._blt.decoder(state, readable, first, self._decoder_cache.step(slots))[:, 0]
+
+
+class _OpenPatch:
+    """Byte states of each slot's open patch, for every encoder layer that patches read."""
+
+    FIRST_ROOM = 64
+
+    def __init__(self, num_slots: int, *, is_static: bool) -> None:
+        self._num_slots, self._is_static = num_slots, is_static
+        self._lengths = [0] * num_slots
+        self._states: list[Float[Tensor, "slots room dim"]] = []
+
+    @property
+    def room(self) -> int:
+        """Bytes of a patch that there is memory for."""
+        return self._states[0].shape[1] if self._states else 0
+
+    def extend(self, slot: int, states: Sequence[Float[Tensor, "1 bytes dim"]]) -> None:
+        """Add bytes to a slot's open patch."""
+        begin, end = self._lengths[slot], self._lengths[slot] + states[0].shape[1]
+        if not self._states:
+            shape = (self._num_slots, self.FIRST_ROOM)
+            self._states = [state.new_zeros(*shape, state.shape[2]) for state in states]
+        self._grow(end)
+        for buffer, state in zip(self._states, states, strict=True):
+            buffer[slot, begin:end] = state[0]
+        self._lengths[slot] = end
+
+    def take(self, slot: int) -> list[Float[Tensor, "1 bytes dim"]]:
+        """Return a slot's open patch, which is then empty."""
+        length, self._lengths[slot] = self._lengths[slot], 0
+        return [buffer[slot : slot + 1, :length] for buffer in self._states]
+
+    def count(self, slots: Sequence[int]) -> list[int]:
+        """Count one more byte in each of some slots, and return where it goes."""
+        index = [self._lengths[slot] for slot in slots]
+        for slot in slots:
+            self._lengths[slot] += 1
+        self._grow(max(self._lengths))
+        return index
+
+    def append(
+        self,
+        slots: Slots,
+        index: Int[Tensor, " slots"],
+        states: Sequence[Float[Tensor, "slots 1 dim"]],
+    ) -> None:
+        """Write the byte that :meth:`count` counted in each of some slots."""
+        if len(index) == 1 and not self._is_static:
+            slot, at = 0 if slots is None else slots[0], int(index)
+            for buffer, state in zip(self._states, states, strict=True):
+                buffer[slot, at] = state[0, 0]
+            return
+        rows = torch.arange(len(index), device=index.device)
+        if slots is not None:
+            rows = torch.tensor(list(slots), device=index.device)
+        for buffer, state in zip(self._states, states, strict=True):
+            buffer[rows, index] = state[:, 0]
+
+    def close(self, slots: Sequence[int]) -> list[int]:
+        """Return how long the open patches of some slots are; they are empty then."""
+        lengths = [self._lengths[slot] for slot in slots]
+        for slot in slots:
+            self._lengths[slot] = 0
+        return lengths
+
+    def patches(
+        self, slots: Slots, lengths: Int[Tensor, " slots"]
+    ) -> tuple[list[Float[Tensor, "slots bytes dim"]], Int[Tensor, "slots bytes"]]:
+        """Return patches of given lengths, each in a row, and the encoder ids of their bytes."""
+        longest = self.room if self._is_static else int(lengths.max())
+        states = [select(buffer, slots)[:, :longest] for buffer in self._states]
+        index = torch.arange(longest, device=lengths.device)
+        return states, (index >= lengths[:, None]).long()
+
+    def _grow(self, needed: int) -> None:
+        """Make room for patches of ``needed`` bytes."""
+        if self._states and needed > self.room:
+            more = max(needed, 2 * self.room) - self.room
+            self._states = [functional.pad(buffer, (0, 0, 0, more)) for buffer in self._states]
+
+    def reset(self, slot: int) -> None:
+        self._lengths[slot] = 0
+
+    def snapshot(self, slot: int) -> list[Float[Tensor, "1 bytes dim"]]:
+        length = self._lengths[slot]
+        return [buffer[slot : slot + 1, :length].clone() for buffer in self._states]
+
+    def rollback(self, slot: int, snapshot: list[Float[Tensor, "1 bytes dim"]]) -> None:
+        self._lengths[slot] = 0
+        if snapshot:
+            self.extend(slot, snapshot)
+
+    def copy(self, source: "_OpenPatch", source_slot: int, slot: int) -> None:
+        self.rollback(slot, source.snapshot(source_slot))
+
+
+class _Latent:
+    """What bytes read of each slot's last complete patch."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._readable: Readable = []
+        self._is_there = [False] * num_slots
+
+    def read(self, slots: Slots) -> Readable | None:
+        """Return what bytes of some slots read; ``None`` for one whose document is empty."""
+        if slots is None:
+            return self._readable
+        if not self._is_there[slots[0]]:
+            return None
+        return [tuple(select(x, slots) for x in layer) for layer in self._readable]
+
+    def write(self, slots: Slots, readable: Readable) -> None:
+        """Change to other latents: what :meth:`LocalDecoder.read_latents` says of one patch."""
+        if not self._readable:
+            self._readable = [
+                tuple(x.new_zeros(self._num_slots, *x.shape[1:]) for x in layer)
+                for layer in readable
+            ]
+        for layer, new_layer in zip(self._readable, readable, strict=True):
+            for x, new in zip(layer, new_layer, strict=True):
+                assign(x, slots, new)
+        for slot in range(self._num_slots) if slots is None else slots:
+            self._is_there[slot] = True
+
+    def reset(self, slot: int) -> None:
+        self._is_there[slot] = False
+
+    def snapshot(self, slot: int) -> Readable | None:
+        readable = self.read([slot])
+        return readable and [tuple(x.clone() for x in layer) for layer in readable]
+
+    def rollback(self, slot: int, snapshot: Readable | None) -> None:
+        self._is_there[slot] = False
+        if snapshot is not None:
+            self.write([slot], snapshot)
+
+    def copy(self, source: "_Latent", source_slot: int, slot: int) -> None:
+        self.rollback(slot, source.snapshot(source_slot))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _all_as_none(slots: Slots, num_slots: int) -> Slots:
+    """Return ``None`` for all slots in order, which steps take without copying caches."""
+    return None if slots is not None and list(slots) == list(range(num_slots)) else slots

@@ -1,0 +1,59 @@
+"""Masks of self-attention as values: what may be attended to, described and never written out."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class Mask(NamedTuple):
+    """Which keys each query of packed rows sees.
+
+    A key is seen only within the query's document and less than ``window`` positions before it.
+    Without ``blocks`` attention is causal. With them, bytes whose block is -1 are causal among
+    themselves, and a block of bytes that are filled in together (a diffusion decoder's, Fast BLT
+    section 3.2.2) sees all of itself and the causal bytes before its first position, and is seen
+    by nothing else::
+
+        position    0  1  2  3  4  5     3  4  5       block 0 starts at position 3
+        block      -1 -1 -1 -1 -1 -1     0  0  0
+        seen by the query at position 4, block -1:     0 1 2 3 4
+        seen by the query at position 4, block 0:      0 1 2, and 3 4 5 of its block
+    """
+
+    documents: Int[Tensor, "batch length"]
+    """Document of each position; the positions of one are contiguous."""
+    window: int | None = None
+    """Positions visible to a position, itself included; ``None`` for all before it."""
+    blocks: Int[Tensor, "batch length"] | None = None
+    """Block of each position, numbered within the row; -1 for bytes that are in none."""
+    positions: Int[Tensor, "batch length"] | None = None
+    """Positions in the document, where blocks make them differ from the order in the row."""
+
+    def allowed(self, begin: int, end: int) -> Bool[Tensor, "batch queries length"]:
+        """Write out what the queries ``begin`` to ``end`` see: the definition of the mask."""
+        documents, blocks = self.documents, self.blocks
+        index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        positions = index if self.positions is None else self.positions
+        limits = positions + 1
+        if blocks is not None:
+            limits = torch.where(blocks < 0, limits, _block_starts(positions, blocks))
+        keys, queries = positions[:, None], positions[:, begin:end, None]
+        seen = keys < limits[:, begin:end, None]
+        if self.window is not None:
+            seen &= queries - keys < self.window
+        if blocks is not None:
+            seen &= blocks[:, None] < 0
+            own = blocks[:, begin:end, None]
+            seen |= (own == blocks[:, None]) & (own >= 0)
+        return seen & (documents[:, begin:end, None] == documents[:, None])
+
+
+def _block_starts(
+    positions: Int[Tensor, "batch length"], blocks: Int[Tensor, "batch length"]
+) -> Int[Tensor, "batch length"]:
+    """First position of each position's block; meaningless outside blocks."""
+    slots = blocks + 1
+    room = positions.new_full((len(blocks), int(slots.max()) + 1), torch.iinfo(torch.long).max)
+    return room.scatter_reduce(1, slots, positions, "amin").gather(1, slots)

@@ -1,0 +1,59 @@
+"""Scoring whole documents of any lengths."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bytelm.patching import Scorer
+
+CHUNK = 8192
+"""Bytes scored at once: of a long document, and of short ones that share a row."""
+ItemT = TypeVar("ItemT")
+
+
+@torch.inference_mode()
+def score_document(
+    scorer: Scorer, ids: Int[Tensor, " bytes"], chunk: int = CHUNK
+) -> Iterator[Float[Tensor, " bytes"]]:
+    """Yield the entropies of one document of any length, ``chunk`` bytes at a time."""
+    state = scorer.new_state()
+    for piece in ids.split(chunk):
+        yield state.prefill(0, piece)
+
+
+@torch.inference_mode()
+def score_documents(
+    scorer: Scorer, documents: Sequence[Int[Tensor, " _"]], row_bytes: int = CHUNK
+) -> list[Float[Tensor, " _"]]:
+    """Return the entropies of many documents: short ones share rows, long ones are streamed."""
+    results: dict[int, Tensor] = {}
+    short = [i for i, ids in enumerate(documents) if len(ids) <= row_bytes]
+    for group in group_by_size(short, lambda i: len(documents[i]), row_bytes):
+        ids = torch.cat([documents[i] for i in group])
+        lengths = [len(documents[i]) for i in group]
+        numbers = torch.arange(len(group)).repeat_interleave(torch.tensor(lengths))
+        entropies = scorer.entropies(ids[None], numbers[None].to(ids.device))[0]
+        results.update(zip(group, entropies.split(lengths), strict=True))
+    for index, ids in enumerate(documents):
+        if index not in results:
+            results[index] = torch.cat(list(score_document(scorer, ids)))
+    return [results[i] for i in range(len(documents))]
+
+
+def group_by_size(
+    items: Iterable[ItemT], size: Callable[[ItemT], int], max_size: int
+) -> Iterator[list[ItemT]]:
+    """Yield consecutive items whose sizes add up to no more than a limit; a larger one is alone."""
+    group: list[ItemT] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > max_size:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group

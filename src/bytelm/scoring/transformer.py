@@ -1,0 +1,84 @@
+"""Entropies of a plain transformer's predictions."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bytelm import codec
+from bytelm.inference.states import TransformerState
+from bytelm.model.transformer import Transformer
+from bytelm.patching import entropy
+from bytelm.slots import CompoundState, Slots
+
+
+class TransformerScorer(nn.Module):
+    """Entropies of a plain transformer's predictions (paper section 4.2).
+
+    With ``reset_at_newline`` a newline byte begins a new context, as the paper does for large runs
+    (section 4.4): the model sees it in place of BOS, so repeated lines do not lose their entropy.
+    """
+
+    def __init__(self, transformer: Transformer, *, reset_at_newline: bool = False) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.reset_at_newline = reset_at_newline
+
+    def entropies(
+        self,
+        ids: Int[Tensor, "batch bytes"],
+        documents: Int[Tensor, "batch bytes"] | None = None,
+    ) -> Float[Tensor, "batch bytes"]:
+        """Return the entropies of packed rows."""
+        if self.reset_at_newline:
+            documents = split_at_newlines(ids, documents)
+        return entropy(self.transformer(ids, documents))
+
+    def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> "TransformerScorerState":
+        """Return the state of ``num_slots`` empty documents."""
+        return TransformerScorerState(self, num_slots, strategy)
+
+
+class TransformerScorerState(CompoundState):
+    """A :class:`TransformerScorer` at work: ring buffers of its window."""
+
+    def __init__(self, scorer: TransformerScorer, num_slots: int, strategy: Any) -> None:
+        self._scorer = scorer
+        self._state = TransformerState(scorer.transformer, num_slots, strategy)
+        super().__init__(self._state)
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
+        """Return the entropies at the next bytes of one slot's document."""
+        if not self._scorer.reset_at_newline:
+            return entropy(self._state.prefill(slot, ids))
+        newlines = (ids == codec.NEWLINE).nonzero().flatten().tolist()
+        if not newlines:
+            return entropy(self._state.prefill(slot, ids))
+        # Whole lines need no cache; only the line in progress and the last one touch it.
+        first, last = newlines[0], newlines[-1]
+        pieces = [entropy(self._state.prefill(slot, ids[:first]))] if first else []
+        if first < last:
+            pieces.append(self._scorer.entropies(ids[None, first:last])[0])
+        self._state.reset(slot)
+        pieces.append(entropy(self._state.prefill(slot, ids[last:])))
+        return torch.cat(pieces)
+
+    @torch.inference_mode()
+    def decode(self, ids: Int[Tensor, " slots"], slots: Slots = None) -> Float[Tensor, " slots"]:
+        """Return the entropy at the next byte of each slot's document."""
+        if self._scorer.reset_at_newline:
+            self._state.restart(ids == codec.NEWLINE, slots)
+        return entropy(self._state.decode(ids, slots))
+
+
+def split_at_newlines(
+    ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"] | None
+) -> Int[Tensor, "batch bytes"]:
+    """Return document numbers in which every newline begins a new document as well."""
+    starts = ids == codec.NEWLINE
+    starts[:, :1] = True
+    if documents is not None:
+        starts[:, 1:] |= documents[:, 1:] != documents[:, :-1]
+    return starts.cumsum(1)

@@ -1,0 +1,90 @@
+"""Costs of runs, as a dry run shows them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bytelm.accounting import forward_flops
+from bytelm.config import Recipe
+from bytelm.data import Dataset
+from bytelm.data.dataset import MANIFEST
+from bytelm.study.plan import Plan, Run
+from bytelm.study.resolving import Resolved, Resolver
+from bytelm.units import PatchUnits, TokenUnits
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a run, as a dry run shows it."""
+
+    name: str
+    parameters: int
+    """Parameters without look-up tables, which are embeddings of bytes, n-grams and tokens."""
+    table_parameters: int
+    inference_flops: float
+    """Forward FLOPs per byte, without the entropy model's."""
+    steps: int
+    train_bytes: float
+    epochs: float | None
+    flops: float
+    deviation: float | None
+    """Relative deviation from a budget in FLOPs."""
+    scorer_flops: float
+    """FLOPs of scoring all the text that is read, as if its entropies were not kept."""
+    seconds: float
+    disk_bytes: int
+
+
+def run_costs(plan: Plan, runs: Sequence[Run], out: Path, speed: float) -> list[Cost]:
+    """Return the costs of some runs of a plan.
+
+    Args:
+        plan: the plan of the study.
+        runs: the runs.
+        out: folder of the study, with or without text.
+        speed: FLOPs per second of a worker.
+
+    Raises:
+        ConfigError, DataError, PatchingError: as :meth:`Resolver.resolve`.
+    """
+    resolver = Resolver(plan, out)
+    text = None
+    if (out / "text" / MANIFEST).exists():
+        text = int(Dataset(out / "text", "train").lengths.sum())
+    return [_cost(resolver.resolve(run), text, speed) for run in runs]
+
+
+def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
+    """Return the forward FLOPs per byte over a row without padding.
+
+    Args:
+        recipe: a complete recipe.
+        unit_bytes: mean bytes per patch or token; ``None`` for models of bytes.
+    """
+    row = recipe.data.row_bytes
+    units = round(row / unit_bytes) if unit_bytes else 0
+    length = row if recipe.data.tokenizer is None else units
+    parts = forward_flops(recipe.model, length, units)
+    return sum(part.total for part in parts.values()) / row
+
+
+def _cost(resolved: Resolved, text_bytes: int | None, speed: float) -> Cost:
+    run, data = resolved.run, resolved.recipe.data
+    parameters, tables = resolved.parameters()
+    units = PatchUnits if data.tokenizer is None else TokenUnits
+    unit = units.margin * data.row_bytes / data.row_patches if data.row_patches else None
+    return Cost(
+        name=run.name,
+        parameters=parameters,
+        table_parameters=tables,
+        inference_flops=inference_flops(resolved.recipe, unit),
+        steps=resolved.steps,
+        train_bytes=resolved.row_bytes,
+        epochs=None if text_bytes is None else resolved.row_bytes / text_bytes,
+        flops=resolved.flops,
+        deviation=None if run.flops is None else resolved.flops / run.flops - 1,
+        scorer_flops=resolved.steps * resolved.scorer_step_flops,
+        seconds=resolved.flops / speed,
+        # Weights and two moments in fp32, twice while a checkpoint replaces another.
+        disk_bytes=4 * 3 * 2 * (parameters + tables),
+    )

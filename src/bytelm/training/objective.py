@@ -1,0 +1,136 @@
+"""The objective: how well a model predicts rows, in nats and in bits per byte.
+
+::
+
+    bpb = sum over bytes of -log2 p(byte | what comes before it)  /  number of bytes
+
+Training, validation and evaluation all measure by these functions. The bytes are those of the text,
+whatever a model reads: a token's nats are those of all its bytes. Predicting the end of a document
+is trained and not counted.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from bytelm.data import IGNORED, Batch, Row, make_batch
+from bytelm.lm import CausalLM
+from bytelm.units import Span
+
+ROWS = 8
+"""Rows measured at once."""
+
+
+def position_nats(lm: CausalLM, batch: Batch) -> Float[Tensor, "batch ids"]:
+    """Return the negative log-likelihood of each target, in nats; 0 on padding."""
+    logits = lm(**batch.inputs)
+    flat = functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.unflatten(0, batch.targets.shape)
+
+
+@dataclass
+class Likelihood:
+    """Totals over some text."""
+
+    nats: float = 0.0
+    """Negative log-likelihood of the bytes."""
+    num_bytes: int = 0
+    num_units: int = 0
+    """Patches, or tokens, overlaps of spans not counted twice; 0 for models of bytes."""
+    num_positions: int = 0
+    """Positions that make up the units: bytes, and a BOS for each document."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte; not a number for no text."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    @property
+    def unit_bytes(self) -> float:
+        """Mean bytes per patch or token; not a number for models of bytes."""
+        return self.num_positions / self.num_units if self.num_units else math.nan
+
+    def add(self, other: "Likelihood") -> None:
+        """Add other text's totals."""
+        self.nats += other.nats
+        self.num_bytes += other.num_bytes
+        self.num_units += other.num_units
+        self.num_positions += other.num_positions
+
+
+def total(likelihoods: Iterable[Likelihood]) -> Likelihood:
+    """Return the totals of several texts together."""
+    result = Likelihood()
+    for one in likelihoods:
+        result.add(one)
+    return result
+
+
+class LabelledSpan(NamedTuple):
+    """A span to measure, of which the first ``num_seen`` positions were measured before."""
+
+    label: str
+    span: Span
+    num_seen: int = 0
+
+
+@torch.no_grad()
+def measure_spans(
+    lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int
+) -> dict[str, Likelihood]:
+    """Return the likelihood of spans, none longer than the context, totalled by label."""
+    totals: dict[str, Likelihood] = {}
+    for rows in _pack(spans, lm, context_bytes):
+        batch = make_batch([row for row, _ in rows]).to(lm.device)
+        nats = position_nats(lm, batch).double().cpu()
+        for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
+            begin = 0
+            for segment, one in zip(row.segments, contents, strict=True):
+                end = begin + len(segment.targets)
+                # Exact for tokens too: none stands for positions on both sides of the seam.
+                seen = np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right")
+                num_bytes = segment.target_bytes[seen:]
+                likelihood = Likelihood(
+                    nats=float(row_nats[begin + seen : end][num_bytes > 0].sum()),
+                    num_bytes=int(num_bytes.sum()),
+                    num_units=lm.units.count(segment, int(seen)),
+                    num_positions=one.span.num_positions - one.num_seen,
+                )
+                totals.setdefault(one.label, Likelihood()).add(likelihood)
+                begin = end
+    return totals
+
+
+def _pack(
+    spans: Iterable[LabelledSpan], lm: CausalLM, context_bytes: int
+) -> Iterator[list[tuple[Row, list[LabelledSpan]]]]:
+    """Yield whole spans in rows, rows in groups no longer than they need; a span is never cut."""
+    rows: list[tuple[Row, list[LabelledSpan]]] = []
+    for one in spans:
+        if not rows or rows[-1][0].num_bytes + one.span.num_positions > context_bytes:
+            if len(rows) == ROWS:
+                yield _trimmed(rows)
+                rows = []
+            rows.append((Row(context_bytes, None, lm.units), []))
+        rows[-1][0].add(one.span, one.num_seen)
+        rows[-1][1].append(one)
+    if rows:
+        yield _trimmed(rows)
+
+
+def _trimmed(
+    rows: list[tuple[Row, list[LabelledSpan]]],
+) -> list[tuple[Row, list[LabelledSpan]]]:
+    longest = max(row.num_bytes for row, _ in rows)
+    for row, _ in rows:
+        row.max_bytes = longest
+    return rows

@@ -1,0 +1,139 @@
+"""Sampling, and what is yielded of what is sampled."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import byte_strings, ids_of, lm_models, random_byte_lm, random_patched
+from bytelm import codec
+from bytelm.errors import ConfigError
+from bytelm.inference import (
+    Sampler,
+    Sampling,
+    continue_from,
+    generate,
+    reference_generate,
+)
+from bytelm.inference.sampling import filtered_probabilities
+
+MODELS = lm_models()
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(top_p=0.9, seed=7)])
+def test_generation_equals_a_full_forward_per_byte(model, sampling):
+    prompt = "Daenerys Targaryén".encode()
+    expected = reference_generate(model, prompt, max_bytes=40, sampling=sampling)
+    assert generate(model, prompt, max_bytes=40, sampling=sampling) == expected
+    assert expected
+
+
+def test_seeds_reproduce_and_differ():
+    model = random_patched()
+
+    def sample(seed):
+        return generate(model, b"x", max_bytes=30, sampling=Sampling(temperature=2.0, seed=seed))
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+class ScriptedSession:
+    """A session whose greedy continuation is a given text."""
+
+    def __init__(self, script: bytes) -> None:
+        self.ids = iter(codec.encode(script, bos=False, eos=True).tolist())
+
+    def feed(self, ids):
+        logits = torch.zeros(len(ids), codec.VOCAB_SIZE)
+        logits[-1, next(self.ids)] = 1.0
+        return logits
+
+
+def run(script, **options):
+    return list(continue_from(ScriptedSession(script), ids_of(b""), **options))
+
+
+def test_stop_strings_end_generation_and_are_never_shown():
+    pieces = run(b"say stand, stop.", max_bytes=50, stop=[b"stop", b"zz"])
+    assert b"".join(p.data for p in pieces) == b"say stand, "
+    assert pieces[-1].finish == "stop"
+
+
+@given(st.text("ab", min_size=1, max_size=25), st.lists(st.text("ab", min_size=1, max_size=4)))
+def test_streaming_with_stop_strings_equals_searching_the_whole(script, stops):
+    data, stop = script.encode(), [s.encode() for s in stops]
+    pieces = run(data, max_bytes=100, stop=stop)
+    # Generation ends at the first byte that completes a stop string.
+    ends = [i for i in range(len(data) + 1) if any(data[:i].endswith(s) for s in stop)]
+    seen = data[: ends[0]] if ends else data
+    begins = [seen.find(s) for s in stop if s in seen]
+    assert b"".join(p.data for p in pieces) == seen[: min(begins, default=len(seen))]
+    assert pieces[-1].finish == ("stop" if ends else "end")
+
+
+def test_a_piece_is_held_back_only_while_it_may_begin_a_stop_string():
+    pieces = run(b"ab<en<end>", max_bytes=50, stop=[b"<end>"])
+    assert [p.data for p in pieces] == [b"a", b"b", b"<en", b""]
+
+
+def test_generation_ends_with_the_document_or_the_length():
+    pieces = run(b"done", max_bytes=50)
+    assert (b"".join(p.data for p in pieces), pieces[-1].finish) == (b"done", "end")
+    pieces = run(b"done", max_bytes=2)
+    assert (b"".join(p.data for p in pieces), pieces[-1].finish) == (b"do", "length")
+
+
+def test_special_ids_other_than_the_end_are_never_chosen():
+    logits = torch.full((codec.VOCAB_SIZE,), -10.0)
+    logits[[codec.BOE, codec.BOS, codec.BPE]] = 10.0
+    logits[codec.EOS] = 5.0
+    assert Sampler(Sampling(temperature=0.0)).choose(logits) == codec.EOS
+    assert Sampler(Sampling()).choose(logits) == codec.EOS
+
+
+def test_filters_keep_what_they_say():
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+
+    def kept(**options):
+        return filtered_probabilities(logits, Sampling(**options)).tolist()
+
+    def approx(values):
+        return pytest.approx(values, abs=1e-6)
+
+    assert kept() == approx([0.4, 0.3, 0.2, 0.1])
+    assert kept(top_k=2) == approx([4 / 7, 3 / 7, 0, 0])
+    assert kept(top_p=0.6) == approx([4 / 7, 3 / 7, 0, 0])
+    assert kept(top_p=0.05) == approx([1, 0, 0, 0])
+    assert kept(min_p=0.45) == approx([4 / 9, 3 / 9, 2 / 9, 0])
+    assert kept(temperature=0.5) == approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
+    assert kept(top_k=3, top_p=0.5) == approx([4 / 7, 3 / 7, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("min_p", -0.1)],
+)
+def test_bad_options_are_named(option, value):
+    with pytest.raises(ConfigError, match=f"{option}.*{value}"):
+        dataclasses.replace(Sampling(), **{option: value})
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(ConfigError, match="max_bytes must be at least 0, not -1"):
+        generate(random_byte_lm(), b"", max_bytes=-1)
+    with pytest.raises(ConfigError, match="stop string must not be empty"):
+        generate(random_byte_lm(), b"", max_bytes=1, stop=[b""])
+
+
+@given(byte_strings)
+def test_any_bytes_are_a_legal_prompt(prompt):
+    model = random_byte_lm()
+    assert len(generate(model, prompt, max_bytes=1, sampling=Sampling())) <= 1
