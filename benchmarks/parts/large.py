@@ -4,6 +4,7 @@ A byte reads the weights of the local models once, and a patch those of the glob
 can be faster than reading them. Weights are random: that changes neither.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.subjects import english
 from benchmarks.timing import Sample, time_once
 from bytelm import codec
 from bytelm.inference import Session
+from bytelm.inference.graphs import Strategy
 from bytelm.lm import PatchedLM
 from bytelm.patching import EntropyRule, Patcher, StaticRule
 from bytelm.scoring import TransformerScorer
@@ -27,6 +29,15 @@ STATIC_LENGTH = 4
 PROFILED_BYTES = 16
 FIRST_BYTES = 16
 """Bytes that are not timed: in them a session captures its graphs."""
+
+
+def compiled(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Let torch compile and capture a step."""
+    return torch.compile(run, mode="reduce-overhead")
+
+
+STRATEGIES: dict[str, Strategy] = {"eager": "eager", "torch.compile": compiled}
+"""Beside CUDA graphs, which sessions choose by themselves."""
 
 
 @torch.no_grad()
@@ -41,6 +52,10 @@ def run(target: Target, notes: Notes) -> None:
         model = PatchedLM(blt, Patcher(StaticRule(STATIC_LENGTH)), None).eval()
         notes.put("static patches", measure(model, ids, target, bandwidth))
         if target.device == "cuda":
+            for name, strategy in STRATEGIES.items():
+                with notes.attempt(f"static patches, {name}"):
+                    found = measure(model, ids, target, bandwidth, strategy)
+                    notes.put(f"static patches, {name}", found)
             notes.put("kernels per byte", _kernels(model, ids))
     with notes.attempt("entropy patches"):
         scorer = TransformerScorer(build(scorer_config(target), target.device)).eval()
@@ -56,13 +71,19 @@ def prompt_bytes(target: Target) -> int:
     return TINY_PROMPT_BYTES if target.tiny else PROMPT_BYTES
 
 
-def measure(model: PatchedLM, ids: Tensor, target: Target, bandwidth: float) -> dict[str, Any]:
+def measure(
+    model: PatchedLM,
+    ids: Tensor,
+    target: Target,
+    bandwidth: float,
+    strategy: Strategy = "auto",
+) -> dict[str, Any]:
     """Rates of the prompt and of bytes after it, and the rate that memory allows."""
     count = TINY_NEW_BYTES if target.tiny else NEW_BYTES
     if target.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    _generate(model, ids, 8, target)  # warm up
-    prefill, steps, chosen = _generate(model, ids, count, target)
+    _generate(model, ids, 8, target, strategy)  # warm up
+    prefill, steps, chosen = _generate(model, ids, count, target, strategy)
     text = torch.cat((ids, ids.new_tensor(chosen)))[None]
     patch_size = text.shape[1] / model.segment(text).patches.num_patches
     read = bytes_read(model, patch_size)
@@ -106,9 +127,9 @@ def _size(module: Any) -> int:
 
 
 def _generate(
-    model: PatchedLM, ids: Tensor, count: int, target: Target
+    model: PatchedLM, ids: Tensor, count: int, target: Target, strategy: Strategy
 ) -> tuple[Sample, Sample, list[int]]:
-    session = Session(model)
+    session = Session(model, strategy)
     chosen: list[int] = []
 
     def prefill() -> None:
