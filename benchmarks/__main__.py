@@ -94,7 +94,7 @@ def _suites(names: str) -> list[str]:
     for name in wanted:
         if name not in SUITES:
             raise typer.BadParameter(
-                f"{name!r} is none of {', '.join(SUITES)}", param_hint="--suite"
+                f"{name!r} is not one of {', '.join(SUITES)}", param_hint="--suite"
             )
     return wanted
 

@@ -4,7 +4,7 @@ Every part runs in a process of its own, with a share of the time that is left, 
 another down: a part that fails leaves its traceback, one that is stopped what it had found. The
 record, ``gpu.json``, is written anew after each.
 
-It has run on CPUs only so far, with tiny models (`--device cpu --tiny`).
+To see that it runs without a GPU: `--device cpu --tiny`.
 """
 
 import json
@@ -92,7 +92,7 @@ def main(
     for name in wanted:
         if name not in PARTS:
             raise typer.BadParameter(
-                f"{name!r} is none of {', '.join(PARTS)}", param_hint="--parts"
+                f"{name!r} is not one of {', '.join(PARTS)}", param_hint="--parts"
             )
     out.mkdir(parents=True, exist_ok=True)
     run_parts(wanted, Target(device, tiny), out, time.monotonic() + 60 * minutes, commit)

@@ -211,7 +211,7 @@ class CumulativeRule:
             memory += entropy
             decisions.append(memory > self.budget)
             memory = 0.0 if decisions[-1] else memory
-        return torch.tensor(decisions), memory
+        return torch.tensor(decisions, device=seen.ids.device), memory
 
 
 class LearnedRule(torch.nn.Module):

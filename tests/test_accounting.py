@@ -134,7 +134,7 @@ def test_parameters_by_part_of_a_transformer_are_those_of_the_model(ngrams):
     config = TransformerConfig(**SMALL, hash_embeddings=ngrams)
     model, parts = random_transformer(hash_embeddings=ngrams), parameters_by_part(config)
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts.get("n-gram embeddings", 0) == (2 * 2 * 89 * config.dim if ngrams else 0)
+    assert parts.get("hash embeddings", 0) == (2 * 2 * 89 * config.dim if ngrams else 0)
     none = HashEmbeddingConfig(sizes=())
     assert TransformerConfig(**SMALL, hash_embeddings=none) == TransformerConfig(**SMALL)
 
@@ -201,9 +201,9 @@ def test_what_runs_per_patch_is_read_once_per_patch():
     assert costs["global"].weights_read == pytest.approx(2 * (parts["global"] - norms) / 3)
     norms = 2 * config.local.dim * config.local.decoder_layers
     assert costs["decoder"].weights_read == 2 * (parts["decoder"] - norms)
-    assert costs["n-gram embeddings"].weights_read == 2 * 3 * config.local.dim
+    assert costs["hash embeddings"].weights_read == 2 * 3 * config.local.dim
     tables = decode_costs(TransformerConfig(**SMALL, hash_embeddings=NGRAMS), 60, element_size=2)
-    assert tables["n-gram embeddings"].weights_read == 2 * 4 * SMALL["dim"]
+    assert tables["hash embeddings"].weights_read == 2 * 4 * SMALL["dim"]
 
 
 def held(cache):

@@ -44,7 +44,7 @@ def assert_all_close(results, expected, tolerance=1e-5):
 def block(request, monkeypatch):
     """Blocks far smaller than the rows, and blocks larger than them."""
     monkeypatch.setattr("bytelm.kernels.self_attention.QUERY_BLOCK", request.param)
-    monkeypatch.setattr("bytelm.kernels.self_attention.WRITTEN_QUERIES", request.param)
+    monkeypatch.setattr("bytelm.kernels.self_attention.DENSE_QUERIES", request.param)
 
 
 @pytest.mark.usefixtures("block")

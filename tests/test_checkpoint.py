@@ -1,19 +1,22 @@
 import json
 import os
+from typing import Literal
 
 import pytest
 import torch
 
+import bytelm
 from builders import (
     BLT_VARIANTS,
     blt_config,
+    fitted_ngram_scorer,
     random_blt,
     random_byte_lm,
     random_ids,
     random_patched,
     random_transformer,
 )
-from bytelm import cpu
+from bytelm import codec, cpu
 from bytelm.checkpoint import (
     find_checkpoint,
     fingerprint,
@@ -29,6 +32,7 @@ from bytelm.config import (
     FittedNgramConfig,
     ModelDescription,
     NgramConfig,
+    Node,
     ScorerConfig,
     SpacePatching,
     TransformerConfig,
@@ -36,7 +40,14 @@ from bytelm.config import (
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.lm import ScorerLM
 from bytelm.patching import EntropyRule, SpaceRule
-from bytelm.scoring import NgramScorer, fit_ngram_scorer
+from bytelm.scoring import (
+    ContextScorer,
+    NgramScorer,
+    build_scorer,
+    fit_ngram_scorer,
+    register_scorer,
+)
+from bytelm.scoring.transformer import split_at_newlines
 from bytelm.storage import FILES, atomic_folder, write_json
 
 SMALL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "window": 8}
@@ -101,6 +112,49 @@ def test_embeddings_under_their_older_names_are_read(tmp_path, model):
     assert moments.keys() == {f"{name}/exp_avg" for name in tensors}
 
 
+class LineConfig(Node):
+    """A user's scorer of bytes by their position, which reads the flag when it is built."""
+
+    kind: Literal["line"] = "line"
+
+
+class LineScorer(ContextScorer):
+    context = 3
+
+    def __init__(self, restart):
+        super().__init__()
+        self.restart = restart
+
+    def document_starts(self, ids, documents):
+        return split_at_newlines(ids, documents) if self.restart else documents
+
+    def score(self, ids, positions):
+        return positions.clamp(max=self.context).float()
+
+
+register_scorer(LineConfig, lambda config, reset_at_newline: LineScorer(reset_at_newline))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_registered_scorer_is_loaded_as_its_configuration_says(reset, tmp_path):
+    save_model(tmp_path / "s", ScorerLM(LineScorer(False)), ModelDescription(model=LineConfig()))
+    scorer, config = load_scorer(tmp_path / "s", reset_at_newline=reset)
+    ids = torch.from_numpy(codec.encode(b"abcd\nefgh\n\nij"))[None]
+    assert torch.equal(scorer.entropies(ids), build_scorer(config).entropies(ids))
+    assert torch.equal(scorer.entropies(ids), LineScorer(reset).entropies(ids))
+    loaded = bytelm.load(tmp_path / "s")  # which holds no tensors
+    assert loaded.entropies("abcde").tolist() == [0, 1, 2, 3, 3, 3]
+
+
+def test_a_scorer_that_was_handed_out_does_not_change():
+    lm = ScorerLM(fitted_ngram_scorer())
+    handed_out = [lm.get_scorer(reset_at_newline=reset) for reset in (True, False, True)]
+    assert [scorer.reset_at_newline for scorer in handed_out] == [True, False, True]
+    assert all(scorer.keys is lm.scorer.keys for scorer in handed_out)
+    with pytest.raises(ConfigError, match="reset_at_newline=True"):
+        ScorerLM(LineScorer(False)).get_scorer(reset_at_newline=True)
+
+
 def test_transformers_and_ngram_scorers_are_models_and_scorers(tmp_path):
     transformer = cpu.fuse(random_byte_lm())
     save_model(tmp_path / "t", transformer, ModelDescription(model=TransformerConfig(**SMALL)))
@@ -116,9 +170,9 @@ def test_transformers_and_ngram_scorers_are_models_and_scorers(tmp_path):
         assert isinstance(loaded, ScorerLM)
         assert isinstance(loaded.get_scorer(), NgramScorer)
         assert len(ngrams.keys) > 10
-        with pytest.raises(ConfigError, match="holds entropies only"):
+        with pytest.raises(ConfigError, match="has entropies only"):
             loaded(ids)
-        with pytest.raises(ConfigError, match="holds entropies only"):
+        with pytest.raises(ConfigError, match="has entropies only"):
             loaded.new_state()
         assert fingerprint(tmp_path / "n") != fingerprint(tmp_path / "t")
 

@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from builders import BASE_BLT
 from bytelm import cli
+from bytelm.cli.options import build_rule
+from bytelm.config import RULES, MonotonicPatching, PatchingConfig
 from bytelm.data import read_manifest
 from foreign import hf_model, save_official
 
@@ -102,7 +105,7 @@ def test_data_info_and_calibrate(run, world):
     status, out, _ = run("data", "info", world / "scored", "--verify")
     assert status == 0
     assert "text" in out
-    assert "every file is as it was written" in out
+    assert "all files match their hashes" in out
     status, out, _ = run("data", "calibrate", world / "scored", "--patch-size", "2.5")
     assert status == 0
     assert re.search(r"patches of 2\.[45]", out)
@@ -143,7 +146,7 @@ def test_text_comes_through_a_pipe(tmp_path):
     assert read_manifest(tmp_path / "d").sources()["stdin"].text_bytes == len(text)
     again = subprocess.run(command, input=b"other", cwd=tmp_path, capture_output=True)
     assert again.returncode == 1
-    assert b"same standard input cannot be told" in again.stderr
+    assert b"may have been made from other standard input" in again.stderr
 
 
 def test_names_may_hold_what_looks_like_markup(run, world, tmp_path):
@@ -222,7 +225,7 @@ def test_recipes_are_listed_and_printed(run):
     assert "blt-8b" in out
     assert "cpu-study" in out
     _, out, _ = run("recipes", "entropy-ngram")
-    assert out.startswith("# A scorer that is a table")
+    assert out.startswith("# An n-gram scorer")
     _, out, _ = run("recipes", "cpu-study")
     assert "name: cpu-study" in out
 
@@ -278,7 +281,7 @@ def test_flops_of_tokens_are_divided_by_their_bytes(run):
     assert cells(out, "output")[0][1] == "524 k"
     status, _, error = run("flops", "token-1m")
     assert status == 1
-    assert "say how many bytes" in error
+    assert "give it in bytes" in error
 
 
 def test_a_model_of_tokens_from_text_to_text(run, world, tmp_path, monkeypatch):
@@ -307,7 +310,7 @@ def test_a_model_of_tokens_from_text_to_text(run, world, tmp_path, monkeypatch):
     assert "has 270 tokens: set model.vocab_size=270" in error
     status, _, error = run("data", "prepare", world / "d", "--scorer", "run", "--out", "scored")
     assert status == 1
-    assert "a model of tokens" in error
+    assert "it is a token model" in error
     status, _, error = run("patch", "run", "the", "--rule", "entropy", "--threshold", 1)
     assert status == 1
     assert "no byte entropies" in error
@@ -347,12 +350,12 @@ def test_a_finished_run_says_so_again(run, world):
         (["generate", "{world}/blt", "--temperature", "-1"], "temperature must be 0"),
         (["patch", "{world}/blt", "x", "--figure", "{tmp}/x.nonsense"], "cannot draw"),
         (["flops", "blt-9b"], "did you mean 'blt-8b'?"),
-        (["flops", "blt-1m", "--patch-size", "0.5"], "patches of 0.5 bytes are not possible"),
-        (["flops", "blt-1m", "--patch-size", "nan"], "between 1 and the context, 1,024 bytes"),
+        (["flops", "blt-1m", "--patch-size", "0.5"], "a patch size of 0.5 bytes is out of range"),
+        (["flops", "blt-1m", "--patch-size", "nan"], "between 1 and the context of 1,024 bytes"),
         (["flops", "byte-1m", "--patch-size", "4"], "no patches: leave out --patch-size"),
         (["flops", "byte-1m", "--scorer", "entropy-tiny"], "no patches: leave out --scorer"),
         (["flops", "blt-1m", "--scorer", "blt-1m"], "blt-1m is a BLT, not a scorer"),
-        (["flops", "blt-1m", "patching={{kind: space}}"], "say it, such as --patch-size 6"),
+        (["flops", "blt-1m", "patching={{kind: space}}"], "give it, for example --patch-size 6"),
         (
             ["flops", "blt-1m", "patching={{kind: static, length: 4}}", "--scorer", "entropy-tiny"],
             "static patches need no scorer",
@@ -419,3 +422,21 @@ def test_import_and_export(run, tmp_path):
     assert status == 1
     assert err.count("\n") == 1
     assert "bytelm import official" in err
+
+
+class BudgetPatching(PatchingConfig):
+    """A user's rule with a field that no option sets."""
+
+    kind: Literal["cli-budget"] = "cli-budget"
+    nats: float = 8.0
+
+
+def test_options_change_a_models_own_rule_and_keep_its_other_fields():
+    RULES.add(BudgetPatching)
+    own = BudgetPatching(nats=3.0, max_length=9)
+    assert build_rule("cli-budget", None, None, None, 4, own) == own.model_copy(
+        update={"max_length": 4}
+    )
+    assert build_rule("cli-budget", None, None, None, None, own) == own
+    other = build_rule("monotonic", None, 1.5, None, None, own)
+    assert other == MonotonicPatching(increase=1.5, max_length=9)

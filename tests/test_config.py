@@ -2,22 +2,26 @@
 
 import re
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
 from builders import BASE_BLT, merged
 from bytelm.config import (
+    MODELS,
     RULES,
     BlockConfig,
     BLTConfig,
     CalibratedPatching,
     CombinedPatching,
+    DataConfig,
     HashEmbeddingConfig,
     Kinds,
+    ModelConfig,
     ModelDescription,
     NgramConfig,
     NgramDataConfig,
@@ -25,6 +29,7 @@ from bytelm.config import (
     Node,
     PatchingConfig,
     Recipe,
+    SpacePatching,
     TransformerConfig,
     differences,
     dump_yaml,
@@ -220,9 +225,9 @@ def test_an_old_override_wins_over_the_recipes_own_value(path):
         ("patching.patch_size=1", "patching.patch_size: Input should be greater than 1"),
         ("model.local.num_heads=3", "dim 32 must be num_heads 3 times an even head dimension"),
         ("model.local.num_kv_heads=3", "num_heads 2 must be a multiple of num_kv_heads 3"),
-        ("model.kind=mamba", "model.kind: 'mamba' is none of transformer, blt"),
-        ("model.kind=blts", "is none of transformer, blt; did you mean 'blt'?"),
-        ("model.kind=null", "model.kind: None is none of transformer, blt"),
+        ("model.kind=mamba", "model.kind: 'mamba' is not one of transformer, blt"),
+        ("model.kind=blts", "is not one of transformer, blt; did you mean 'blt'?"),
+        ("model.kind=null", "model.kind: None is not one of transformer, blt"),
         ("patching={}", "'patching.kind' is missing: one of byte, static, space, entropy,"),
         ("patching=null", "a blt model needs a patching section"),
         ("data.path=007", "data.path: Input should be a valid string, not 7: write it in quotes"),
@@ -232,6 +237,8 @@ def test_an_old_override_wins_over_the_recipes_own_value(path):
         ("=3", "must have the form key.path=value"),
         ("train.steps.more=3", "'steps' holds a value, not a section"),
         ("train.steps=[", "'[' is not a YAML value"),
+        ("data.path=-_", "'-_' is not a YAML value"),
+        ("data.path=._", "'._' is not a YAML value"),
         ("train=null", "train: Input should be a valid dictionary"),
         ("optimizer.beta2=1.0", "optimizer.beta2: Input should be less than 1"),
         ("patching.threshold=.nan", "patching.threshold: Input should be a finite number"),
@@ -239,6 +246,13 @@ def test_an_old_override_wins_over_the_recipes_own_value(path):
 )
 def test_mistakes_are_named_with_the_path_and_the_nearest_name(path, override, message):
     assert message in error(path, override)
+
+
+@given(st.text(st.sampled_from("a0-_.:'\" \\\n\0\u00e9\x85\u2028\u2029\ufeff~")))
+@example("a\x85b")
+def test_every_string_survives_yaml(text):
+    data = DataConfig(path=text)
+    assert parse(DataConfig, read_mapping(dump_yaml(data), "test"), "test") == data
 
 
 def test_missing_keys_are_named_unless_another_is_misspelt(path, tmp_path):
@@ -351,10 +365,11 @@ def test_rules_say_whether_they_need_calibration_and_how_long_patches_will_be(da
 @pytest.fixture
 def registries():
     """Leave the registries as they were."""
-    before = dict(RULES._nodes)
+    before = {registry: dict(registry._nodes) for registry in (RULES, MODELS)}
     yield
-    RULES._nodes.clear()
-    RULES._nodes.update(before)
+    for registry, nodes in before.items():
+        registry._nodes.clear()
+        registry._nodes.update(nodes)
     for user in Kinds._users:
         user.model_rebuild(force=True)
 
@@ -368,7 +383,7 @@ ADDED = {"patching": {"kind": "every_other", "phase": 1}}
 
 
 def test_a_kind_that_is_added_is_known_to_recipes_and_checkpoints(registries):
-    with pytest.raises(ConfigError, match="'every_other' is none of byte, static"):
+    with pytest.raises(ConfigError, match="'every_other' is not one of byte, static"):
         parse(Recipe, {**RECIPE, **ADDED}, "test")
     assert RULES.add(EveryOther) is EveryOther
     recipe = parse(Recipe, {**RECIPE, **ADDED}, "test")
@@ -387,7 +402,9 @@ def test_a_kind_cannot_be_taken_twice_or_have_no_name(registries):
     class Another(PatchingConfig):
         kind: Literal["every_other"] = "every_other"
 
-    with pytest.raises(ConfigError, match="'every_other' exists already, as EveryOther"):
+    with pytest.raises(
+        ConfigError, match=r"'every_other' exists already, as test_config\.EveryOther"
+    ):
         RULES.add(Another)
 
     class Nameless(Node):
@@ -395,6 +412,29 @@ def test_a_kind_cannot_be_taken_twice_or_have_no_name(registries):
 
     with pytest.raises(ConfigError, match="Nameless has no kind: declare"):
         Kinds("thing").add(Nameless)
+
+    class Undefined(PatchingConfig):
+        kind: Literal["undefined"]
+
+    with pytest.raises(ConfigError, match="Undefined has a kind without a default: declare"):
+        RULES.add(Undefined)
+    assert kinds.kind_of(Undefined) is None
+
+
+def test_a_class_of_the_same_name_does_not_replace_one_of_ours(registries):
+    foreign = type(
+        "SpacePatching",
+        (PatchingConfig,),
+        {
+            "__module__": "elsewhere",
+            "__annotations__": {"kind": Literal["space"]},
+            "kind": "space",
+        },
+    )
+    assert foreign.__qualname__ == SpacePatching.__qualname__
+    with pytest.raises(ConfigError, match=r"as bytelm\.config\.patching\.SpacePatching"):
+        RULES.add(foreign)
+    assert RULES.nodes["space"] is SpacePatching
 
 
 def test_kinds_of_other_packages_are_imported_when_one_is_not_known(registries, monkeypatch):
@@ -410,6 +450,66 @@ def test_kinds_of_other_packages_are_imported_when_one_is_not_known(registries, 
     assert not asked  # a recipe of known kinds imports nothing
     assert parse(Recipe, {**RECIPE, **ADDED}, "test").patching == EveryOther(phase=1)
     assert asked == ["bytelm.kinds"]
+
+
+def entry(name, load):
+    """An entry point of a made-up package that does something when it is loaded."""
+
+    class Loading(EntryPoint):
+        dist = SimpleNamespace(name="their-package")
+
+        def load(self):
+            return load()
+
+    return Loading(name, f"{name}.kinds", kinds.ENTRY_POINTS)
+
+
+def test_an_entry_point_that_cannot_be_imported_is_named_and_hides_no_other(
+    registries, monkeypatch
+):
+    def broken():
+        raise ModuleNotFoundError("No module named 'theirs'")
+
+    found = [entry("broken", broken)]
+    monkeypatch.setattr(kinds, "entry_points", lambda group: found)
+    with pytest.raises(ConfigError) as caught:
+        parse(Recipe, {**RECIPE, **ADDED}, "test")
+    for part in ("'every_other' is not one of", "'broken'", "'their-package'", "named 'theirs'"):
+        assert part in str(caught.value)
+    found.append(entry("whole", lambda: RULES.add(EveryOther)))
+    assert parse(Recipe, {**RECIPE, **ADDED}, "test").patching == EveryOther(phase=1)
+
+
+def test_mistakes_in_a_kind_that_was_just_imported_are_explained(registries, monkeypatch):
+    late = entry("late", lambda: RULES.add(EveryOther))
+    monkeypatch.setattr(kinds, "entry_points", lambda group: [late])
+    with pytest.raises(ConfigError) as caught:
+        parse(Recipe, {**RECIPE, "patching": {"kind": "every_other", "phase": "x"}}, "test")
+    assert str(caught.value) == "test: patching.phase: Input should be a valid integer, not 'x'"
+
+
+class Theirs(ModelConfig):
+    """A kind of model with fields that are named as ours were in earlier versions."""
+
+    kind: Literal["theirs"] = "theirs"
+    ngrams: int = 3
+    hash_embeddings: dict[str, int] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Theirs(ngrams=5, hash_embeddings={"rows": 7})),
+        (["model.ngrams=6"], Theirs(ngrams=6, hash_embeddings={"rows": 7})),
+        (["model.hash_embeddings.rows=8"], Theirs(ngrams=5, hash_embeddings={"rows": 8})),
+        (["model.hash_embeddings={rows: 9}"], Theirs(ngrams=5, hash_embeddings={"rows": 9})),
+        (["model={kind: theirs, ngrams: 4}"], Theirs(ngrams=4)),
+    ],
+)
+def test_fields_of_other_packages_keep_their_names(registries, overrides, expected):
+    text = "model: {kind: theirs, ngrams: 5, hash_embeddings: {rows: 7}}\ntrain: {steps: 1}\n"
+    MODELS.add(Theirs)
+    assert parse(Recipe, read_mapping(text, "test", overrides), "test").model == expected
 
 
 def test_open_fields_of_nodes_made_elsewhere_follow_too(registries):
@@ -428,7 +528,7 @@ def test_open_fields_of_nodes_made_elsewhere_follow_too(registries):
         thing: Annotated[Node, things]
 
     assert parse(Holder, {"thing": {"kind": "first"}}, "test").thing == First()
-    with pytest.raises(ConfigError, match=r"thing\.kind: 'second' is none of first"):
+    with pytest.raises(ConfigError, match=r"thing\.kind: 'second' is not one of first"):
         parse(Holder, {"thing": {"kind": "second"}}, "test")
     things.add(Second)
     assert parse(Holder, {"thing": {"kind": "second"}}, "test").thing == Second()

@@ -5,9 +5,11 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from builders import (
     BLT_VARIANTS,
@@ -23,7 +25,8 @@ from builders import (
 from bytelm import cpu
 from bytelm.inference import Session
 from bytelm.model.attention import StackSpec
-from bytelm.model.layers import Block, build_blocks
+from bytelm.model.layers import Block, FeedForward, build_blocks
+from bytelm.patching import StaticRule
 
 GROUPED = {"num_heads": 4, "num_kv_heads": 2}
 MODELS = {
@@ -198,7 +201,7 @@ def test_a_wrapped_layer_is_trained_alone(name):
 
 MODULES = [name for name, _ in random_patched("all layers").named_modules()]
 # Called by methods of their own, or containers: these are not called as modules.
-NOT_CALLED = ("blocks", "cross_attention", "embedding.ngrams")
+NOT_CALLED = ("blocks", "cross_attention")
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "global"])
@@ -226,6 +229,77 @@ def test_forward_hooks_fire_in_rows_and_sessions(kind):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_hooks_registered_in_the_middle_of_a_document_fire():
+    model = cpu.fuse(random_patched("all layers", rule=StaticRule(1)))
+    ids = random_ids(14)
+    session = Session(model)
+    session.feed(ids[:10])
+    session.feed(ids[10:11])
+    copied = session.fork()
+    fired = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: fired.add(name))
+    for one in (session, copied):
+        fired.clear()
+        one.feed(ids[11:12])
+        inner = {n for n in MODULES if n.startswith("blt.") and not n.endswith(NOT_CALLED)}
+        assert inner <= fired
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def override(linear):
+    own = linear.forward
+    linear.forward = lambda x: 2 * own(x)
+
+
+CHANGES = {
+    "another class": lambda linear: setattr(linear, "__class__", Doubled),
+    "a forward pass of the instance": override,
+    "a bias": lambda linear: setattr(linear, "bias", nn.Parameter(torch.ones(linear.out_features))),
+    "a parametrization": lambda linear: parametrizations.spectral_norm(linear),
+    "pruning": lambda linear: prune.random_unstructured(linear, "weight", 0.5),
+    "weights elsewhere": lambda linear: cpu_offload(linear, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("layer", ["attention.qkv", "attention.out", "feed_forward.down"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_layers_are_called_as_in_the_unfused_model(change, layer):
+    model = cpu.fuse(random_byte_lm().eval())
+    ids = random_ids(24)
+    before = generated(model, ids)
+    CHANGES[change](model.transformer.blocks[1].get_submodule(layer))
+    with torch.no_grad():
+        rows, session = model(ids[None])[0], generated(model, ids)
+        plain = cpu.unfuse(model)(ids[None])[0]
+    torch.testing.assert_close(rows, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(session, plain, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(before, plain, atol=1e-3) == (change == "weights elsewhere")
+
+
+def test_a_subclass_keeps_its_own_forward_pass():
+    model = random_byte_lm()
+    model.transformer.blocks[0].feed_forward.__class__ = type(
+        "Silent", (FeedForward,), {"forward": lambda self, x: torch.zeros_like(x)}
+    )
+    ids = random_ids(24)
+    expected = model(ids[None])
+    torch.testing.assert_close(cpu.fuse(model)(ids[None]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_context_may_be_passed_by_name():
+    encoder = cpu.fuse(random_patched()).blt.encoder
+    positions = torch.arange(12)[None]
+    x = encoder.embedding(random_ids(12)[None], positions)
+    context = encoder.spec.over_rows(torch.zeros_like(positions), positions)
+    for named, placed in zip(encoder(x, context=context), encoder(x, context), strict=True):
+        assert torch.equal(named, placed)
 
 
 def test_hooks_may_change_what_layers_return():

@@ -213,7 +213,7 @@ def test_every_encoder_cross_attention_takes_part(tmp_path):
     assert len(layers) == 3
     assert all(p.grad.abs().sum() > 0 for p in layers.parameters())
     theirs.save_pretrained(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match="pools anew"):
+    with pytest.raises(CheckpointError, match="pools again"):
         interop.import_hf(tmp_path / "hf")
 
 

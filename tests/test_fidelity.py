@@ -92,7 +92,7 @@ def test_our_cached_generation_equals_their_uncached(pair):
 def reference_official_encoder(theirs, ids, patch_ids, num_patches):
     """Patch slots as the official code makes them: pooled once, refined by every layer.
 
-    From the modules of `transformers`, which pools anew before every cross-attention.
+    From the modules of `transformers`, which pools again before every cross-attention.
     """
     encoder = theirs.model.local_encoder
     config = theirs.config

@@ -1,6 +1,7 @@
 """States over slots: cached equals full, whatever the pieces, the slots and the history."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -20,14 +21,18 @@ from builders import (
     random_ids,
     random_patched,
     random_scorer,
+    random_transformer,
 )
-from bytelm import cpu
+from bytelm import codec, cpu
+from bytelm.errors import ConfigError
 from bytelm.inference import Session
 from bytelm.inference.cache import KVCache
+from bytelm.inference.graphs import choose_capture
 from bytelm.inference.states import _OpenPatch
 from bytelm.kernels import Mask, attention, plan_attention
 from bytelm.model.attention import StackSpec, rotate
 from bytelm.patching import EntropyRule, StaticRule
+from bytelm.scoring import TransformerScorer
 
 MODELS = lm_models()
 # Many pieces of one byte: they have a path of their own.
@@ -79,6 +84,14 @@ def record(run):
 
 @pytest.fixture(params=MODELS, scope="module")
 def model(request):
+    return MODELS[request.param]()
+
+
+SOME = ["base", "stateful rule", "n-gram scorer", "reset", "transformer"]
+
+
+@pytest.fixture(params=SOME, scope="module")
+def some_model(request):
     return MODELS[request.param]()
 
 
@@ -411,6 +424,83 @@ def test_scorers_decode_several_documents_together(reset, documents):
         with torch.no_grad():
             expected = scorer.entropies(torch.cat((prompt, rest))[None])[0]
         torch.testing.assert_close(torch.cat(found[slot]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["eager", record], ids=["eager", "captured"])
+@given(byte_strings, byte_strings, byte_strings)
+def test_a_deep_copy_is_a_session_of_its_own(some_model, strategy, first, second, third):
+    first, second, third = ids_of(first), ids_of(second)[1:], ids_of(third)[1:]
+    original = Session(some_model, strategy)
+    for piece in cut(first, [len(first) - 1, 1]):
+        original.feed(piece)
+    copied = copy.deepcopy(original)
+    for session, rest in ((copied, second), (original, third)):
+        snapshot = session.snapshot()
+        fed = [session.feed(rest)]
+        session.rollback(snapshot)
+        fed += [session.feed(one) for one in rest.split(1)] if len(rest) else []
+        expected = full(some_model, torch.cat((first, rest)))[len(first) :]
+        assert_close(fed[0], expected)
+        assert_close(torch.cat(fed[1:] or fed[:1]), expected)
+
+
+@pytest.mark.parametrize("bad", [[-1], [260], [70, 5000], [5000, 70], [70, -7, 70]])
+@pytest.mark.parametrize("first", [b"", b"hello there, "])
+def test_a_refused_call_changes_nothing(some_model, first, bad):
+    session, whole = Session(some_model), ids_of(first + b"you")
+    num_fed = len(whole) - 3 if first else 0
+    session.feed(whole[:num_fed])
+    with pytest.raises(ValueError, match=r"id -?\d+ is outside 0\.\.259"):
+        session.feed(torch.tensor(bad))
+    assert_close(session.feed(whole[num_fed:]), full(some_model, whole)[num_fed:])
+
+
+@pytest.mark.parametrize(
+    ("ids", "slots", "message"),
+    [
+        ([70], None, "1 ids were given for 3 slots"),
+        ([70, 70], [1], "2 ids were given for 1 slots"),
+        ([70, 70], [1, 1], r"slots \[1, 1\] must be different"),
+        ([70, 70], [0, -1], r"within 0\.\.2"),
+        ([70], [3], r"within 0\.\.2"),
+        ([70, 260], [0, 2], "id 260"),
+    ],
+)
+def test_mistakes_in_a_decode_are_named_and_change_nothing(some_model, ids, slots, message):
+    document, state = ids_of(b"some text"), some_model.new_state(3)
+    with pytest.raises(ValueError, match="must be given to prefill"):
+        state.decode(document[:3])
+    with pytest.raises(ValueError, match="slot -1 is outside"):
+        state.prefill(-1, document)
+    for slot in range(3):
+        state.prefill(slot, document[:-1])
+    with pytest.raises(ValueError, match=message):
+        state.decode(torch.tensor(ids), slots)
+    assert_close(state.decode(document[-1].repeat(3)), full(some_model, document)[-1:].repeat(3, 1))
+
+
+@pytest.mark.parametrize("strategy", ["graph", "Eager", "graphs"])
+def test_strategies_that_cannot_be_used_are_refused(strategy):
+    choose = inspect.unwrap(choose_capture)  # without the check of types, which users do not run
+    with pytest.raises(ConfigError, match=f"strategy '{strategy}' (is not one of|needs CUDA)"):
+        choose(strategy, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["transformer", "base", "stateful rule"])
+def test_graphs_need_cuda(name):
+    with pytest.raises(ConfigError, match="needs CUDA"):
+        Session(MODELS[name](), "graphs")
+
+
+def test_lines_of_a_scorer_without_a_window_share_a_cache():
+    transformer = random_transformer(num_layers=1, window=None)
+    state = TransformerScorer(transformer, reset_at_newline=True).new_state(2)
+    for slot in range(2):
+        state.prefill(slot, ids_of(b"abc"))
+    newline, other = torch.tensor([codec.NEWLINE] * 2), torch.tensor([70, 80])
+    for step in range(60):
+        state.decode(other if step % 5 else newline)
+    assert state._state.rooms == (8,)  # FIRST_ROOM is 4 here, and a line has 5 bytes
 
 
 def test_capturing_notices_what_the_host_reads():

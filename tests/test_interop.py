@@ -315,7 +315,7 @@ HF_REFUSALS = [
     ),
     (
         {"encoder_config": {"cross_attn_all_layers": True, "num_hidden_layers": 2}},
-        "pools anew before each",
+        "pools again before each",
     ),
 ]
 
@@ -452,12 +452,12 @@ def test_models_transformers_cannot_run_are_refused_by_name(tmp_path, model):
     ngrams = config.hash_embeddings.model_copy(update={"combine": "mean"})
     tables = {"hash_embeddings": config.hash_embeddings}
     cases = [
-        (with_cross(residual="single"), "residual=single, where it has doubled"),
+        (with_cross(residual="single"), r"residual=single \(only doubled\)"),
         (with_cross(num_heads=4), "num_heads=4"),
         (with_cross(decoder="none"), "decoder=none"),
         (with_cross(queries="learned"), "queries=learned"),
         ({"model": config.model_copy(update={"hash_embeddings": ngrams})}, "combine=mean"),
-        ({"model": scorer.model}, "a transformer model is not a BLT"),
+        ({"model": scorer.model}, "a transformer model cannot be exported"),
         ({"patching": StaticPatching(length=4)}, "patching.kind=static"),
         ({"patching": EntropyPatching(threshold=1.0, max_length=6)}, "max_length"),
         ({"scorer": scorer.model_copy(update={"reset_at_newline": True})}, "reset_at_newline"),

@@ -182,11 +182,13 @@ def test_a_mixture_sets_the_share_of_bytes(dataset):
 
 
 def test_bad_requests_are_named(dataset, tmp_path):
-    with pytest.raises(DataError, match="names 'delta', which is none of the sources: alpha, beta"):
+    with pytest.raises(
+        DataError, match="names 'delta', which is not one of the sources alpha, beta"
+    ):
         loader(dataset, mixture={"delta": 1.0})
     with pytest.raises(DataError, match="has no entropies, which the patching rule needs"):
         loader(dataset, units=PatchUnits(Patcher(EntropyRule(threshold=1.0))))
-    with pytest.raises(DataError, match="is of 6 rows a step on each rank, not 4"):
+    with pytest.raises(DataError, match="has 6 rows a step on each rank, not 4"):
         loader(dataset, rows_per_step=4).restore(loader(dataset).state())
     with pytest.raises(DataError, match="6 rows a step cannot be shared by 8 ranks"):
         loader(dataset, world_size=8, rank=7)

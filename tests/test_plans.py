@@ -19,6 +19,7 @@ from bytelm.study import (
 )
 from bytelm.study.inheritance import merge
 from bytelm.study.loading import run_recipe
+from bytelm.study.results import run_folder
 from study_plan import PLAN, changed, plan
 
 RECIPES = {
@@ -188,6 +189,42 @@ def test_settings_make_runs_of_their_own():
     runs = plan_runs(one)
     assert [run_recipe(one, run).optimizer.learning_rate for run in runs] == [0.1, 0.2]
     assert runs[1].name == "byte_s_3e08flops_optimizer.learning_rate=0.2_s0"
+
+
+def test_a_size_may_name_its_recipe_under_the_earlier_key():
+    small = {"model": {"global_model": {"num_layers": 3}}}
+    found = []
+    for key in ("recipe", "like"):
+        one = plan(families={"space": {"recipe": {}, "sizes": {"s": {key: "blt-1m", **small}}}})
+        run = next(run for run in plan_runs(one) if run.family == "space")
+        found.append(run_recipe(one, run))
+    assert found[0] == found[1]
+    assert found[0].model.global_model.num_layers == 3
+
+
+RENAMED_SETTINGS = [
+    ("optimizer.rates.output", "optimizer.lr_multipliers.output"),
+    ("model.ngrams.rows", "model.hash_embeddings.num_buckets"),
+]
+
+
+@pytest.mark.parametrize(("earlier", "present"), RENAMED_SETTINGS)
+def test_a_run_is_found_under_the_earlier_and_the_present_names_of_its_settings(
+    earlier, present, tmp_path
+):
+    grid = {"families": ["space"], "sizes": ["s"], "flops": [3e8]}
+    runs = [
+        plan_runs(plan(runs=[{**grid, "settings": {path: [4]}}]))[0] for path in (earlier, present)
+    ]
+    assert runs[0].name != runs[1].name
+    for number, run in enumerate(runs):
+        out = tmp_path / str(number)
+        assert run_folder(out, run) == out / "runs" / run.name
+        run_folder(out, run).mkdir(parents=True)
+        assert {run_folder(out, other) for other in runs} == {out / "runs" / run.name}
+    twice = plan(runs=[{**grid, "settings": {path: [4]}} for path in (earlier, present)])
+    with pytest.raises(ConfigError, match="make the same run"):
+        plan_runs(twice)
 
 
 @given(st.floats(1e8, 1e11))

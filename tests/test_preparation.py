@@ -266,7 +266,7 @@ def test_the_folder_to_make_and_what_bytelm_made_are_not_read(corpus, tmp_path):
 
 
 def test_one_process_at_a_time(corpus, tmp_path):
-    with locked(tmp_path / "d"), pytest.raises(ConfigError, match="another process is at work"):
+    with locked(tmp_path / "d"), pytest.raises(ConfigError, match="another process is writing to"):
         prepare([corpus], tmp_path / "d", PrepareOptions())
     assert prepare([corpus], tmp_path / "d", PrepareOptions()).shards
 

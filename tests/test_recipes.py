@@ -97,5 +97,5 @@ def test_released_models_carry_the_conventions_of_their_weights():
 )
 def test_small_models_have_about_the_size_in_their_name(name, millions):
     counts = parameters_by_part(load_recipe(name).model)
-    without_tables = sum(counts.values()) - counts["n-gram embeddings"]
+    without_tables = sum(counts.values()) - counts["hash embeddings"]
     assert without_tables == pytest.approx(millions * 1e6, rel=0.2)

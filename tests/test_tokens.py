@@ -180,5 +180,5 @@ def test_a_model_of_tokens_that_was_saved_is_the_same(tmp_path):
     assert lm.generate("the ", max_bytes=12) == generate(model, b"the ", max_bytes=12)
     with pytest.raises(ConfigError, match="token models have no byte entropies"):
         lm.entropies("the")
-    with pytest.raises(CheckpointError, match="a model of tokens"):
+    with pytest.raises(CheckpointError, match="it is a token model"):
         load_scorer(tmp_path / "m", reset_at_newline=False)

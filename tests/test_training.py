@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -15,19 +16,27 @@ from safetensors.torch import load_file
 from builders import (
     BASE_BLT,
     NGRAMS,
+    LearnedRule,
     random_blt,
     random_byte_lm,
     random_ids,
     random_transformer,
 )
+from bytelm import codec, load
+from bytelm.accounting import Part, register_parts
 from bytelm.checkpoint import load_model, save_model, saved_steps
 from bytelm.config import (
+    MODELS,
+    RULES,
     CombinedPatching,
+    Kinds,
+    ModelConfig,
     ModelDescription,
     MonotonicPatching,
     NgramRecipe,
     Node,
     OptimizerConfig,
+    PatchingConfig,
     Recipe,
     RopeScaling,
     StaticPatching,
@@ -38,8 +47,11 @@ from bytelm.config import (
 from bytelm.config.reading import _held_in
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
+from bytelm.lm import CausalLM, register_model
+from bytelm.patching import register_rule
 from bytelm.progress import Callback, StopTraining
 from bytelm.storage import locked
+from bytelm.tracking import JsonlMetrics
 from bytelm.training import (
     Trainer,
     build_optimizer,
@@ -50,6 +62,7 @@ from bytelm.training import (
     train,
     trainer,
 )
+from bytelm.units import ByteUnits, PatchUnits
 
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
@@ -293,7 +306,7 @@ def test_bad_recipes_are_named(data, tmp_path):
     with pytest.raises(PatchingError, match=r"patch size of 900 cannot be reached.*gives 1\.00 to"):
         train(too_large, tmp_path / "b")
     no_threshold = changed(recipe(data), "patching", patch_size=None)
-    with pytest.raises(PatchingError, match="needs a threshold or a patch_size"):
+    with pytest.raises(PatchingError, match="has no threshold"):
         train(no_threshold, tmp_path / "c")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device is available"):
@@ -321,7 +334,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path, checkpoint_
 
 
 def test_two_processes_cannot_train_in_one_folder(data, tmp_path):
-    with locked(tmp_path / "r"), pytest.raises(ConfigError, match="another process is at work"):
+    with locked(tmp_path / "r"), pytest.raises(ConfigError, match="another process is writing to"):
         train(recipe(data, steps=3), tmp_path / "r")
     assert train(recipe(data, steps=3), tmp_path / "r").finished
 
@@ -451,7 +464,9 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
                     yield from settings_of(child, seen)
 
     every = {*settings_of(Recipe, set()), *settings_of(NgramRecipe, set())}
-    assert {(owner(node, name), name) for node, name in every} - read == set()
+    # Kinds that other tests have registered are not ours to read.
+    ours = {(owner(node, name), name) for node, name in every if "bytelm" in node.__module__}
+    assert ours - read == set()
 
 
 # Callbacks --------------------------------------------------------------------------------------
@@ -508,6 +523,50 @@ def test_a_callback_can_stop_a_run_that_resumes_to_the_same_bits(data, tmp_path)
     a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("event", "steps_taken"),
+    [("on_begin", 0), ("on_metrics", 2), ("on_checkpoint", 3), ("on_end", 5)],
+)
+def test_a_callback_can_stop_a_run_in_any_event(data, tmp_path, event, steps_taken):
+    """The run ends with a checkpoint, and what it leaves, with another run, is that of one run."""
+
+    def stop(self, *args):
+        raise StopTraining
+
+    settings = recipe(data, "transformer", steps=5, validate_every=2)
+    stopping, others = type("Stopping", (Callback,), {event: stop})(), [Recorder(), Recorder()]
+    callbacks = [others[0], stopping, others[1]]
+    result = train(settings, tmp_path / "stopped", callbacks=callbacks)
+    assert (result.step, result.finished) == (steps_taken, steps_taken == 5)
+    assert saved_steps(tmp_path / "stopped")[-1].name == f"step-{steps_taken:08d}"
+    assert others[0].told == others[1].told
+    assert others[0].told[-1] == ("end",)
+    assert train(settings, tmp_path / "stopped").finished
+    train(settings, tmp_path / "whole")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("event", ["on_begin", "on_metrics", "on_checkpoint", "on_end"])
+def test_errors_of_callbacks_are_not_taken_for_ours(data, tmp_path, event):
+    def fail(self, *args):
+        raise ConnectionError("a server is down")
+
+    failing = type("Failing", (Callback,), {event: fail})()
+    with pytest.raises(ConnectionError, match="a server is down"):
+        train(recipe(data, "transformer", steps=3), tmp_path / "r", callbacks=[failing])
+
+
+def test_errors_of_writing_metrics_are_explained(data, tmp_path, monkeypatch):
+    def full(self, step, metrics):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(JsonlMetrics, "on_metrics", full)
+    with pytest.raises(CheckpointError, match=r"cannot write.*free some space and run the same"):
+        train(recipe(data, "transformer", steps=3), tmp_path / "r")
 
 
 def test_a_failed_run_ends_too(data, tmp_path):
@@ -576,3 +635,143 @@ def test_signals_end_a_run_that_resumes_to_the_same_bits(data, tmp_path, number)
     assert a.name == b.name
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+# Kinds of other packages ------------------------------------------------------------------------
+
+
+class LearnedPatching(PatchingConfig):
+    kind: Literal["learned"] = "learned"
+
+
+class WeightedPatching(PatchingConfig):
+    kind: Literal["weighted"] = "weighted"
+
+
+class WeightedRule(torch.nn.Module):
+    """A pointwise rule with a weight for every byte."""
+
+    needs_entropies: ClassVar[bool] = False
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.randn(260))
+
+    def forward(self, seen):
+        return self.weights[seen.ids] > 0
+
+
+class DroppingConfig(ModelConfig):
+    kind: Literal["dropping"] = "dropping"
+
+
+class Dropping(torch.nn.Module):
+    """Logits from the last byte alone, without ``init_weights``."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Embedding(260, 260)
+        self.dropout = torch.nn.Dropout(0.5)
+
+
+class DroppingLM(CausalLM):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.units = Dropping(), ByteUnits()
+
+    @property
+    def trained(self):
+        return self.inner
+
+    def forward(self, ids, documents=None):
+        return self.inner.dropout(self.inner.logits(ids))
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    before = {registry: dict(registry._nodes) for registry in (RULES, MODELS)}
+    register_rule(LearnedPatching, lambda config: LearnedRule(32))
+    register_rule(WeightedPatching, lambda config: WeightedRule())
+    register_model(DroppingConfig, lambda config, parts: DroppingLM())
+    register_parts(DroppingConfig, lambda config: {"logits": Part(other_parameters=260 * 260)})
+    yield
+    for registry, nodes in before.items():
+        registry._nodes.clear()
+        registry._nodes.update(nodes)
+    for user in Kinds._users:
+        user.model_rebuild(force=True)
+
+
+def foreign_recipe(data, kind, **train_options):
+    if kind == "dropping":
+        settings = recipe(data, "transformer", **train_options)
+        return settings.model_copy(update={"model": DroppingConfig()})
+    rule = LearnedPatching() if kind == "learned" else WeightedPatching()
+    return recipe(data, **train_options).model_copy(update={"patching": rule})
+
+
+@pytest.mark.parametrize("kind", ["learned", "weighted"])
+def test_learned_rules_train_from_a_recipe_and_patch_as_they_were_trained(
+    data, tmp_path, foreign, kind
+):
+    result = train(foreign_recipe(data, kind, steps=3), tmp_path / "r")
+    assert result.finished
+    assert math.isfinite(result.validation["x"].bits_per_byte)
+    lm = load(tmp_path / "r", device="cpu")
+    # The loader has no part in patches that the model decides, with weights on its device.
+    assert not lm.module.units.has_budget
+    text = "the patch of bytes is cut where entropy rises"
+    ids = torch.from_numpy(codec.encode(text))[None]
+    lengths = lm.module.segment(ids).patches.lengths[0]
+    ends = lengths[lengths > 0].cumsum(0).tolist()
+    # The last byte of ``ids`` is the last of the text; BOS is a patch by itself.
+    expected = tuple(end - 1 for end in ends[:-1])
+    for rule in (None, lm.config.patching):
+        assert lm.patch(text, rule).boundaries == expected
+    assert 1 < len(expected) < len(text)
+    limited = lm.patch(text, lm.config.patching.model_copy(update={"max_length": 1}))
+    assert limited.boundaries == tuple(range(len(text)))
+
+
+def test_a_learned_rule_that_is_not_the_models_own_is_refused(data, tmp_path, foreign):
+    train(recipe(data, "transformer", steps=1), tmp_path / "r")
+    lm = load(tmp_path / "r", device="cpu")
+    for rule in (LearnedPatching(), WeightedPatching()):
+        with pytest.raises(ConfigError, match=f"the {rule.kind} rule is learned.*load a model"):
+            lm.patch("some text", rule)
+
+
+@pytest.mark.parametrize("kind", ["learned", "weighted", "dropping"])
+def test_the_seed_alone_decides_how_foreign_kinds_begin(data, foreign, kind):
+    def weights(seed, noise):
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        lm = Trainer(foreign_recipe(data, kind, seed=seed)).lm
+        assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([p.detach().flatten() for p in lm.trained.parameters()])
+
+    assert torch.equal(weights(5, noise=1), weights(5, noise=2))
+    assert not torch.equal(weights(5, noise=1), weights(6, noise=1))
+
+
+def test_validation_is_in_evaluation_mode(data, foreign):
+    one = Trainer(foreign_recipe(data, "dropping"))
+    assert one.evaluate()["x"].nats == one.evaluate()["x"].nats
+    assert all(module.training for module in one.lm.modules())
+    one = Trainer(recipe(data))
+    modes = [module.training for module in one.lm.modules()]
+    one.evaluate()
+    assert [module.training for module in one.lm.modules()] == modes
+    assert set(modes) == {True, False}  # the scorer is not trained
+
+
+def test_a_resumed_run_keeps_its_room_for_patches(data, tmp_path, monkeypatch):
+    settings = recipe(data, steps=4, checkpoint_every=2)
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "r", time_limit=0.0)
+    # Measured now, patches would be longer.
+    monkeypatch.setattr(PatchUnits, "mean_bytes", lambda self, documents: 9.0)
+    assert train(settings, tmp_path / "r").finished
+    a, b = (load_file(saved_steps(tmp_path / n)[-1] / "model.safetensors") for n in ("whole", "r"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "r")

@@ -4,7 +4,6 @@ A byte reads the weights of the local models once, and a patch those of the glob
 can be faster than reading them. Weights are random: that changes neither.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,15 +30,6 @@ FIRST_BYTES = 16
 """Bytes that are not timed: in them a session captures its graphs."""
 
 
-def compiled(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Let torch compile and capture a step."""
-    return torch.compile(run, mode="reduce-overhead")
-
-
-STRATEGIES: dict[str, Strategy] = {"eager": "eager", "torch.compile": compiled}
-"""Beside CUDA graphs, which sessions choose by themselves."""
-
-
 @torch.no_grad()
 def run(target: Target, notes: Notes) -> None:
     """Without a scorer, every fourth byte a patch; then with the entropy model."""
@@ -52,10 +42,8 @@ def run(target: Target, notes: Notes) -> None:
         model = PatchedLM(blt, Patcher(StaticRule(STATIC_LENGTH)), None).eval()
         notes.put("static patches", measure(model, ids, target, bandwidth))
         if target.device == "cuda":
-            for name, strategy in STRATEGIES.items():
-                with notes.attempt(f"static patches, {name}"):
-                    found = measure(model, ids, target, bandwidth, strategy)
-                    notes.put(f"static patches, {name}", found)
+            eager = measure(model, ids, target, bandwidth, "eager")
+            notes.put("static patches, without graphs", eager)
             notes.put("kernels per byte", _kernels(model, ids))
     with notes.attempt("entropy patches"):
         scorer = TransformerScorer(build(scorer_config(target), target.device)).eval()

@@ -4,8 +4,8 @@
 
     config.json          format, versions, model, patching, scorer, how it was trained
     model.safetensors    weights
-    scorer.safetensors   weights of the scorer, where the patching rule needs one
-    tokenizer.json       merges, where the model is one of tokens
+    scorer.safetensors   weights of the scorer, if the patching rule needs one
+    tokenizer.json       merges, if the model reads tokens
     files.json           size and SHA-256 of every file above, written last
 
 A kill or a full disk at any moment of a save leaves no folder (see :mod:`bytelm.storage`). Nothing
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from bytelm import cpu
 from bytelm.config import SCORERS, ModelDescription, ScorerConfig, kind_of, open_node, parse
 from bytelm.errors import BytelmError, CheckpointError, ConfigError
-from bytelm.lm import CausalLM, build_lm
+from bytelm.lm import CausalLM, ScorerLM, build_lm
 from bytelm.patching import Scorer
+from bytelm.scoring import build_scorer
 from bytelm.storage import (
     FILES,
     atomic_folder,
@@ -50,7 +51,7 @@ CONFIG, MODEL, SCORER, TOKENIZER = (
 
 @open_node
 class CheckpointConfig(ModelDescription):
-    """What ``config.json`` holds."""
+    """Contents of ``config.json``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -58,7 +59,7 @@ class CheckpointConfig(ModelDescription):
     bytelm: str = __version__
     torch: str = torch.__version__
     training: dict[str, Any] | None = None
-    """How the model was trained; for people, read by nothing."""
+    """Record of the training: recipe, steps, FLOPs, and a fingerprint of the data."""
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -78,10 +79,10 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors in safetensors form.
+    """Write tensors to a safetensors file.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
@@ -91,18 +92,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 _OLD_EMBEDDING = re.compile(r"(^|\.)embedding\.(bytes\.)?weight\b")
-"""The embedding's name before every kind of model had the same one."""
+"""Names of the embedding's weight in checkpoints of earlier versions."""
 
 
 def load_tensors(
     path: Path, module: nn.Module, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Read tensors in safetensors form.
+    """Read tensors from a safetensors file.
 
     Args:
-        path: of the file.
-        module: whose tensors they are, or are named after (``NAME/exp_avg``).
-        device: where they go.
+        path: the file.
+        module: the module that the tensors belong to, or whose parameters they are named after
+            (``NAME/exp_avg``).
+        device: device to load them to.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -156,31 +158,33 @@ def save_model(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at ``path``: the folder itself, or the newest of a training run.
+    """Return the folder of the checkpoint at ``path``, or of the newest one of a training run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the training run has no checkpoint yet.
     """
     steps = saved_steps(path)
     if steps:
         return steps[-1]
     if path.is_dir() and not (path / FILES).exists() and (path / "checkpoints").is_dir():
-        raise CheckpointError(f"the run in {path} has not saved a checkpoint yet")
+        raise CheckpointError(
+            f"the run in {path} has not saved a checkpoint yet: train it for longer"
+        )
     return path
 
 
 def saved_steps(run: Path) -> list[Path]:
-    """Checkpoints of a training run, oldest first."""
+    """Return the checkpoint folders of a training run, oldest first."""
     folders = (run / "checkpoints").glob("step-*") if run.is_dir() else []
     steps = [p for p in folders if p.name.removeprefix("step-").isdecimal()]
     return sorted(steps, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def read_config(folder: Path) -> CheckpointConfig:
-    """The configuration of a checkpoint.
+    """Return the configuration of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, or of another version.
+        CheckpointError: it is missing, damaged, or of an unsupported format version.
     """
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
@@ -197,7 +201,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 Precision = Literal["auto", "stored", "float32", "bfloat16"]
-"""What weights are computed with: as stored, converted, or what suits the device."""
+"""Precision of the weights: as stored, converted, or chosen to suit the device (``auto``)."""
 
 
 def load_model(
@@ -207,13 +211,18 @@ def load_model(
 
     Args:
         path: folder of a checkpoint or a run.
-        device: where the weights go.
-        precision: of the weights; ``auto`` for fp32 on the CPU, where anything else is slow, and
-            as stored elsewhere. A scorer's are fp32 but with ``stored``, so that the patches do
-            not depend on it.
+        device: device to load the weights to.
+        precision: precision of the weights; ``auto`` is fp32 on the CPU, where anything else is
+            slow, and as stored elsewhere. A scorer is converted to fp32 unless ``stored`` is
+            chosen, so that the patches do not depend on the precision.
+
+    Returns:
+        The language model, in evaluation mode and without gradients, and its configuration.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or its weights do not fit its configuration.
+        CheckpointError: the checkpoint is missing or damaged, or its weights do not fit its
+            configuration.
+        ConfigError: the precision is unknown.
     """
     folder = find_checkpoint(path)
     check_checkpoint(folder)
@@ -228,7 +237,11 @@ def load_model(
 
 
 def set_precision(lm: CausalLM, precision: Precision) -> None:
-    """Convert a model's weights, and its scorer's to fp32; see :func:`load_model`."""
+    """Convert a model's weights in place, and its scorer's to fp32; see :func:`load_model`.
+
+    Raises:
+        ConfigError: the precision is unknown.
+    """
     if precision not in get_args(Precision):
         known = ", ".join(get_args(Precision))
         raise ConfigError(f"precision {precision!r} is not one of {known}")
@@ -249,32 +262,42 @@ def load_scorer(
     """Load a checkpoint as a scorer, in fp32.
 
     Raises:
-        CheckpointError: as :func:`load_model`, or the model cannot score in bounded memory.
+        CheckpointError: as :func:`load_model`; or the model is not a scorer of bytes with a finite
+            window.
     """
     folder = find_checkpoint(path)
     check_checkpoint(folder)
     model = read_config(folder).model
     if type(model) not in SCORERS.nodes.values():
-        raise CheckpointError(f"{folder} holds a {kind_of(type(model))} model, not a scorer")
+        raise CheckpointError(
+            f"{folder} holds a {kind_of(type(model))} model, not a scorer: name a checkpoint of an "
+            f"entropy model ({', '.join(SCORERS.nodes)})"
+        )
     lm, description = load_model(folder, device, "float32")
     if description.tokens:
-        raise CheckpointError(f"{folder} cannot score bytes: it is a model of tokens")
+        raise CheckpointError(
+            f"{folder} cannot score bytes: it is a token model; name a byte model"
+        )
     if getattr(model, "window", 0) is None:
         raise CheckpointError(
             f"{folder} cannot score: its attention has no window, so long documents would need "
             "quadratic time; train an entropy model with model.window set"
         )
     config = ScorerConfig(model=model, reset_at_newline=reset_at_newline)
-    return lm.get_scorer(reset_at_newline=reset_at_newline), config
+    if not isinstance(lm, ScorerLM):
+        return lm.get_scorer(reset_at_newline=reset_at_newline), config
+    scorer = build_scorer(config)
+    scorer.load_state_dict(lm.scorer.state_dict(), assign=True)
+    return scorer.to(device).eval().requires_grad_(False), config
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of a checkpoint's weights and configuration."""
+    """Return a short hash of a checkpoint's weights and configuration."""
     return folder_fingerprint(folder, (CONFIG, MODEL))
 
 
 def _fill(module: nn.Module, path: Path, device: str | torch.device) -> None:
-    """Give a module built on the meta device its weights."""
+    """Load the weights of a module that was built on the meta device."""
     tensors = load_tensors(path, module, device)
     expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]

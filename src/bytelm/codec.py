@@ -25,7 +25,7 @@ NEWLINE = OFFSET + ord("\n")
 
 
 def to_bytes(text: str | bytes) -> bytes:
-    """The bytes of ``text``: UTF-8, with undecodable input that Python escaped restored.
+    """Return the bytes of ``text``: UTF-8, with bytes that Python escaped as surrogates restored.
 
     Lone surrogates that did not come from ``surrogateescape`` keep their three-byte form, so
     every ``str`` has bytes.
@@ -40,12 +40,12 @@ def to_bytes(text: str | bytes) -> bytes:
 
 
 def encode(document: str | bytes, *, bos: bool = True, eos: bool = False) -> NDArray[np.int64]:
-    """Ids of one document, BOS first and EOS last where asked for.
+    """Return the ids of one document, with BOS and EOS if requested.
 
     Args:
-        document: any bytes; a ``str`` is taken as UTF-8.
+        document: any bytes; a ``str`` is encoded as UTF-8.
         bos: start with :data:`BOS`, as every model here expects.
-        eos: end with :data:`EOS`, which models predict and never read.
+        eos: end with :data:`EOS`, which models predict but never read.
 
     Returns:
         ``int64[bos + len(document) + eos]``.
@@ -62,10 +62,10 @@ def encode(document: str | bytes, *, bos: bool = True, eos: bool = False) -> NDA
 
 
 def decode(ids: ArrayLike) -> bytes:
-    """The bytes among ``ids``; special ids are dropped.
+    """Return the bytes of ``ids``, without the special ids.
 
     Raises:
-        ValueError: an id is negative or not below 260.
+        ValueError: an id is outside 0..259.
     """
     array = np.asarray(ids, dtype=np.int64)
     if array.size and not (array.min() >= 0 and array.max() < VOCAB_SIZE):
@@ -75,11 +75,11 @@ def decode(ids: ArrayLike) -> bytes:
 
 
 class Utf8Stream:
-    """Bytes in, as they arrive; text out, as early as it is certain.
+    """Incremental UTF-8 decoder that returns text as early as it is certain.
 
     A character is never split, and at most three bytes (the start of a character that may still
-    become valid) are ever held back: invalid bytes come out at once as U+FFFD, so a model that
-    writes nonsense cannot stall the stream. The pieces concatenate to
+    become valid) are held back: invalid bytes come out at once as U+FFFD, so a model that writes
+    invalid UTF-8 cannot stall the stream. The parts concatenate to
     ``data.decode("utf-8", "replace")``.
     """
 
@@ -87,9 +87,9 @@ class Utf8Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes) -> str:
-        """Text completed by ``data``."""
+        """Return the text that ``data`` completes."""
         return self._decoder.decode(data)
 
     def close(self) -> str:
-        """What is left at the end: nothing, or U+FFFD for an unfinished character."""
+        """Return the rest of the text: U+FFFD for an unfinished character, otherwise nothing."""
         return self._decoder.decode(b"", final=True)

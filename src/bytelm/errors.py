@@ -1,7 +1,7 @@
-"""Errors a user can cause and mend.
+"""Errors that users can cause and fix.
 
 Every message names the bad value and the remedy; the command line prints it without a traceback.
-A bug of ours is an ``AssertionError`` or whatever Python raises, with its traceback.
+Bugs raise ``AssertionError`` or other built-in exceptions, and keep their traceback.
 
 ::
 
@@ -10,29 +10,29 @@ A bug of ours is an ``AssertionError`` or whatever Python raises, with its trace
     +-- DataError          input text, prepared shards
     +-- PatchingError      a threshold that cannot be found
     +-- CheckpointError    a saved model or run
-    +-- TrainingError      a run that cannot go on
+    +-- TrainingError      a run that cannot continue
 """
 
 
 class BytelmError(Exception):
-    """Base of every error that names a user's mistake and its remedy."""
+    """Base class of all errors whose message names a mistake and its remedy."""
 
 
 class ConfigError(BytelmError):
-    """A configuration value, key or name that cannot be used."""
+    """Invalid configuration value, key or name."""
 
 
 class DataError(BytelmError):
-    """Input text or prepared data that is missing, malformed or damaged."""
+    """Missing, malformed or damaged input text or prepared data."""
 
 
 class PatchingError(BytelmError):
-    """A patching request that no threshold can satisfy."""
+    """Patching request that no threshold can satisfy."""
 
 
 class CheckpointError(BytelmError):
-    """A saved model that is missing, damaged or made by an incompatible version."""
+    """Saved model that is missing, damaged or of an incompatible version."""
 
 
 class TrainingError(BytelmError):
-    """A training run that cannot continue, such as one whose loss is no longer finite."""
+    """Training run that cannot continue, for example because its loss is not finite."""

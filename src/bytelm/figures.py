@@ -28,7 +28,7 @@ THRESHOLD_COLOUR = "#c2410c"
 PART_COLOURS = {
     "embedding": "#9a9a9a",
     "byte embedding": "#9a9a9a",
-    "n-gram embeddings": "#d4d4d4",
+    "hash embeddings": "#d4d4d4",
     "encoder": "#8fbce6",
     "encoder cross-attention": "#c3dcf2",
     "patch projections": "#8a6fb0",
@@ -39,21 +39,21 @@ PART_COLOURS = {
     "output": "#c2410c",
     "scorer": "#7fb58a",
 }
-"""Greys for tables, blues for what comes before the latents and oranges for what comes after."""
+"""Greys for embeddings, blues for parts before the latents, oranges for parts after them."""
 BYTES_PER_LINE = 96
 SMALLEST_LABELLED = 0.05
 """Smallest share of a bar that has room for its number."""
 MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "$": "\\$"}
-"""What stands for characters that cannot be drawn as they are; a bare dollar begins a formula."""
+"""Labels of characters that cannot be drawn as they are; a bare dollar begins a formula."""
 FONTS = ("DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "DejaVu Sans")
-"""Monospace first; the others for the letters of many scripts, where they are installed."""
+"""Monospace first; the others cover more scripts, if they are installed."""
 
 
 def check_matplotlib() -> None:
-    """Say that matplotlib is missing before work is done in vain.
+    """Check that matplotlib is installed, before long work whose figures need it.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: matplotlib is not installed.
     """
     try:
         import_module("matplotlib")
@@ -62,7 +62,11 @@ def check_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches.
+    """Return an empty figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -74,7 +78,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure; the format follows from the name.
+    """Write a figure to a file; the suffix of the name chooses the format, PNG by default.
 
     Raises:
         ConfigError: the format is unknown, or the file cannot be written.
@@ -83,7 +87,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
     # matplotlib would add its default suffix to the temporary name.
     path = path if path.suffix else path.with_name(f"{path.name}.png")
-    # The same figure is the same file: no date, and names that do not change.
+    # Make the file reproducible: no date, and ids that do not change.
     metadata = {"Date": None} if path.suffix == ".svg" else None
     try:
         with (
@@ -97,16 +101,21 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def draw_entropies(patched: PatchedText, path: Path) -> None:
-    """Entropy of each byte's prediction, the threshold, and where patches begin.
+    """Draw the entropy of each byte's prediction, the threshold, and the patch boundaries.
 
-    As the paper's Figure 4: a dot above each byte is how uncertain the scorer was about it; a
-    grey line stands before each byte that starts a patch. Long texts continue on further panels.
+    As in the paper's Figure 4, a dot above each byte shows how uncertain the scorer was about it,
+    and a grey line stands before each byte that starts a patch. Long texts take several panels of
+    :data:`BYTES_PER_LINE` bytes.
 
     Raises:
-        ConfigError: the text has no entropies, matplotlib is missing, or the file cannot be made.
+        ConfigError: the text has no entropies, matplotlib is missing, or the file cannot be
+            written.
     """
     if patched.entropies is None:
-        raise ConfigError("this rule needs no entropies, so there are none to draw")
+        raise ConfigError(
+            f"the {patched.rule.kind} rule needs no entropies, so there are none to draw: choose "
+            "an entropy rule, or a model with a scorer"
+        )
     length = len(patched.data)
     panels = max(-(-length // BYTES_PER_LINE), 1)
     width = 1.5 + 0.135 * min(length, BYTES_PER_LINE)
@@ -140,10 +149,10 @@ def draw_entropies(patched: PatchedText, path: Path) -> None:
 
 
 def draw_rules(patched: Sequence[PatchedText], path: Path) -> None:
-    """The patches that several rules make of one text, one rule a line, as the paper's Figure 3.
+    """Draw the patches of one text under several rules, one rule per line (paper Figure 3).
 
     Raises:
-        ConfigError: matplotlib is missing, or the file cannot be made.
+        ConfigError: matplotlib is missing, or the file cannot be written.
     """
     data = patched[0].data[:BYTES_PER_LINE]
     labels = byte_labels(data)
@@ -173,10 +182,16 @@ def draw_curves(
     x_label: str,
     y_label: str = "held-out bits per byte",
 ) -> None:
-    """Lines over a logarithmic x axis, one per name.
+    """Draw one line per name over a logarithmic x axis.
+
+    Args:
+        curves: x and y values by name.
+        path: the file.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
 
     Raises:
-        ConfigError: matplotlib is missing, or the file cannot be made.
+        ConfigError: matplotlib is missing, or the file cannot be written.
     """
     figure = new_figure(6.0, 3.6)
     axis = figure.subplots()
@@ -192,15 +207,15 @@ def draw_curves(
 
 
 def draw_shares(costs: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
-    """A stacked bar for each quantity: the share of it that each part has.
+    """Draw a stacked bar for each quantity, divided by the share of each part.
 
     Args:
-        costs: by label of the quantity and name of the part; all have the same parts.
-        path: of the file.
-        title: what it is of.
+        costs: values by label of the quantity and name of the part; all have the same parts.
+        path: the file.
+        title: title of the figure.
 
     Raises:
-        ConfigError: matplotlib is missing, or the file cannot be made.
+        ConfigError: matplotlib is missing, or the file cannot be written.
     """
     figure = new_figure(8.0, 1.2 + 0.55 * len(costs))
     axis = figure.subplots()
@@ -241,10 +256,10 @@ def _draw_boxes(axis: "Axes", text: PatchedText, line: int, length: int) -> None
 
 
 def byte_labels(data: bytes) -> list[str]:
-    """A label for each byte.
+    """Return a label for each byte.
 
-    A character stands on the first of its bytes. What cannot be seen, or drawn with the fonts
-    installed, is shown as a mark or in hexadecimal.
+    The first byte of a character has the character as its label, the others an empty one. Bytes
+    that are not printable, or not in an installed font, are shown as a mark or in hexadecimal.
     """
     labels = [f"{byte:02x}" for byte in data]
     at = 0
@@ -271,7 +286,7 @@ def _rule_name(patched: PatchedText) -> str:
 
 @cache
 def _fonts() -> dict[str, str]:
-    """Installed fonts of :data:`FONTS` and where they are."""
+    """Return the files of those of :data:`FONTS` that are installed, by name."""
     from matplotlib import font_manager
 
     files = {font.name: font.fname for font in font_manager.fontManager.ttflist}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -17,30 +17,30 @@ from bytelm.config import PatchingConfig, kind_of
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.evaluation import Likelihood, evaluate
 from bytelm.inference import GREEDY, Generated, Sampling, stream
-from bytelm.lm import CausalLM
+from bytelm.lm import CausalLM, PatchedLM
 from bytelm.lm.kinds import CANNOT_PREDICT
-from bytelm.patching import build_patcher
+from bytelm.patching import Patcher, build_patcher
 from bytelm.scoring import score_documents
 
 DEFAULT_CONTEXT_BYTES = 8192
-"""Longest piece scored at once by models that do not say what they were trained on."""
+"""Context length, in bytes, of models that do not record the one they were trained with."""
 
 
 @dataclass(frozen=True)
 class PatchedText:
-    """A text and its patches."""
+    """Text and its patches."""
 
     data: bytes
     boundaries: tuple[int, ...]
-    """Positions in ``data`` that start a patch. 0 always does: BOS before it is a patch alone."""
+    """Positions in ``data`` that start a patch; the first is 0, since BOS is a patch by itself."""
     entropies: NDArray[np.float32] | None
-    """``entropies[i]`` is that of the prediction of byte ``i``, in nats; one more than there are
-    bytes, the last being that of the byte after the text."""
+    """``entropies[i]`` is the entropy, in nats, of the prediction of byte ``i``. There is one more
+    than there are bytes: the last is that of the byte after the text."""
     rule: PatchingConfig
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Where each patch begins and ends; none where there is no text."""
+        """Begin and end of each patch in ``data``; empty if there is no text."""
         return list(pairwise([*self.boundaries, len(self.data)]))
 
     @property
@@ -50,14 +50,14 @@ class PatchedText:
 
     @property
     def patch_size(self) -> float:
-        """Mean bytes per patch of the text; the patch that BOS is alone is left out."""
+        """Mean bytes per patch, without the patch of BOS."""
         return len(self.data) / max(len(self.boundaries), 1)
 
 
 class LanguageModel:
-    """A saved model, as :func:`load` returns it.
+    """Saved model, as :func:`load` returns it.
 
-    Text may be ``str`` (taken as UTF-8) or any ``bytes``.
+    Text may be ``str`` (encoded as UTF-8) or any ``bytes``.
     """
 
     def __init__(self, module: CausalLM, config: CheckpointConfig) -> None:
@@ -66,12 +66,12 @@ class LanguageModel:
 
     @property
     def context_bytes(self) -> int:
-        """Longest stretch of text the model was trained on."""
+        """Longest context the model was trained with, in bytes."""
         return self.config.context_bytes or DEFAULT_CONTEXT_BYTES
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.module.device
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -85,54 +85,78 @@ class LanguageModel:
     def entropies(self, text: str | bytes) -> NDArray[np.float32]:
         """Return the entropy of the prediction of each byte, and of the byte after the text.
 
-        In nats, one more than there are bytes.
+        Returns:
+            ``float32[len(text) + 1]``, in nats; ``entropies[i]`` is that of byte ``i``.
 
         Raises:
-            ConfigError: the model neither has a scorer nor is one.
+            ConfigError: the model has no scorer and cannot serve as one.
         """
         ids = torch.from_numpy(codec.encode(text)).to(self.device)
         return score_documents(self.module.get_scorer(), [ids])[0].cpu().numpy()
 
     def patch(self, text: str | bytes, rule: PatchingConfig | None = None) -> PatchedText:
-        """Cut a text into patches.
+        """Segment a text into patches.
 
         Args:
             text: any bytes.
-            rule: another rule than the model's own; entropies come from its scorer, or from the
-                model itself if it is one.
+            rule: rule to use instead of the model's own; its entropies come from the model's
+                scorer, or from the model itself if it can score.
 
         Raises:
-            ConfigError: the model has no rule of its own, or no entropies for the one given.
+            ConfigError: no rule is given and the model has none; the rule needs entropies and the
+                model has no scorer; or the rule is learned, and is not the model's own.
             PatchingError: the rule has no threshold.
         """
         rule = rule or self.config.patching
         if rule is None:
             raise ConfigError(
                 f"a {kind_of(type(self.config.model))} model has no patching rule of its own: "
-                "name one"
+                "name one, such as EntropyPatching(threshold=1.3)"
             )
-        patcher = build_patcher(rule)
+        own = self._own_patcher(rule)
+        patcher = own or build_patcher(rule)
+        if own is None and patcher.is_learned:
+            raise ConfigError(
+                f"the {rule.kind} rule is learned, and this model was not trained with it: load a "
+                "model that was, or name another rule"
+            )
         data = codec.to_bytes(text)
         entropies = None
         with nullcontext() if patcher.needs_entropies else suppress(ConfigError):
             entropies = self.entropies(data)
-        scores = torch.from_numpy(entropies)[None] if entropies is not None else None
-        ids = torch.from_numpy(codec.encode(data))[None]
-        next_boundary = patcher.next_boundary(ids, scores)[0, : len(data)]
+        device = self.device if own else torch.device("cpu")
+        scores = None if entropies is None else torch.from_numpy(entropies)[None].to(device)
+        ids = torch.from_numpy(codec.encode(data))[None].to(device)
+        with torch.inference_mode():
+            states = None
+            if patcher.needs_states:
+                assert isinstance(self.module, PatchedLM)
+                states = self.module.encoder_states(ids)
+            next_boundary = patcher.next_boundary(ids, scores, states=states)[0, : len(data)]
         boundaries = tuple(next_boundary.nonzero().flatten().tolist())
         return PatchedText(data, boundaries, entropies, rule)
+
+    def _own_patcher(self, rule: PatchingConfig) -> Patcher | None:
+        """Return the model's own patcher if it applies the rule, with the rule's limit."""
+        own = self.config.patching
+        if own is None or not isinstance(self.module, PatchedLM):
+            return None
+        if rule.model_copy(update={"max_length": own.max_length}) != own:
+            return None
+        return replace(self.module.patcher, max_length=rule.max_length)
 
     def likelihood(
         self, texts: Iterable[tuple[str, bytes]], *, stride: int | None = None
     ) -> dict[str, Likelihood]:
-        """Likelihood of labelled texts, totalled by label.
+        """Return the likelihood of labelled texts, summed by label.
 
         Args:
             texts: (label, text) pairs.
-            stride: see :func:`bytelm.evaluation.evaluate`.
+            stride: bytes between the beginnings of contexts; see
+                :func:`bytelm.evaluation.evaluate`.
 
         Raises:
-            ConfigError: the model is a table of entropies, or the stride is out of range.
+            ConfigError: the model is an n-gram scorer, or the stride is out of range.
         """
         if not self.module.can_predict:
             raise ConfigError(CANNOT_PREDICT)
@@ -141,7 +165,7 @@ class LanguageModel:
     def bits_per_byte(
         self, text: str | bytes | Iterable[str | bytes], *, stride: int | None = None
     ) -> float:
-        """Bits per byte of one text, or of several together.
+        """Return the bits per byte of one text, or of several together.
 
         Raises:
             ConfigError: as :meth:`likelihood`.
@@ -158,7 +182,7 @@ class LanguageModel:
         sampling: Sampling = GREEDY,
         stop: str | bytes | Sequence[str | bytes] = (),
     ) -> bytes:
-        """Continue a prompt; the bytes after it.
+        """Return the continuation of a prompt; the arguments are those of :meth:`stream`.
 
         Raises:
             ConfigError: an option is out of range.
@@ -177,10 +201,10 @@ class LanguageModel:
         """Continue a prompt, yielding bytes as soon as they are certain.
 
         Args:
-            prompt: any bytes, or none.
-            max_bytes: most bytes to generate.
-            sampling: how each byte is chosen.
-            stop: one or several texts that end generation and are left out.
+            prompt: any bytes; may be empty.
+            max_bytes: maximum number of bytes to generate.
+            sampling: how each byte is sampled.
+            stop: one or several texts that end generation; they are not part of the result.
 
         Raises:
             ConfigError: an option is out of range.
@@ -202,7 +226,13 @@ class LanguageModel:
         sampling: Sampling = GREEDY,
         stop: str | bytes | Sequence[str | bytes] = (),
     ) -> Iterator[str]:
-        """Like :meth:`stream`, as text: no character is split, invalid bytes become U+FFFD."""
+        """Continue a prompt as :meth:`stream` does, yielding text.
+
+        No character is split, and invalid bytes become U+FFFD.
+
+        Raises:
+            ConfigError: an option is out of range.
+        """
         decoder = codec.Utf8Stream()
         for part in self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop):
             text = decoder.feed(part.data)
@@ -220,18 +250,21 @@ def load(
 
     Args:
         path: folder of a checkpoint or a run.
-        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
-        precision: of the weights: ``float32``, ``bfloat16``, ``stored``, or ``auto`` for fp32 on
-            the CPU and as stored elsewhere. The scorer of a BLT is fp32 but with ``stored``.
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA if it is available.
+        precision: precision of the weights: ``float32``, ``bfloat16``, ``stored``, or ``auto`` for
+            fp32 on the CPU and as stored elsewhere. The scorer of a BLT is fp32 unless ``stored``
+            is chosen.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: there is no such precision.
+        CheckpointError: the checkpoint is missing or damaged, or the device cannot hold it.
+        ConfigError: the precision is unknown.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         module, config = load_model(Path(path), torch.device(device), precision)
     except RuntimeError as error:
-        raise CheckpointError(f"cannot load {path} on {device}: {error}") from error
+        raise CheckpointError(
+            f"cannot load {path} on {device}: {error}; choose another device"
+        ) from error
     return LanguageModel(module, config)

@@ -1,8 +1,9 @@
-"""Callbacks: what long work tells those who watch it.
+"""Callbacks that long work reports its progress to.
 
-Training has :class:`Callback`, which also records metrics (:mod:`bytelm.tracking`); work of several
-parts, such as the quickstart and a study, has :class:`Progress`. Nothing here prints: the command
-line's are in :mod:`bytelm.display`, and any program can have its own.
+A training run reports to :class:`Callback`, which metrics writers also implement
+(:mod:`bytelm.tracking`); work of several parts, such as the quickstart and a study, reports to
+:class:`Progress`. Nothing here prints: the command line's implementations are in
+:mod:`bytelm.display`, and programs can have their own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +13,17 @@ from typing import Any
 
 
 class StopTraining(Exception):
-    """Raised by a callback: the run ends with a checkpoint, and can be resumed."""
+    """Raised by a callback to end a run with a checkpoint, from which it can be resumed.
+
+    Any method of a callback may raise it. The step in progress is completed first, with its
+    metrics, its validation and its events to other callbacks.
+    """
 
 
 class Callback:
-    """Told of the events of a training run; every method does nothing unless overridden.
+    """Receiver of the events of a training run; every method does nothing unless overridden.
+
+    A method may raise :class:`StopTraining` to end the run.
 
     ::
 
@@ -29,30 +36,26 @@ class Callback:
     """
 
     def on_begin(self, step: int, steps: int) -> None:
-        """A run begins, or resumes, after ``step`` of ``steps`` steps."""
+        """Called when a run begins, or resumes after ``step`` of ``steps`` steps."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics are there: of the steps since the last, or of held-out text (``validation_``).
-
-        Raises:
-            StopTraining: to end the run.
-        """
+        """Called with the metrics since the last call, or of held-out text (``validation_*``)."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """A checkpoint was saved."""
+        """Called when a checkpoint has been saved in ``folder``."""
 
     def on_end(self) -> None:
-        """The run has ended: finished, stopped or failed."""
+        """Called when the run has finished, stopped or failed."""
 
 
 class Progress:
-    """Told how work of several parts goes on; this one keeps it to itself."""
+    """Receiver of the progress of work of several parts; this one ignores it."""
 
     def stage(self, title: str) -> None:
-        """Begin another part of the work."""
+        """Begin the next part of the work."""
 
     def note(self, text: str) -> None:
-        """Mention something worth a line."""
+        """Report a line of text."""
 
     def training(self, title: str) -> Callback:
         """Return the callback of a training run."""
@@ -60,15 +63,15 @@ class Progress:
 
     @contextmanager
     def preparing(self) -> Iterator[Callable[[Any], None]]:
-        """Yield what :func:`bytelm.data.prepare` is to report to."""
+        """Yield the function that :func:`bytelm.data.prepare` reports to."""
         yield lambda state: None
 
     @contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Yield what to call with how much of ``total`` is done, and a word on it."""
+        """Yield a function to call with the amount of ``total`` done, and a short description."""
         yield lambda done, what: None
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Do something of unknown length."""
+        """Show that work of unknown length is in progress."""
         yield

@@ -1,8 +1,8 @@
-"""The tour: a small BLT trained, measured and sampled on this computer, in minutes.
+"""The quickstart: train, evaluate and sample a small BLT on this computer, in minutes.
 
-Nothing is downloaded: by default the text is the Python standard library, which every machine that
-can run this has. The steps are those a user would type, so the folder is an example of all that the
-package makes. Each step can be interrupted; the same command resumes it.
+Nothing is downloaded: by default the text is the Python standard library, which is present wherever
+this runs. The steps are the commands a user would type, so the folder is an example of everything
+that the package writes. Each step can be interrupted; the same command resumes it.
 """
 
 import lzma
@@ -41,9 +41,9 @@ from bytelm.version import __version__
 
 PATCH_SIZE = 4.5
 FLOPS = 4e12
-"""Training FLOPs of each of the two models, where time allows."""
+"""Training FLOPs of each of the two models, if the time allows."""
 RESERVED_SHARE = 0.22
-"""Of the time, kept for validating, evaluating, sampling and drawing."""
+"""Share of the time kept for validation, evaluation, sampling and figures."""
 MIN_BYTES = 100_000
 HELD_OUT_BYTES = 150_000
 PLAN, RESULTS, REPORT = "plan.json", "results.json", "report.md"
@@ -52,25 +52,26 @@ STAGES = 7
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of results."""
+    """Row of the table of results."""
 
     name: str
     bits_per_byte: float
     patch_size: float | None = None
     parameters: int | None = None
-    """Without n-gram tables, which are look-ups."""
-    table_parameters: int | None = None
+    """Parameters without hash embeddings, which are look-ups."""
+    hash_parameters: int | None = None
+    """Parameters in hash embeddings."""
     flops: float | None = None
     train_bytes: int | None = None
 
 
 class Quickstart(NamedTuple):
-    """What a tour found; its report has the figures."""
+    """Results of a quickstart; its report has the figures."""
 
     rows: list[Row]
     prompt: bytes
     sample: bytes
-    """What the BLT makes of the prompt."""
+    """The BLT's continuation of the prompt."""
     seconds: float
     out: Path
 
@@ -83,18 +84,19 @@ def run_quickstart(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Quickstart:
-    """Run the tour, or finish the one that was begun in the folder.
+    """Run the quickstart, or resume the one in the folder.
 
     Args:
         data: file or folder of text; ``None`` for the standard library of the running Python.
         out: folder of the run.
-        minutes: time to take at most; less means shorter training.
-        seed: of weights and data order.
-        progress: told how it goes on, in :data:`STAGES` stages.
+        minutes: maximum duration; a shorter one means less training.
+        seed: seed of weights and data order.
+        progress: receives the progress, in :data:`STAGES` stages.
 
     Raises:
-        ConfigError: ``out`` holds a quickstart of other settings, or matplotlib is missing.
+        ConfigError: ``out`` holds a quickstart with other settings, or matplotlib is missing.
         DataError: the text cannot be read, or there is too little of it.
+        BytelmError: training was stopped; running it again resumes it.
     """
     began = time.monotonic()
     check_matplotlib()
@@ -137,7 +139,7 @@ def run_quickstart(
 
 
 def _prepare_text(data: Path | None, out: Path, progress: Progress) -> Manifest:
-    """Prepare the documents of the text, a few held out."""
+    """Prepare the documents of the text, with a few held out."""
     if data is None:
         library = Path(sysconfig.get_paths()["stdlib"])
         # Installed packages may live inside the library's folder; they differ between machines.
@@ -185,7 +187,7 @@ def _training_recipe(name: str, out: Path, seed: int, steps: int) -> Recipe:
 
 
 def _claim(out: Path, data: Path | None, seed: int) -> None:
-    """Make the folder of a new tour, or check that the one there is of the same settings."""
+    """Create the folder of a new quickstart, or check that an existing one has these settings."""
     settings = {"data": None if data is None else str(data.resolve()), "seed": seed}
     if not (out / PLAN).exists():
         if not is_vacant(out):
@@ -196,13 +198,13 @@ def _claim(out: Path, data: Path | None, seed: int) -> None:
     found = read_json(out / PLAN)["settings"]
     if found != settings:
         raise ConfigError(
-            f"{out} holds a quickstart of other settings ({found}): choose another --out, or "
+            f"{out} holds a quickstart with other settings ({found}): choose another --out, or "
             "remove it"
         )
 
 
 def _plan(out: Path, seed: int, seconds: float, progress: Progress) -> dict[str, int]:
-    """Return the steps of both models: equal FLOPs, as many as fit; the same when run again."""
+    """Return the steps of both models, at equal FLOPs; a resumed run keeps those it has."""
     plan = read_json(out / PLAN)
     if plan["steps"] is not None:
         return plan["steps"]
@@ -218,12 +220,12 @@ def _plan(out: Path, seed: int, seconds: float, progress: Progress) -> dict[str,
 
 
 def equal_flops(costs: dict[str, StepCost], flops: float, seconds: float) -> dict[str, int]:
-    """Steps for each of several models such that all spend the same FLOPs and time suffices.
+    """Return the steps of several models such that all spend the same FLOPs within the time.
 
     Args:
-        costs: of one step of each model.
-        flops: wanted for each.
-        seconds: for all of them together.
+        costs: cost of one step, by model.
+        flops: FLOPs to spend on each model, if the time allows.
+        seconds: time for all models together.
     """
     seconds_per_flop = sum(cost.seconds / cost.flops for cost in costs.values())
     affordable = min(flops, max(seconds, 0.0) / seconds_per_flop)
@@ -241,7 +243,7 @@ def _train(
 
 
 def _held_out(folder: Path) -> list[bytes]:
-    """Held-out documents, whole, the longer ones of a fair share first."""
+    """Return whole held-out documents, about :data:`HELD_OUT_BYTES`, those to quote from first."""
     dataset = Dataset(folder, "validation")
     documents, size = [], 0
     for index in range(len(dataset)):
@@ -249,7 +251,7 @@ def _held_out(folder: Path) -> list[bytes]:
         size += len(documents[-1])
         if size > HELD_OUT_BYTES:
             break
-    # A document that is long enough to quote from comes first.
+    # The first document is quoted, so it must be long enough.
     documents.sort(key=lambda document: len(document) < 2000)
     return documents
 
@@ -258,7 +260,7 @@ def _measure(name: str, lm: LanguageModel, documents: list[bytes], result: Train
     labelled = [("", document) for document in documents]
     likelihood = total(lm.likelihood(labelled, stride=lm.context_bytes // 2).values())
     counts = parameters_by_part(lm.config.model)
-    hashed = counts.get("n-gram embeddings", 0)
+    hashed = counts.get("hash embeddings", 0)
     return Row(
         name,
         likelihood.bits_per_byte,
@@ -292,7 +294,7 @@ def _draw(out: Path, lm: LanguageModel, snippet: bytes) -> None:
     draw_curves(curves, out / "training.svg", x_label="training FLOPs")
 
 
-HEADINGS = ["model", "bits/byte", "bytes/patch", "params", "+ tables", "bytes read"]
+HEADINGS = ["model", "bits/byte", "bytes/patch", "params", "+ hashed", "bytes read"]
 
 
 def table_rows(rows: list[Row]) -> list[list[str]]:
@@ -303,7 +305,7 @@ def table_rows(rows: list[Row]) -> list[list[str]]:
             f"{row.bits_per_byte:.3f}",
             "-" if row.patch_size is None else f"{row.patch_size:.2f}",
             "-" if row.parameters is None else f"{row.parameters / 1e6:.2f}M",
-            "-" if row.table_parameters is None else f"{row.table_parameters / 1e6:.2f}M",
+            "-" if row.hash_parameters is None else f"{row.hash_parameters / 1e6:.2f}M",
             "-" if row.train_bytes is None else f"{row.train_bytes / 1e6:.2f}M",
         ]
         for row in rows
@@ -338,10 +340,10 @@ def _write_report(found: Quickstart, text: Manifest, threshold: float) -> None:
 
 {table}
 
-Bits per byte of held-out files: lower is better. The models have read other files of the same
-kind, `xz` only the file at hand. Each model was trained with {rows[0].flops or 0:.2e} FLOPs.
-Parameters in n-gram tables are looked up, not multiplied, so they cost none and are counted apart;
-the entropy model is a table too, made by counting.
+Bits per byte of held-out files: lower is better. The models were trained on other files of the same
+kind; `xz` sees only the file that it compresses. Each model was trained with
+{rows[0].flops or 0:.2e} FLOPs. Hash embeddings ("+ hashed") are looked up, not multiplied, so they
+cost no FLOPs and are counted separately. The entropy model is an n-gram scorer, made by counting.
 
 ![training](training.svg)
 

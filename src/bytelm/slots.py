@@ -1,9 +1,9 @@
-"""State over slots: what a model keeps of several documents that it reads at once.
+"""Decoding state of several documents, one per slot.
 
-A slot holds one document. Everything a model must remember of its documents (key-value caches,
-hash context, the open patch, a patching rule's memory) is a :class:`SlotState`: tensors whose first
-axis is slots, or several such states together. Sessions, batches of requests, speculation and
-prefix reuse are all uses of four operations on one slot.
+Everything a model must remember of its documents (key-value caches, hash context, the open patch, a
+patching rule's memory) is a :class:`SlotState`: tensors whose first axis is slots, or several such
+states together. Sessions, batches of requests, speculation and prefix reuse are built from four
+operations on one slot.
 """
 
 from collections.abc import Sequence
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 Slots = Sequence[int] | None
-"""Some slots, each named once; ``None`` for all in order."""
+"""Distinct slots; ``None`` for all of them, in order."""
 
 
 @runtime_checkable
 class SlotState(Protocol):
-    """What is remembered of each slot's document."""
+    """State of each slot's document."""
 
     def reset(self, slot: int) -> None:
-        """Start a new document."""
+        """Start a new document in a slot."""
         ...
 
     def snapshot(self, slot: int) -> Any:
-        """Return what it takes to come back to this point of the document."""
+        """Return a snapshot of a slot, from which :meth:`rollback` restores it."""
         ...
 
     def rollback(self, slot: int, snapshot: Any) -> None:
-        """Come back to a snapshot that was taken of the same document."""
+        """Restore a slot from a snapshot that was taken of the same document."""
         ...
 
     def copy(self, source: Any, source_slot: int, slot: int) -> None:
-        """Take over the document of a slot of another state of the same kind, or of this one."""
+        """Copy the document of a slot of this state, or of another one of the same kind."""
         ...
 
 
@@ -41,9 +41,9 @@ class SlotTensors:
     """Tensors of fixed size for each slot.
 
     Args:
-        num_slots: documents at once.
-        initial: by name, the value that every slot starts with.
-        device: where the tensors are.
+        num_slots: number of slots.
+        initial: value that every slot starts with, by name.
+        device: device of the tensors.
     """
 
     def __init__(self, num_slots: int, initial: dict[str, Tensor], device: torch.device) -> None:
@@ -58,7 +58,7 @@ class SlotTensors:
 
     @torch.inference_mode()
     def reset(self, slot: int) -> None:
-        """Start a new document."""
+        """Set a slot's tensors to their initial values."""
         for name, value in self._initial.items():
             self._tensors[name][slot] = value
 
@@ -69,13 +69,13 @@ class SlotTensors:
 
     @torch.inference_mode()
     def rollback(self, slot: int, snapshot: dict[str, Tensor]) -> None:
-        """Put a copy back."""
+        """Restore the slot's tensors from a snapshot."""
         for name, tensor in self._tensors.items():
             tensor[slot] = snapshot[name]
 
     @torch.inference_mode()
     def copy(self, source: "SlotTensors", source_slot: int, slot: int) -> None:
-        """Take over another slot's tensors."""
+        """Copy the tensors of another slot."""
         for name, tensor in self._tensors.items():
             tensor[slot] = source[name][source_slot]
 
@@ -88,7 +88,7 @@ class CompoundState:
 
     @torch.inference_mode()
     def reset(self, slot: int) -> None:
-        """Start a new document."""
+        """Start a new document in every part."""
         for part in self._parts:
             part.reset(slot)
 
@@ -99,19 +99,19 @@ class CompoundState:
 
     @torch.inference_mode()
     def rollback(self, slot: int, snapshot: list[Any]) -> None:
-        """Come back to a snapshot of every part."""
+        """Restore every part from its snapshot."""
         for part, value in zip(self._parts, snapshot, strict=True):
             part.rollback(slot, value)
 
     @torch.inference_mode()
     def copy(self, source: "CompoundState", source_slot: int, slot: int) -> None:
-        """Take over another slot's document."""
+        """Copy the document of another slot, in every part."""
         for part, other in zip(self._parts, source._parts, strict=True):
             part.copy(other, source_slot, slot)
 
 
 def select(tensor: Tensor, slots: Slots) -> Tensor:
-    """Return the slots of a tensor: a view where it can be one, else a copy."""
+    """Return the rows of a tensor at some slots: a view if possible, otherwise a copy."""
     if slots is None:
         return tensor
     if len(slots) == 1:
@@ -120,7 +120,7 @@ def select(tensor: Tensor, slots: Slots) -> Tensor:
 
 
 def assign(tensor: Tensor, slots: Slots, values: Tensor) -> None:
-    """Write to the slots of a tensor."""
+    """Write the rows of a tensor at some slots."""
     if slots is None:
         tensor.copy_(values)
     elif len(slots) == 1:

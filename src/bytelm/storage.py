@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent, locks, hashes, and errors of the disk.
+"""Atomic files and folders, locks, hashes, and disk errors.
 
-What is written here survives a kill or a power cut at any moment: readers find the old contents or
-the new ones, never a part of either.
+Writes survive a kill or a power cut at any moment: readers find the old contents or the new ones,
+never a part of either.
 
 ::
 
@@ -16,11 +16,14 @@ the new ones, never a part of either.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,27 +36,27 @@ from bytelm.errors import BytelmError, CheckpointError, ConfigError
 FILES = "files.json"
 """Record of the size and SHA-256 of a folder's files, written last."""
 LOCK = ".lock"
-"""Name of the file that :func:`locked` holds."""
+"""Name of the lock file of :func:`locked`."""
 _UNFINISHED = ".writing-"
-"""Begins the names of temporary files and folders."""
+"""Prefix of the names of temporary files and folders."""
 
 
 @contextmanager
 def disk_errors(path: Path, raises: type[BytelmError], advice: str) -> Iterator[None]:
-    """Turn an error of the disk into one that names the path and the remedy.
+    """Turn an ``OSError`` into an error that names the path and the remedy.
 
     Args:
-        path: what is being written, named where the disk's error names nothing.
-        raises: class of the error.
-        advice: how to go on, with ``{remedy}`` where the remedy belongs.
+        path: path being written, named if the ``OSError`` names none.
+        raises: class of the error to raise.
+        advice: advice for the message, in which ``{remedy}`` is replaced by the remedy.
 
     Raises:
-        BytelmError: of class ``raises``; the disk refused.
+        BytelmError: of class ``raises``; the block raised an ``OSError``.
     """
     try:
         yield
     except OSError as error:
-        # Libraries that hide the number are taken to have met a full disk.
+        # Some libraries drop the number; a full disk is then the likeliest cause.
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, None)
         remedy = "free some space" if is_full else "check the path and its permissions"
         raise raises(
@@ -64,57 +67,66 @@ def disk_errors(path: Path, raises: type[BytelmError], advice: str) -> Iterator[
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Temporary file that replaces ``path`` if the block succeeds, and is removed if not.
+    """Yield a temporary file that replaces ``path`` if the block succeeds, and is removed if not.
 
     It has the suffix of ``path``, from which some libraries infer the format. Several processes
-    may write the same path: the last to finish wins.
+    may write the same path: the last to finish wins. A symbolic link is followed, and the
+    permissions of an existing file are kept.
 
     Raises:
-        OSError: the disk refused; ``path`` is as it was.
+        OSError: the file cannot be written; ``path`` is unchanged.
     """
-    temporary = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}{path.suffix}")
     with _naming(path, temporary):
         try:
             yield temporary
+            if target.exists():
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             _flush(temporary)
-            temporary.replace(path)
+            temporary.replace(target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
             raise
-    _flush_entry(path)
+    _flush_entry(target)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, whole or not at all.
+    """Write text as UTF-8, atomically.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data: Any, *, indent: int = 2) -> None:
-    """Write JSON for people and programs, whole or not at all.
+    """Write indented JSON, atomically.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
     write_text(path, json.dumps(data, indent=indent) + "\n")
 
 
 def read_json(path: Path, raises: type[BytelmError] = CheckpointError, remedy: str = "") -> Any:
-    """Read JSON.
+    """Return the contents of a JSON file.
+
+    Args:
+        path: the file.
+        raises: class of the error to raise.
+        remedy: what to do if the file cannot be read, for the message.
 
     Raises:
         BytelmError: of class ``raises``; the file is missing or not JSON.
@@ -127,12 +139,12 @@ def read_json(path: Path, raises: type[BytelmError] = CheckpointError, remedy: s
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a journal that one process writes; it is on disk when this returns.
+    """Append a line to a journal of a single writer; it is on disk when this returns.
 
-    A last line that a kill cut short is removed first.
+    An incomplete last line, which a kill leaves, is removed first.
 
     Raises:
-        OSError: the disk refused, and the line may be lost.
+        OSError: the line cannot be written, and may be lost.
     """
     assert "\n" not in line
     with _naming(path), path.open("ab+") as file:
@@ -149,7 +161,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a journal, without a last one that has no newline: a kill cut it short.
+    """Return the lines of a journal, without an incomplete last one, which a kill leaves.
 
     Raises:
         OSError: the file cannot be read.
@@ -159,10 +171,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def truncate_to_lines(path: Path, num_bytes: int | None = None) -> None:
-    """Cut a journal after the last newline among its first ``num_bytes``, or among all.
+    """Truncate a journal after the last newline of its first ``num_bytes``, or of all its bytes.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be read or written.
     """
     kept = path.read_bytes()[:num_bytes]
     os.truncate(path, kept.rfind(b"\n") + 1)
@@ -170,21 +182,35 @@ def truncate_to_lines(path: Path, num_bytes: int | None = None) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, *, record: bool = True) -> Iterator[Path]:
-    """Temporary folder that becomes ``target`` if the block succeeds, and is removed if not.
+    """Yield a temporary folder that becomes ``target`` if the block succeeds, else is removed.
 
-    ``files.json`` is added at the end, unless ``record`` is off. What a killed writer of the same
-    target left is removed first, so only one process at a time may write it.
+    ``files.json`` is added at the end if ``record`` is true. Leftovers of killed writers of the
+    same target are removed first; a lock keeps other writers of it out.
 
     Raises:
-        CheckpointError: ``target`` exists, or the disk refused.
+        CheckpointError: ``target`` exists, cannot be written, or is being written.
     """
     check_absent(target)
-    temporary = target.with_name(f"{_UNFINISHED}{target.name}")
+    prefix = f"{_UNFINISHED}{target.name}"
+    temporary = target.with_name(f"{prefix}-{secrets.token_hex(8)}")
+    lock = FileLock(target.with_name(f"{prefix}.lock"), timeout=0)
     advice = "nothing was changed: {remedy} or choose another place, and run the command again"
-    with disk_errors(target, CheckpointError, advice), _naming(target, temporary):
+    with (
+        disk_errors(target, CheckpointError, advice),
+        _naming(target, temporary, Path(lock.lock_file)),
+    ):
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"another process is writing {target}: wait for it, or choose another name"
+            ) from None
+        try:
+            for path in target.parent.glob(f"{glob.escape(prefix)}*"):
+                if re.fullmatch("(-[0-9a-f]{16})?", path.name.removeprefix(prefix)):
+                    shutil.rmtree(path, ignore_errors=True)
+            temporary.mkdir()
             yield temporary
             if record:
                 write_json(temporary / FILES, _describe_files(temporary))
@@ -195,11 +221,13 @@ def atomic_folder(target: Path, *, record: bool = True) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            _release(lock)
     _flush_entry(target)
 
 
 def check_absent(target: Path) -> None:
-    """Refuse to write where there is something already.
+    """Check that nothing exists at ``target``.
 
     Raises:
         CheckpointError: ``target`` exists.
@@ -209,14 +237,14 @@ def check_absent(target: Path) -> None:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a folder does not exist or holds nothing but what a killed process left."""
+    """Whether a folder is absent, or holds only the hidden files that killed processes leave."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what killed writers of files and folders in ``parent`` left.
+    """Remove the temporary files and folders that killed writers left in ``parent``.
 
     The caller must hold a lock that keeps other writers out.
     """
@@ -234,9 +262,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing, cut short or altered.
     """
-    record = read_json(folder / FILES)
-    if not isinstance(record, dict) or not all(map(_is_description, record.values())):
-        raise CheckpointError(f"{folder / FILES} is damaged: use another checkpoint")
+    record = _read_record(folder)
     remedy = "restore it from a copy, or use another checkpoint"
     for name, expected in record.items():
         check_file(folder / name, expected["bytes"], expected["sha256"], CheckpointError, remedy)
@@ -263,31 +289,34 @@ def check_file(
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_fingerprint(folder: Path, names: Sequence[str]) -> str:
-    """Short hash of the named files of a folder, by their hashes in its ``files.json``.
+    """Return a short hash of some files of a folder, made from their hashes in ``files.json``.
 
     Raises:
-        CheckpointError: there is no ``files.json``, or it is not JSON.
+        CheckpointError: ``files.json`` is missing or damaged, or lacks one of the files.
     """
-    record = read_json(folder / FILES)
+    record = _read_record(folder)
+    missing = next((name for name in names if name not in record), None)
+    if missing is not None:
+        raise CheckpointError(f"{folder / FILES} does not list {missing}: use another checkpoint")
     parts = "".join(record[name]["sha256"] for name in names)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if need be.
+    """Hold the lock of a folder, which is created if it does not exist.
 
-    The lock ends with the process, whatever ends that.
+    The lock is released when the process ends, even by a kill.
 
     Raises:
-        ConfigError: another process is at work in it.
-        OSError: the disk refused.
+        ConfigError: another process holds the lock.
+        OSError: the folder or the lock file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
@@ -295,30 +324,42 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"another process is at work in {folder}: wait for it, or choose another folder"
+            f"another process is writing to {folder}: wait for it, or choose another folder"
         ) from None
     try:
         yield
     finally:
-        # While it is held: afterwards the file may be another process's. (On Windows the file
-        # cannot be removed here, and releasing it does so.)
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-        lock.release()
+        _release(lock)
+
+
+def _release(lock: FileLock) -> None:
+    """Release a lock and remove its file."""
+    # Remove the file while it is held: afterwards it may be another process's. (Windows does not
+    # allow this; there, releasing the lock removes the file.)
+    with suppress(OSError):
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 @contextmanager
-def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Let the disk's errors name the path that the user knows, not nothing or a temporary one."""
+def _naming(path: Path, *temporary: Path) -> Iterator[None]:
+    """Make each ``OSError`` name ``path`` if it names no file, or a temporary one."""
     try:
         yield
     except OSError as error:
         named = error.filename
-        is_ours = named is None or (temporary and Path(str(named)).is_relative_to(temporary))
-        # One without a number is only a message, which a file's name would hide.
+        is_ours = named is None or any(Path(str(named)).is_relative_to(one) for one in temporary)
+        # An error without a number is only a message, which a file name would hide.
         if is_ours and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / FILES)
+    if not isinstance(record, dict) or not all(map(_is_description, record.values())):
+        raise CheckpointError(f"{folder / FILES} is damaged: use another checkpoint")
+    return record
 
 
 def _is_description(value: Any) -> bool:
@@ -342,10 +383,10 @@ def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _flush(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     is_windows = os.name == "nt"
     if is_windows and path.is_dir():
-        return  # Windows opens no folders, and flushes only files that are open for writing.
+        return  # Windows cannot open folders, and flushes only files opened for writing.
     descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -354,6 +395,6 @@ def _flush(path: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
-    """Force the name of a new file onto the disk; should that fail, only a power cut matters."""
+    """Flush the directory entry of a new file; a failure matters only after a power cut."""
     with suppress(OSError):
         _flush(path.parent)

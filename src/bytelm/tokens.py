@@ -1,10 +1,9 @@
-"""Byte-pair tokens: what the baseline with a tokenizer reads, and nothing else here does.
+"""Byte-level byte-pair encoding, for the baseline that reads tokens.
 
-Ids begin like those of :mod:`bytelm.codec` (four special ones, then the 256 bytes in order), and a
-token for each merge follows: a tokenizer without merges is the byte codec. Text is split before
-merging as Llama 3 does it (words with the space before them, at most three digits, runs of
-punctuation or white space). Any bytes can be encoded: those that are no UTF-8 are tokens of one
-byte each.
+The first ids are those of :mod:`bytelm.codec` (four special ones, then the 256 bytes in order), and
+a token for each merge follows: a tokenizer without merges is the byte codec. Text is pre-tokenised
+as Llama 3 does (words with the space before them, at most three digits, runs of punctuation or
+white space). Any bytes can be encoded: invalid UTF-8 becomes one token per byte.
 """
 
 import hashlib
@@ -45,7 +44,7 @@ def _library() -> Any:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in vocabularies of this kind."""
+    """Return the printable character that represents each byte in byte-level BPE vocabularies."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (n for n in range(256) if n not in printable)
     characters = {byte: chr(byte) for byte in printable}
@@ -57,10 +56,10 @@ class Tokenizer:
     """Byte-level byte-pair encoding.
 
     Args:
-        merges: pairs of tokens, in order of rank, written in the byte characters of this kind of
-            vocabulary.
+        merges: pairs of tokens, in order of rank, written in the characters that represent bytes.
 
     Raises:
+        ConfigError: the ``tokenizers`` package is not installed.
         DataError: a merge names a token that no earlier merge makes.
     """
 
@@ -69,16 +68,18 @@ class Tokenizer:
         characters = _byte_characters()
         self._values = {character: byte for byte, character in enumerate(characters)}
         self.merges = merges
-        # A space is none of the byte characters, so no merge can make one of these.
+        # A space represents no byte, so no merge can produce one of these names.
         special = [f"special {number}" for number in range(codec.OFFSET)]
-        # Two merges may make one token, of different halves.
+        # Two merges may make the same token from different halves.
         merged = dict.fromkeys(left + right for left, right in merges)
         tokens = [*special, *characters, *merged]
         vocabulary = {token: number for number, token in enumerate(tokens)}
         try:
             model = library.models.BPE(vocabulary, merges)
         except Exception as error:  # the library raises no narrower type
-            raise DataError(f"the tokenizer is damaged: {error}") from None
+            raise DataError(
+                f"the tokenizer is damaged: {error}; make one with `bytelm data tokenizer`"
+            ) from None
         self._tokenizer = library.Tokenizer(model)
         self._tokenizer.pre_tokenizer = _pre_tokenizer()
         lengths = [0] * codec.OFFSET + [len(token) for token in tokens[codec.OFFSET :]]
@@ -87,40 +88,40 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Special ids, bytes and merged tokens."""
+        """Number of ids: special ids, bytes and merged tokens."""
         return len(self._tokens)
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the merges."""
+        """Short hash of the merges."""
         return hashlib.sha256(json.dumps(self.merges).encode()).hexdigest()[:16]
 
     def encode(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Token ids of byte ids; special ids stay as they are, and nothing merges across them."""
-        pieces = []
+        """Return the token ids of byte ids; special ids are kept, and no merge crosses them."""
+        parts = []
         special = np.flatnonzero(ids < codec.OFFSET)
         begin = 0
         for at in [*special.tolist(), len(ids)]:
-            pieces.append(self._encode((ids[begin:at] - codec.OFFSET).astype(np.uint8).tobytes()))
-            pieces.append(ids[at : at + 1])
+            parts.append(self._encode((ids[begin:at] - codec.OFFSET).astype(np.uint8).tobytes()))
+            parts.append(ids[at : at + 1])
             begin = at + 1
-        return np.concatenate(pieces)
+        return np.concatenate(parts)
 
     def num_ids(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many byte ids each token stands for: its bytes, or one special id."""
+        """Return the number of byte ids that each token encodes: its bytes, or one special id."""
         return np.maximum(self._lengths[tokens], 1)
 
     def decode(self, token: int) -> bytes:
-        """The bytes of a token; none of a special id."""
+        """Return the bytes of a token; a special id has none."""
         if token < codec.OFFSET:
             return b""
         return bytes(self._values[character] for character in self._tokens[token])
 
     def save(self, path: Path) -> None:
-        """Write the merges, in order, as JSON, whole or not at all.
+        """Write the merges, in order, to a JSON file, atomically.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file cannot be written.
         """
         write_text(path, json.dumps({"merges": self.merges}, ensure_ascii=False) + "\n")
 
@@ -136,7 +137,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what :meth:`Tokenizer.save` wrote.
+    """Load a tokenizer that :meth:`Tokenizer.save` wrote.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -153,26 +154,26 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def train_tokenizer(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
-    """Byte-pair merges of some text, most frequent first.
+    """Train a tokenizer on some text.
 
     Args:
-        documents: any bytes; what is no UTF-8 is left out of the counting.
-        vocab_size: special ids and bytes included, so at least 260.
+        documents: any bytes; invalid UTF-8 is not counted.
+        vocab_size: number of ids, special ids and bytes included, so at least 260.
 
     Raises:
-        ConfigError: ``vocab_size`` is below 260.
-        DataError: the text is too small for so many merges.
+        ConfigError: ``vocab_size`` is below 260, or the ``tokenizers`` package is not installed.
+        DataError: the text has too few pairs for so large a vocabulary.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"a vocabulary of {vocab_size} is too small: special ids and bytes take "
-            f"{MIN_VOCAB_SIZE}"
+            f"a vocabulary of {vocab_size} is too small: it must have at least {MIN_VOCAB_SIZE} "
+            "ids, for the bytes and the special ids"
         )
     library = _library()
     counted = library.Tokenizer(library.models.BPE())
     counted.pre_tokenizer = _pre_tokenizer()
     trainer = library.trainers.BpeTrainer(
-        # The library counts no special ids here.
+        # The library does not count special ids.
         vocab_size=vocab_size - codec.OFFSET,
         initial_alphabet=_byte_characters(),
         show_progress=False,
@@ -182,8 +183,8 @@ def train_tokenizer(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer([(left, right) for left, right in merges])
     if tokenizer.vocab_size != vocab_size:
         raise DataError(
-            f"the text has only {len(merges)} pairs to merge: a vocabulary of "
-            f"{tokenizer.vocab_size} at most"
+            f"the text has only {len(merges)} pairs to merge: ask for a vocabulary of at most "
+            f"{tokenizer.vocab_size}, or use more text"
         )
     return tokenizer
 

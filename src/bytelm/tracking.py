@@ -1,4 +1,4 @@
-"""Where metrics go: a JSON Lines file always, TensorBoard if asked for."""
+"""Writers of metrics: a JSON Lines file, and optionally TensorBoard."""
 
 import json
 import math
@@ -13,18 +13,19 @@ from bytelm.storage import read_lines, truncate_to_lines
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the metrics that a :class:`JsonlMetrics` wrote."""
+    """Return the metrics that :class:`JsonlMetrics` wrote, one mapping for each line."""
     return [json.loads(line) for line in read_lines(path)]
 
 
 class JsonlMetrics(Callback):
-    """Writes one JSON object a line.
+    """Writer of metrics to a JSON Lines file.
 
-    A number that is not finite becomes null: JSON has no other word for it.
+    Numbers that are not finite become null, since JSON cannot represent them.
 
     Args:
-        path: of the file.
-        resume_at: bytes of the file to keep; what an earlier run wrote after them is dropped.
+        path: the file.
+        resume_at: bytes of the file to keep; lines that an earlier run wrote after them are
+            removed.
     """
 
     def __init__(self, path: Path, resume_at: int = 0) -> None:
@@ -40,7 +41,7 @@ class JsonlMetrics(Callback):
         self._file.flush()
 
     def position(self) -> int:
-        """Return the size of the file in bytes, all of them on disk."""
+        """Flush the file to disk, and return its size in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
@@ -51,11 +52,11 @@ class JsonlMetrics(Callback):
 
 
 class TensorBoardMetrics(Callback):
-    """Writes scalars for TensorBoard.
+    """Writer of metrics as TensorBoard scalars.
 
     Args:
-        folder: of the event files.
-        resumed_step: the last step to keep of an earlier run.
+        folder: folder of the event files.
+        resumed_step: last step of an earlier run to keep.
 
     Raises:
         ConfigError: TensorBoard is not installed.

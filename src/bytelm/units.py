@@ -1,8 +1,8 @@
-"""Units: how a model divides text - into bytes, patches of bytes, or tokens.
+"""Units into which a model divides text: bytes, patches of bytes, or tokens.
 
-Documents are sequences of byte ids (BOS, bytes, EOS), and a :class:`Span` is consecutive positions
-of one. What a model reads and predicts of it is a :class:`Segment`. The three strategies here are
-all that packing, training, evaluation and generation need to know of the difference.
+A document is a sequence of byte ids (BOS, bytes, EOS), and a :class:`Span` is a stretch of one. A
+:class:`Segment` holds the ids that a model reads for a span, and its targets. Packing, training,
+evaluation and generation deal with the three kinds of unit through the protocol :class:`Units`.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ Ids = NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Consecutive positions of a document: ``ids[i]`` is read, ``ids[i + 1]`` predicted."""
+    """Stretch of a document: ``ids[i]`` is read, ``ids[i + 1]`` predicted."""
 
     document: int
     begin: int
     """First position; 0 is BOS."""
     ids: Ids
-    """One more than there are positions."""
+    """Ids of the positions, and of the one after the last."""
     entropies: NDArray[np.float32] | None
 
     @property
     def num_positions(self) -> int:
-        """Bytes (or BOS) read."""
+        """Number of positions: the bytes, and BOS, that are read."""
         return len(self.ids) - 1
 
     def head(self, length: int) -> "Span":
@@ -42,60 +42,61 @@ class Span(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What a model reads of one span, and predicts."""
+    """Ids that a model reads for one span, and its targets."""
 
     ids: Ids
     targets: Ids
     num_positions: Ids
-    """How many of the span's ids each target stands for."""
+    """Number of the span's ids that each target encodes."""
     next_boundary: NDArray[np.bool_] | None = None
-    """For models of patches: whether the byte after each starts one."""
+    """Whether the byte after each starts a patch; ``None`` if rows carry no patches."""
 
     @property
     def target_bytes(self) -> Ids:
-        """Bytes of text in each target: none in the end of a document."""
+        """Bytes of text in each target; 0 for the end of a document."""
         return np.where(self.targets == codec.EOS, 0, self.num_positions)
 
 
 @runtime_checkable
 class Units(Protocol):
-    """A way to divide text."""
+    """Division of text into the units that a model reads."""
 
     name: str
-    """What they are called: bytes, patches or tokens."""
+    """Name of the units: bytes, patches or tokens."""
     needs_entropies: bool
     """Whether spans must carry entropies."""
     has_budget: bool
-    """Whether rows have a budget of units beside that of bytes."""
+    """Whether rows have a budget of units as well as one of bytes."""
     margin: float
-    """Budget of a row over the units that its bytes need on average."""
+    """Ratio of a row's budget of units to the units that its bytes need on average."""
     byte_room: float
-    """Bytes that a row may hold over its nominal number: rows of tokens close on tokens."""
+    """Ratio of the bytes that a row may hold to its nominal number. It exceeds 1 for tokens, whose
+    rows are closed by the budget of tokens."""
     sample_bytes: int
-    """Text that :meth:`mean_bytes` is measured on."""
+    """Bytes of text that :meth:`mean_bytes` is measured on."""
     fingerprint: str
-    """What tells these units from others of their kind that data does not tell apart."""
+    """Hash that distinguishes units of one kind, such as those of two tokenizers."""
 
     def encode(self, ids: Ids) -> Ids:
-        """Return the ids that a model reads of byte ids."""
+        """Return the ids that a model reads for byte ids."""
         ...
 
     def decode(self, chosen: int) -> bytes:
-        """Return the bytes of an id that a model predicts: none of a special one."""
+        """Return the bytes of an id that a model predicts; a special id has none."""
         ...
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Divide a span, or as much of its beginning as there is room for.
 
         Args:
-            span: of at least one position.
-            room: most units; ``None`` for no limit.
-            cut: where above 0, no unit of several positions lies on both sides of this one.
+            span: a span of at least one position.
+            room: maximum number of units; ``None`` for no limit.
+            cut: if above 0, a target index that no token may extend across.
         """
         ...
 
     def count(self, segment: Segment, seen: int = 0) -> int:
-        """Count the units that begin after the first ``seen`` targets; 0 for bytes."""
+        """Return the number of units that begin after the first ``seen`` targets; 0 for bytes."""
         ...
 
     def row_length(self, num_bytes: int, budget: int | None) -> int:
@@ -103,12 +104,12 @@ class Units(Protocol):
         ...
 
     def mean_bytes(self, documents: Sequence[tuple[Tensor, Tensor | None]]) -> float:
-        """Return the mean byte ids per unit of (ids, entropies) pairs."""
+        """Return the mean number of byte ids per unit in (ids, entropies) pairs."""
         ...
 
 
 class ByteUnits:
-    """Every byte by itself."""
+    """Bytes: every byte is a unit."""
 
     name: str = "bytes"
     needs_entropies = False
@@ -127,7 +128,7 @@ class ByteUnits:
         return codec.decode([chosen])
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
-        """Return all of a span."""
+        """Return the whole span; bytes have no budget of units."""
         return Segment(span.ids[:-1], span.ids[1:], np.ones(span.num_positions, np.int64))
 
     def count(self, segment: Segment, seen: int = 0) -> int:
@@ -144,7 +145,7 @@ class ByteUnits:
 
 
 class PatchUnits(ByteUnits):
-    """Bytes, in patches that a rule finds."""
+    """Patches: bytes, grouped by a patching rule."""
 
     name: str = "patches"
     has_budget = True
@@ -156,7 +157,7 @@ class PatchUnits(ByteUnits):
         self.needs_entropies = patcher.needs_entropies
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
-        """Return as many whole patches of a span, taken as a document, as there is room for."""
+        """Return as many whole patches as there is room for; the span is patched as a document."""
         boundary = self._boundaries(span)
         starts = np.flatnonzero(boundary[:-1]) + 1
         if room is not None and len(starts) >= room:
@@ -173,7 +174,7 @@ class PatchUnits(ByteUnits):
         return self.patcher.next_boundary(ids, entropies)[0].numpy()
 
     def count(self, segment: Segment, seen: int = 0) -> int:
-        """Count patches; one counts where it begins."""
+        """Return the number of patches that begin after the first ``seen`` targets."""
         assert segment.next_boundary is not None
         return int(segment.next_boundary[max(seen - 1, 0) : -1].sum()) + (seen == 0)
 
@@ -183,7 +184,7 @@ class PatchUnits(ByteUnits):
 
 
 class TokenUnits:
-    """Byte-pair tokens: the same spans of the same documents, cut after they are chosen."""
+    """Byte-pair tokens: spans are the same as for bytes, and are tokenised when they are packed."""
 
     name: str = "tokens"
     needs_entropies = False
@@ -205,10 +206,9 @@ class TokenUnits:
         return self.tokenizer.decode(chosen)
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
-        """Return as many tokens of what a span predicts as there is room for.
+        """Return as many tokens of a span's targets as there is room for.
 
-        The byte before them, whatever token it was part of, is all that is known of the text
-        before.
+        The first id read is the byte before them, not the token that it was part of.
         """
         parts = [span.ids[1 : 1 + cut], span.ids[1 + cut :]]
         targets = np.concatenate([self.tokenizer.encode(part) for part in parts])[:room]
@@ -216,7 +216,7 @@ class TokenUnits:
         return Segment(ids, targets, self.tokenizer.num_ids(targets))
 
     def count(self, segment: Segment, seen: int = 0) -> int:
-        """Count tokens."""
+        """Return the number of tokens after the first ``seen``."""
         return len(segment.targets) - seen
 
     def row_length(self, num_bytes: int, budget: int | None) -> int:

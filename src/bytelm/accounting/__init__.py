@@ -1,8 +1,8 @@
-"""FLOPs, parameters and memory from a model's configuration, without running it.
+"""FLOPs, parameters and memory of a model, computed from its configuration.
 
-:mod:`bytelm.accounting.exact` counts what our models compute,
-:mod:`bytelm.accounting.published` is the paper's own formulas, and
-:mod:`bytelm.accounting.breakdown` puts all counts of a model side by side.
+:mod:`bytelm.accounting.exact` counts the operations of bytelm's models,
+:mod:`bytelm.accounting.published` has the formulas of the paper, and
+:mod:`bytelm.accounting.breakdown` combines all counts of a model.
 """
 
 from bytelm.accounting import published

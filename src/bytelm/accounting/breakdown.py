@@ -1,4 +1,4 @@
-"""Where a model's parameters, FLOPs and memory go: every count beside every other, by part."""
+"""Parameters, FLOPs and memory of a model by part."""
 
 import math
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ from bytelm.config import CalibratedPatching, ModelConfig, Node, Recipe
 from bytelm.errors import ConfigError
 
 SCORER = "scorer"
-"""The part that a scorer is."""
+"""Name of the part for a scorer."""
 
 
 class PartCost(NamedTuple):
-    """One part, or several added up. FLOPs are per byte."""
+    """Costs of one part, or the sum of several; FLOPs are per byte."""
 
     parameters: int
     linear: float
@@ -30,7 +30,7 @@ class PartCost(NamedTuple):
     attention: float
     """Forward FLOPs of products of queries with keys and of weights with values."""
     training: float
-    """FLOPs of all passes over a byte while training."""
+    """Training FLOPs: forward and backward passes."""
     decode: DecodeCost
     cache: int
     """Bytes of memory that a session keeps."""
@@ -42,25 +42,25 @@ class PartCost(NamedTuple):
 
 
 class Breakdown(NamedTuple):
-    """All costs of a recipe's model."""
+    """Costs of a recipe's model, by part."""
 
     parts: dict[str, PartCost]
-    """By part; :data:`SCORER` is among them where a scorer was asked for."""
+    """Costs by part, with :data:`SCORER` if a scorer was requested."""
     published: dict[str, float]
-    """The paper's forward FLOPs per byte, of the parts that its formulas have."""
+    """Forward FLOPs per byte by the paper's formulas, for the parts that these have."""
     num_bytes: int
     num_patches: int
-    """Or tokens, of a model of tokens; 0 where there are none."""
+    """Patches in a row, or tokens for a token model; 0 for a byte model."""
     unit: Literal["patches", "tokens"] = "patches"
 
     @property
     def model(self) -> PartCost:
-        """Everything but the scorer."""
+        """Costs without the scorer."""
         return total(cost for name, cost in self.parts.items() if name != SCORER)
 
     @property
     def everything(self) -> PartCost:
-        """With the scorer, if there is one."""
+        """Costs including the scorer, if there is one."""
         return total(self.parts.values())
 
 
@@ -72,20 +72,20 @@ def break_down_recipe(
     element_size: int = 4,
     scorer: Node | None = None,
 ) -> Breakdown:
-    """Costs of the model that a recipe trains.
+    """Return the costs of the model that a recipe trains.
 
     Args:
-        recipe: of a BLT, a byte transformer or an entropy model.
+        recipe: recipe of a BLT, a byte or token transformer, or an entropy model.
         context: bytes in a row, and position of the byte that is generated; ``None`` for the
-            recipe's rows.
-        patch_size: mean bytes per patch of a BLT, or per token of a model of tokens; ``None`` for
-            the recipe's.
-        element_size: bytes of memory of a weight or an element of a cache while generating.
-        scorer: of a BLT's entropies, to be counted as well.
+            recipe's row size.
+        patch_size: mean bytes per patch of a BLT, or per token of a token model; ``None`` for the
+            recipe's.
+        element_size: bytes of memory per weight and per element of a cache during generation.
+        scorer: configuration of the scorer to count as well.
 
     Raises:
-        ConfigError: the model has no patches or no use for a scorer, or the patch size is not known
-            or not possible.
+        ConfigError: the model does not use patches or a scorer, or the patch size is unknown or out
+            of range.
     """
     num_bytes = context or recipe.data.row_bytes
     if recipe.model.has_patches:
@@ -94,7 +94,7 @@ def break_down_recipe(
         return _break_down_tokens(recipe.model, num_bytes, patch_size, element_size)
     for option, value in (("--patch-size", patch_size), ("--scorer", scorer)):
         if value is not None:
-            raise ConfigError(f"a {recipe.model.kind} has no patches: leave out {option}")
+            raise ConfigError(f"a {recipe.model.kind} model has no patches: leave out {option}")
     parts = break_down(recipe.model, num_bytes, element_size=element_size)
     return Breakdown(parts, published.per_byte(recipe.model, num_bytes, 1.0), num_bytes, 0)
 
@@ -112,13 +112,13 @@ def _break_down_patches(
     size = recipe.patching.planned_size if patch_size is None else patch_size
     if size is None:
         raise ConfigError(
-            f"how long {recipe.patching.kind} patches are depends on the text: say it, such as "
+            f"the size of {recipe.patching.kind} patches depends on the text: give it, for example "
             "--patch-size 6"
         )
     if not 1 <= size <= num_bytes:
         raise ConfigError(
-            f"patches of {size:g} bytes are not possible: choose a size between 1 and the context, "
-            f"{num_bytes:,} bytes"
+            f"a patch size of {size:g} bytes is out of range: choose one between 1 and the context "
+            f"of {num_bytes:,} bytes"
         )
     num_patches = round(num_bytes / size)
     parts = break_down(
@@ -132,11 +132,11 @@ def _break_down_patches(
 def _break_down_tokens(
     config: ModelConfig, num_bytes: int, token_size: float | None, element_size: int
 ) -> Breakdown:
-    """Return the costs of a model of tokens, those of a token divided by its bytes."""
+    """Return the costs of a token model per byte."""
     if token_size is None or not 1 <= token_size <= num_bytes:
         raise ConfigError(
-            "how long tokens are depends on the tokenizer and the text: say how many bytes, at "
-            f"most {num_bytes:,}, such as --patch-size 3.7"
+            "the size of tokens depends on the tokenizer and the text: give it in bytes, between 1 "
+            f"and {num_bytes:,}, for example --patch-size 3.7"
         )
     num_tokens = round(num_bytes / token_size)
     share = num_tokens / num_bytes
@@ -161,17 +161,17 @@ def break_down(
     element_size: int,
     scorer: Node | None = None,
 ) -> dict[str, PartCost]:
-    """Every cost of a model by part, and its scorer's as one more part.
+    """Return the costs of a model by part, with its scorer as one more part.
 
-    A scorer's entropies are made once, before training, so a byte passes forward through it and
-    never back. An n-gram scorer is looked up, which costs no FLOPs.
+    The entropies are computed once, before training, so a scorer is run forward only. The look-ups
+    of an n-gram scorer cost no FLOPs.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         num_bytes: bytes in a row, and position of the byte that is generated.
         num_patches: patches among them; not used by a plain transformer.
-        element_size: bytes of memory of a weight or an element of a cache while generating.
-        scorer: of what yields the entropies, to be counted as :data:`SCORER`.
+        element_size: bytes of memory per weight and per element of a cache during generation.
+        scorer: configuration of the scorer, counted as :data:`SCORER`.
     """
     parts = _parts(config, num_bytes, num_patches, element_size)
     if scorer is not None:
@@ -181,7 +181,7 @@ def break_down(
 
 
 def total(parts: Iterable[PartCost]) -> PartCost:
-    """All parts together."""
+    """Return the sum of the costs of several parts."""
     parts = list(parts)
     return PartCost(
         parameters=sum(part.parameters for part in parts),

@@ -1,11 +1,11 @@
-"""What a model's configuration costs, counted exactly and part by part.
+"""Exact counts of FLOPs, parameters and memory, by part of a model.
 
-A multiply-add is 2 FLOPs; only matrix products and attention are counted (embedding and n-gram
-look-ups are not arithmetic; norms, rotations and softmax are below 1%). Attention counts the pairs
-that the mask admits in a row that is one document: position ``i`` of a window ``w`` sees
-``min(i + 1, w)`` keys. Training costs three times the forward pass.
+A multiply-add is 2 FLOPs; only matrix products and attention are counted (embeddings are look-ups;
+norms, rotations and softmax are below 1%). Attention counts the pairs that the mask admits in a row
+that is one document: with a window ``w``, position ``i`` sees ``min(i + 1, w)`` keys. Training
+costs three times the forward pass.
 
-The scorer is not part of a model's count: it is a model of its own.
+The scorer of a BLT is a separate model, and is not included in its counts.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from bytelm.config import Node
 TRAINING_FACTOR = 3
 """A backward pass costs two forward passes (paper, section 4.5)."""
 TRAINING_BYTES = 16
-"""Memory per parameter while training: itself, its gradient and AdamW's two moments, in fp32."""
+"""Bytes of memory per parameter in training: weight, gradient and AdamW's two moments, in fp32."""
 
 
 class Flops(NamedTuple):
@@ -29,26 +29,26 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Sum of both."""
         return self.linear + self.attention
 
 
 class DecodeCost(NamedTuple):
-    """What generating one byte costs in one part: the mean over the bytes of a patch."""
+    """Cost of generating one byte in one part, as the mean over the bytes of a patch."""
 
     flops: float
     weights_read: float
-    """Bytes of memory: every matrix that is run, and the rows of tables that are looked up."""
+    """Bytes of memory read: all matrices that are used, and the embeddings that are looked up."""
     cache_read: float
-    """Bytes of memory: keys and values of the positions that are visible."""
+    """Bytes of memory read: keys and values of the visible positions."""
 
 
 def forward_flops(config: Node, num_bytes: int, num_patches: int = 0) -> dict[str, Flops]:
-    """Forward FLOPs of one row by part: what training, or reading a prompt, runs forward.
+    """Return the forward FLOPs of one row by part, in training or prefill.
 
     Args:
-        config: of the model.
-        num_bytes: bytes in the row, padding included where it is computed.
+        config: configuration of the model.
+        num_bytes: bytes in the row, with padding if it is computed.
         num_patches: patches in the row, likewise; not used by a plain transformer.
     """
     return {
@@ -57,7 +57,7 @@ def forward_flops(config: Node, num_bytes: int, num_patches: int = 0) -> dict[st
 
 
 def training_flops(config: Node, num_bytes: int, num_patches: int = 0) -> int:
-    """FLOPs of a forward and a backward pass over one row."""
+    """Return the FLOPs of a forward and a backward pass over one row."""
     parts = forward_flops(config, num_bytes, num_patches)
     return TRAINING_FACTOR * sum(part.total for part in parts.values())
 
@@ -69,16 +69,16 @@ def decode_costs(
     *,
     element_size: int,
 ) -> dict[str, DecodeCost]:
-    """Cost by part of feeding the last of ``num_bytes`` to a session, for one text alone.
+    """Return the cost by part of decoding the last of ``num_bytes``, with a batch size of 1.
 
-    What runs once per patch counts ``num_patches / num_bytes`` times for each byte. Activations,
-    and what is written to caches, are not counted.
+    Parts that run once per patch count ``num_patches / num_bytes`` times for each byte. Activations
+    and writes to caches are not counted.
 
     Args:
-        config: of the model.
-        num_bytes: position of the byte, from 1: it sees itself and those before it.
+        config: configuration of the model.
+        num_bytes: position of the byte, counted from 1; it sees itself and the bytes before it.
         num_patches: patches among them; not used by a plain transformer.
-        element_size: bytes of memory of a weight or an element of a cache, such as 2 for bfloat16.
+        element_size: bytes of memory per weight and per element of a cache, such as 2 for bfloat16.
     """
     return {
         name: _decode(part, num_bytes, num_patches, element_size)
@@ -93,10 +93,10 @@ def cache_sizes(
     *,
     element_size: int,
 ) -> dict[str, int]:
-    """Bytes of memory by part that a session keeps after ``num_bytes``.
+    """Return the bytes of memory by part that a session keeps after ``num_bytes``.
 
-    Keys and values of all positions that later ones can see, and of the last latent; room that is
-    reserved for growth is not counted. Arguments are those of :func:`decode_costs`.
+    These are the keys and values of all positions that later ones can see, and of the last latent;
+    memory that is reserved for growth is not counted. Arguments are those of :func:`decode_costs`.
     """
     sizes = {}
     for name, part in model_parts(config).items():
@@ -107,12 +107,12 @@ def cache_sizes(
 
 
 def parameters_by_part(config: Node) -> dict[str, int]:
-    """Parameters of the parts that :func:`forward_flops` counts, without building the model."""
+    """Return the number of parameters by part, without building the model."""
     return {name: part.parameters for name, part in model_parts(config).items()}
 
 
 def parameter_counts(config: Node) -> tuple[int, int]:
-    """Return the parameters in matrices and gains, and those in embeddings, which cost no FLOPs."""
+    """Return the numbers of parameters outside and inside embeddings, which cost no FLOPs."""
     counts = parameters_by_part(config)
     embeddings = sum(count for name, count in counts.items() if "embedding" in name)
     return sum(counts.values()) - embeddings, embeddings
@@ -129,32 +129,30 @@ def _forward(part: Part, num_bytes: int, num_patches: int) -> Flops:
 
 
 def _decode(part: Part, num_bytes: int, num_patches: int, element_size: int) -> DecodeCost:
-    # Times per byte that something is done which is done once per byte, or once per patch.
-    rates = {"byte": 1.0, "patch": num_patches / num_bytes}
+    per_byte = {"byte": 1.0, "patch": num_patches / num_bytes}
 
     def elements_read(matrix: Matrix) -> float:
-        return matrix.parameters * rates[matrix.read_per]
+        return matrix.parameters * per_byte[matrix.read_per]
 
-    flops = sum(2 * m.parameters * m.vectors * rates[m.per] for m in part.matrices)
+    flops = sum(2 * m.parameters * m.vectors * per_byte[m.per] for m in part.matrices)
     flops += 4 * part.cross_width
     weights = sum(elements_read(m) for m in part.matrices) + part.looked_up
     cache = float(part.latent)
     if stack := part.self_attention:
-        seen = _cached(stack, num_bytes, num_patches) * rates[stack.per]
-        # An element of a key costs a multiply-add for each query head that shares it, and so does
-        # one of a value.
+        seen = _cached(stack, num_bytes, num_patches) * per_byte[stack.per]
+        # Each element of a key or value costs a multiply-add for every query head that shares it.
         flops += 2 * seen * stack.query_width / stack.key_width
         cache += seen
     return DecodeCost(flops, element_size * weights, element_size * cache)
 
 
 def _cached(stack: SelfAttention, num_bytes: int, num_patches: int) -> int:
-    """Elements of the keys and values that are visible to the last position."""
+    """Return the number of elements of keys and values visible to the last position."""
     length = {"byte": num_bytes, "patch": num_patches}[stack.per]
     return 2 * stack.num_layers * stack.key_width * min(length, stack.window or length)
 
 
 def _visible_pairs(length: int, window: int | None) -> int:
-    """``sum_i min(i + 1, window)`` over a row."""
+    """Return the number of query-key pairs of a row, ``sum_i min(i + 1, window)``."""
     ramp = min(length, window or length)
     return ramp * (ramp + 1) // 2 + (length - ramp) * ramp

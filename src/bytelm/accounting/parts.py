@@ -1,8 +1,8 @@
-"""A model's configuration as parts: the matrices, attention and tables that counts are made from.
+"""Descriptions of the parts of a model: matrices, attention and embeddings.
 
-What a part costs depends on how often it is run. Vectors pass through a matrix once per byte or
-once per patch; while a text is generated a matrix is read from memory once per byte, or only when a
-patch closes. FLOPs, parameters, memory traffic and caches all follow from these descriptions.
+FLOPs, parameters, memory traffic and caches all follow from these. The cost of a part depends on
+how often it runs: a matrix is applied once per byte or once per patch, and during generation it is
+read from memory once per byte or only when a patch closes.
 """
 
 from collections.abc import Callable
@@ -34,15 +34,15 @@ class Matrix(NamedTuple):
     outputs: int
     copies: int
     per: Axis
-    """What vectors pass through them for,"""
+    """Whether the matrices are applied for every byte or for every patch."""
     vectors: int = 1
-    """and how many for each."""
+    """Vectors that they are applied to for each byte or patch."""
     read_per: Axis = "byte"
-    """How often they are read while a text is generated."""
+    """Whether they are read for every byte or for every patch during generation."""
 
     @property
     def parameters(self) -> int:
-        """Elements of all of them."""
+        """Number of elements of all copies."""
         return self.inputs * self.outputs * self.copies
 
 
@@ -60,43 +60,43 @@ class SelfAttention(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one part of a model is made of."""
+    """One part of a model."""
 
     matrices: tuple[Matrix, ...] = ()
     self_attention: SelfAttention | None = None
     cross_width: int = 0
-    """Elements of the slots that each byte meets in cross-attention, over all layers."""
+    """Elements of the slots in each byte's cross-attention, over all layers."""
     other_parameters: int = 0
-    """Tables, norms and learned queries: no arithmetic is counted for them."""
+    """Parameters of embeddings, norms and learned queries, for which no FLOPs are counted."""
     looked_up: int = 0
-    """Elements of tables read for each byte."""
+    """Elements of embeddings read for each byte."""
     latent: int = 0
-    """Elements kept of the last complete patch for the bytes after it to read."""
+    """Elements of the last complete patch that are kept for the bytes after it."""
 
     @property
     def parameters(self) -> int:
-        """All parameters of the part."""
+        """Number of parameters."""
         return sum(matrix.parameters for matrix in self.matrices) + self.other_parameters
 
 
 @singledispatch
 def model_parts(config: Node) -> dict[str, Part]:
-    """Return the parts of a model, in the order in which a byte passes through them.
+    """Return the parts of a model by name, in the order in which a byte passes through them.
 
     Raises:
-        ConfigError: it is of a kind whose parts are not registered.
+        ConfigError: the parts of this kind of model are not registered.
     """
     raise ConfigError(
-        f"the costs of a {kind_of(type(config))} model are not known: "
-        "bytelm.accounting.register_parts makes them known"
+        f"the costs of a {kind_of(type(config))} model are not known: register its parts with "
+        "bytelm.accounting.register_parts"
     )
 
 
 def register_parts(config: type[ConfigT], describe: Callable[[ConfigT], dict[str, Part]]) -> None:
-    """Make known what a kind of model is made of, so that its costs can be counted.
+    """Register the parts of a kind of model, so that its costs can be counted.
 
     Args:
-        config: its configuration.
+        config: class of its configuration.
         describe: returns the parts of a configuration, by name.
     """
     model_parts.register(config, describe)
@@ -107,7 +107,7 @@ def _transformer(config: TransformerConfig) -> dict[str, Part]:
     hashed = config.hash_embeddings
     return {
         "embedding": Part(other_parameters=vocab * dim, looked_up=dim),
-        **({"n-gram embeddings": _hash_embeddings(hashed, dim)} if hashed else {}),
+        **({"hash embeddings": _hash_embeddings(hashed, dim)} if hashed else {}),
         "transformer": _stack(config, "byte", config.window),
         "output": Part((Matrix(dim, vocab, 1, "byte"),), other_parameters=dim),
     }
@@ -117,7 +117,7 @@ def _blt(config: BLTConfig) -> dict[str, Part]:
     local, dim = config.local, config.local.dim
     return {
         "byte embedding": Part(other_parameters=VOCAB_SIZE * dim, looked_up=dim),
-        "n-gram embeddings": _hash_embeddings(config.hash_embeddings, dim),
+        "hash embeddings": _hash_embeddings(config.hash_embeddings, dim),
         "encoder": _stack(local.stack(local.encoder_layers), "byte", local.window),
         "encoder cross-attention": _encoder_cross_attention(config),
         "patch projections": _patch_projections(config),
@@ -134,7 +134,7 @@ def _hash_embeddings(config: HashEmbeddingConfig, dim: int) -> Part:
 
 
 def _stack(config: StackConfig, per: Axis, window: int | None) -> Part:
-    """Blocks: queries, keys, values and output; gate, up and down; norms and biases."""
+    """Return a stack of blocks: attention and feed-forward matrices, norms and biases."""
     dim, layers = config.dim, config.num_layers
     queries = config.num_heads * config.head_width
     keys = config.kv_heads * config.head_width
@@ -155,13 +155,13 @@ def _stack(config: StackConfig, per: Axis, window: int | None) -> Part:
 
 
 def _inner_dim(config: BLTConfig) -> int:
-    """Return the width of all heads of cross-attention: below the local width if not divisible."""
+    """Return the total width of the heads of cross-attention, which divides by their number."""
     heads = config.cross_attention.num_heads
     return heads * (config.local.dim // heads)
 
 
 def _encoder_cross_attention(config: BLTConfig) -> Part:
-    """Slots ask, the bytes of their patch answer; all of it happens when the patch closes."""
+    """Return the cross-attention of slots to the bytes of their patch, run when it closes."""
     dim, inner, layers = config.local.dim, _inner_dim(config), config.encoder_cross_layers
     slots = config.cross_attention.slots
     return Part(
@@ -175,7 +175,7 @@ def _encoder_cross_attention(config: BLTConfig) -> Part:
 
 
 def _decoder_cross_attention(config: BLTConfig) -> Part:
-    """Bytes ask, the slots of one latent answer, whose keys and values are made once per patch."""
+    """Return the cross-attention of bytes to slots, whose keys are computed once per patch."""
     dim, inner, layers = config.local.dim, _inner_dim(config), config.decoder_cross_layers
     slots = config.cross_attention.slots
     return Part(
@@ -190,7 +190,7 @@ def _decoder_cross_attention(config: BLTConfig) -> Part:
 
 
 def _patch_projections(config: BLTConfig) -> Part:
-    """Pooled byte states to slots, slots to the global width, latents back to slots."""
+    """Return the projections of byte states to slots, slots to vectors, and latents to slots."""
     dim, global_dim = config.local.dim, config.global_model.dim
     slots = config.cross_attention.slots
     width = slots * dim
@@ -209,6 +209,6 @@ def _patch_projections(config: BLTConfig) -> Part:
 
 register_parts(TransformerConfig, _transformer)
 register_parts(BLTConfig, _blt)
-# An n-gram scorer is looked up, which costs no FLOPs.
+# The look-ups of an n-gram scorer cost no FLOPs.
 register_parts(NgramConfig, lambda config: {})
 register_parts(FittedNgramConfig, lambda config: {})

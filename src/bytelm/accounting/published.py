@@ -1,12 +1,12 @@
-"""The FLOPs that the paper publishes: the formulas of section 4.5 and appendix B (Table 11).
+"""FLOPs by the formulas of the paper (section 4.5 and appendix B, Table 11).
 
-They are estimates for comparing models, and the exact counts are close to them, not equal. A window
-counts as half used; the projections between bytes and patches and the scorer are left out; bytes
-have 256 ids. For the paper's models at a context of 8,192 bytes :mod:`bytelm.accounting.exact`
-comes to 0.6 to 2.5% more.
+These are estimates for comparing models; the exact counts are close but not equal. A window counts
+as half used; the projections between bytes and patches and the scorer are omitted; bytes have 256
+ids. For the paper's models at a context of 8,192 bytes :mod:`bytelm.accounting.exact` gives 0.6 to
+2.5% more.
 
-Everything is the forward pass, of one token, byte or patch unless named otherwise; training costs
-:data:`~bytelm.accounting.exact.TRAINING_FACTOR` times as much.
+All values are for the forward pass, per token, byte or patch unless stated otherwise; training
+costs :data:`~bytelm.accounting.exact.TRAINING_FACTOR` times as much.
 
 Symbols of the paper: ``l`` layers, ``h = h_k n_heads`` width, ``m`` context, ``V`` vocabulary,
 ``n_p`` patch size, ``k`` slots.
@@ -17,41 +17,41 @@ from functools import singledispatch
 from bytelm.config import BLTConfig, ModelConfig, StackConfig, TransformerConfig
 
 D_FF = 4.0
-"""Width of the feed-forward over that of the model, for two matrices. SwiGLU has three of two
-thirds that width: it costs the same."""
+"""Ratio of the feed-forward's width to the model's, for two matrices. SwiGLU has three matrices of
+two thirds that width, at the same cost."""
 NUM_BYTES = 256
-"""The paper's vocabulary of bytes, without special ids."""
+"""Size of the paper's vocabulary of bytes, which has no special ids."""
 
 
 def attention(num_layers: int, dim: int, context: float) -> float:
-    """``Attention(l, h_k, n_heads, m) = 4 l h_k n_heads (m + 1) / 2``."""
+    """Return ``Attention(l, h_k, n_heads, m) = 4 l h_k n_heads (m + 1) / 2``."""
     return 4 * num_layers * dim * (context + 1) / 2
 
 
 def qkvo(num_layers: int, dim: int, ratio: float = 1.0) -> float:
-    """``QKVO(l, h, r) = (2 r + 2) 2 l h^2``, with ``r`` keys for each query.
+    """Return ``QKVO(l, h, r) = (2 r + 2) 2 l h^2``, with ``r`` keys for each query.
 
-    (The paper's words say queries to keys; its BLT formula needs the inverse.)
+    (The paper's text defines ``r`` as queries to keys, but its BLT formula needs the inverse.)
     """
     return (2 * ratio + 2) * 2 * num_layers * dim**2
 
 
 def feed_forward(num_layers: int, dim: int, d_ff: float = D_FF) -> float:
-    """``FeedForward(l, h, d_ff) = 2 l 2 h (d_ff h)``."""
+    """Return ``FeedForward(l, h, d_ff) = 2 l 2 h (d_ff h)``."""
     return 2 * num_layers * 2 * dim * d_ff * dim
 
 
 def de_embedding(dim: int, vocab_size: int) -> int:
-    """``DeEmbedding(h, V) = 2 h V``; embedding, by look-up, is free."""
+    """Return ``DeEmbedding(h, V) = 2 h V``; the embedding is a look-up, which costs nothing."""
     return 2 * dim * vocab_size
 
 
 def cross_attention(num_layers: int, dim: int, keys: float, ratio: float) -> float:
-    """``CrossAttn(l, h_k, n_heads, p, r) = Attention(l, h_k, n_heads, p) + QKVO(l, h, r)``.
+    """Return ``CrossAttn(l, h_k, n_heads, p, r) = Attention(l, h_k, n_heads, p) + QKVO(l, h, r)``.
 
     Args:
-        num_layers: layers that have it.
-        dim: width.
+        num_layers: layers with cross-attention.
+        dim: width of the model.
         keys: keys visible to a query (``p``).
         ratio: keys for each query (``r``).
     """
@@ -61,7 +61,7 @@ def cross_attention(num_layers: int, dim: int, keys: float, ratio: float) -> flo
 def transformer(
     num_layers: int, dim: int, context: float, vocab_size: int, d_ff: float = D_FF
 ) -> float:
-    """``Transformer = FeedForward + QKVO(r = 1) + Attention + DeEmbedding``, per token.
+    """Return ``Transformer = FeedForward + QKVO(r = 1) + Attention + DeEmbedding``, per token.
 
     With ``d_ff = 4`` this is ``24 l h^2 + 2 l h (m + 1) + 2 h V``.
     """
@@ -74,9 +74,9 @@ def per_byte(config: ModelConfig, context: int, unit_bytes: float) -> dict[str, 
     """Return the forward FLOPs per byte of a model, by part; empty for kinds without a formula.
 
     Args:
-        config: of the model; a window is in the units that it reads.
-        context: bytes.
-        unit_bytes: mean bytes per patch or token; 1 for a model of bytes.
+        config: configuration of the model, whose window is in units that it reads.
+        context: context in bytes.
+        unit_bytes: mean bytes per patch or token; 1 for a byte model.
     """
     return {}
 
@@ -87,7 +87,7 @@ def transformer_per_byte(
 ) -> dict[str, float]:
     """Return the forward FLOPs per byte of a transformer over tokens or bytes, by part.
 
-    The cost of a token is divided by the bytes that it stands for.
+    The cost of a token is divided by the mean bytes per token.
     """
     per_unit = 1 / unit_bytes
     return {
@@ -109,8 +109,8 @@ def blt_per_byte(config: BLTConfig, context: int, unit_bytes: float) -> dict[str
              + CrossAttn(h_D, l_D, p = k, r = k / n_p)
 
     Args:
-        config: of the model; layers without cross-attention are left out.
-        context: bytes (``n_ctx``).
+        config: configuration of the model; cross-attention counts for the layers that have it.
+        context: context in bytes (``n_ctx``).
         unit_bytes: mean bytes per patch (``n_p``).
     """
     local, dim = config.local, config.local.dim
@@ -131,7 +131,7 @@ def blt_per_byte(config: BLTConfig, context: int, unit_bytes: float) -> dict[str
 
 
 def _stack(config: StackConfig, context: float, window: int | None) -> float:
-    """Return the cost of a stack of blocks, with their own widths instead of the paper's."""
+    """Return the cost of a stack of blocks, with the configured widths instead of the paper's."""
     layers, dim = config.num_layers, config.dim
     visible = min(context, float(window or context))
     blocks = feed_forward(layers, dim, 1.5 * config.ffn_dim / dim)

@@ -1,9 +1,9 @@
-"""The command line: verbs only. Each command's work is a function elsewhere.
+"""The command line: options and output of the commands, whose work is done elsewhere.
 
-Heavy modules are imported by the commands that need them: `--help` should not wait for torch.
+Commands import heavy modules when they run, so that `--help` does not wait for torch.
 """
 
-# Each of these adds its verbs to the app.
+# Each of these modules adds its commands to the app.
 from bytelm.cli import convert, costs, data, models, study, tour
 from bytelm.cli.app import app, main
 

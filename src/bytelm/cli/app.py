@@ -1,4 +1,4 @@
-"""The application: where verbs are added, and where mistakes end."""
+"""The application, to which commands are added, and its handling of errors."""
 
 import io
 import re
@@ -29,7 +29,7 @@ VERBS = [
 
 
 class _InOrder(TyperGroup):
-    """Lists verbs in the order in which they are needed."""
+    """Command group that lists commands in the order in which they are needed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return VERBS
@@ -45,22 +45,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# No markup: what is printed holds names of files and sources, with whatever brackets.
+# No markup: names of files and sources may contain brackets.
 console = Console(markup=False, highlight=False)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with one line and status 1."""
+    """Run the command line; errors of the user are printed on one line, with status 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal that cannot show a character should not end the program.
+            # Do not fail on characters that the terminal cannot show.
             stream.reconfigure(errors="replace")
     try:
         app()
     except BytelmError as error:
         _fail(str(error))
     except BrokenPipeError:
-        # Whoever read our output has gone; there is no one to tell.
+        # The reader closed the pipe.
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:

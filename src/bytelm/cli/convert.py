@@ -1,4 +1,4 @@
-"""``bytelm import`` and ``bytelm export``: other projects' formats."""
+"""``bytelm import`` and ``bytelm export``: convert from and to other projects' formats."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ export_app = typer.Typer(help="Export a model to another project's format.", no_
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
 
-Out = Annotated[Path, typer.Option(help="Folder to make.")]
+Out = Annotated[Path, typer.Option(help="Folder to create.")]
 
 
 @import_app.command("official")
@@ -47,7 +47,8 @@ def import_official(
 @import_app.command("hf")
 def import_hf(
     source: Annotated[
-        str, typer.Argument(help="Folder of save_pretrained, or a Hub repository, OWNER/NAME.")
+        str,
+        typer.Argument(help="Folder written by save_pretrained, or a Hub repository, OWNER/NAME."),
     ],
     out: Out,
 ) -> None:
@@ -76,11 +77,11 @@ def export_hf(
 
     with console.status("exporting"):
         export_hf(load(checkpoint, "cpu", "stored"), out)
-    console.print(f"written to {out}: generate with use_cache=False, one document a row")
+    console.print(f"written to {out}: generate with use_cache=False, one document per row")
 
 
 def _show(config: "CheckpointConfig", out: Path) -> None:
-    """What was imported, with the patching rule found: it decides the cost."""
+    """Print the size of an imported model, and its patching rule."""
     import torch
 
     from bytelm.lm import build_lm

@@ -1,4 +1,4 @@
-"""What a model costs, before it is built: flops."""
+"""``bytelm flops``: costs of a model, computed from its recipe."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,23 +23,26 @@ def flops(
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Bytes in a row, and before the one generated. (default: data's)"),
+        typer.Option(
+            min=1, help="Bytes in a row, and before the one generated. (default: the recipe's)"
+        ),
     ] = None,
     scorer: Annotated[
         str | None,
-        typer.Option(help="Recipe of the scorer, to be counted too. (default: not counted)"),
+        typer.Option(help="Recipe of a scorer to count as well. (default: not counted)"),
     ] = None,
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of weights and caches in generation.")
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Precision of weights and caches in generation."),
     ] = "float32",
     figure: Annotated[
         Path | None, typer.Option(help="Draw the shares of the parts: SVG, PDF or PNG.")
     ] = None,
 ) -> None:
-    """What a model costs, part by part: parameters, FLOPs, memory; beside the paper's formula.
+    """Show a model's parameters, FLOPs and memory by part, compared with the paper's formula.
 
-    Nothing is built or run. FLOPs are per byte, a multiply-add is 2, and training is three forward
-    passes; a scorer's entropies are made once, so it is run forward only.
+    Nothing is built or run. FLOPs are per byte, a multiply-add is 2, and training costs three
+    forward passes; a scorer is only run forward, since its entropies are computed once.
 
     [dim]bytelm flops blt-400m --patch-size 6 --context 8192
     bytelm flops blt-8b --scorer entropy-100m --precision bfloat16 --figure costs.svg
@@ -53,9 +56,7 @@ def flops(
     resolved = load_recipe(recipe, overrides or ())
     if isinstance(resolved, NgramRecipe):
         contexts = resolved.model.max_order * resolved.model.max_contexts
-        console.print(
-            f"an n-gram scorer of at most {contexts:,} contexts, which are looked up: no FLOPs"
-        )
+        console.print(f"an n-gram scorer of at most {contexts:,} contexts: look-ups cost no FLOPs")
         return
     costs = break_down_recipe(
         resolved,

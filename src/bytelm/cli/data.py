@@ -1,4 +1,4 @@
-"""``bytelm data``: prepare, calibrate, look."""
+"""``bytelm data``: prepare, calibrate and inspect data, and train tokenizers."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,16 +19,17 @@ def data_prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, globs, - for standard input, prepared or Hugging Face data; "
-            "NAME=INPUT names the source."
+            help="Files, folders, globs, - for standard input, prepared data or saved Hugging "
+            "Face datasets; NAME=INPUT names the source."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
     scorer: Annotated[
-        Path | None, typer.Option(help="Checkpoint whose entropies cut the patches.")
+        Path | None, typer.Option(help="Checkpoint of the scorer that computes the entropies.")
     ] = None,
     reset_at_newline: Annotated[
-        bool, typer.Option("--reset-at-newline", help="A newline begins a new scorer context.")
+        bool,
+        typer.Option("--reset-at-newline", help="Let newlines begin a new context of the scorer."),
     ] = False,
     patch_size: Annotated[
         float, typer.Option(min=1.0, help="Mean bytes per patch to find a threshold for.")
@@ -36,19 +37,20 @@ def data_prepare(
     validation: Annotated[
         list[str] | None,
         typer.Option(
-            help="Input to hold out whole: a file, a folder, or a glob in quotes; may be repeated. "
-            "Prepared data keeps its split."
+            help="Input to hold out whole: a file, a folder, or a glob in quotes; can be given "
+            "several times. Prepared data keeps its split."
         ),
     ] = None,
     validation_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the other documents held out. (default: 0.01, or 0 with --validation)",
+            help="Share of the other documents to hold out. (default: 0.01, or 0 with "
+            "--validation)",
         ),
     ] = None,
     format: Annotated[
         Literal["auto", "text", "lines", "jsonl", "parquet"],
-        typer.Option(help="auto: by name; text: a file is a document; lines: a line is."),
+        typer.Option(help="auto: by name; text: each file is a document; lines: each line is."),
     ] = "auto",
     field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
     source_field: Annotated[
@@ -61,21 +63,23 @@ def data_prepare(
         bool, typer.Option("--binary", help="Also read binary files found in folders.")
     ] = False,
     skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Pass over records that cannot be read.")
+        bool, typer.Option("--skip-invalid", help="Skip records that cannot be read.")
     ] = False,
     cut_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer documents, at line ends if possible.")
+        int | None,
+        typer.Option(min=1, help="Cut longer documents into parts, at line ends if possible."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. (default: with a scorer, one per core)")
+        int | None,
+        typer.Option(min=1, help="Processes. (default: one per core with --scorer, otherwise one)"),
     ] = None,
     shard_mb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Text per shard, in MB.")
     ] = 32.0,
 ) -> None:
-    """Turn text into Arrow shards, with entropies if a scorer is given.
+    """Prepare text as Arrow shards, with entropies if a scorer is given.
 
-    The same command after an interruption resumes where it stopped.
+    After an interruption the same command resumes where it stopped.
 
     [dim]bytelm data prepare books/*.jsonl.xz --out data
     bytelm data prepare data --scorer entropy-run --out data-scored[/]
@@ -113,7 +117,7 @@ def data_prepare(
         try:
             calibrate_folder(out, EntropyPatching(), patch_size)
         except PatchingError as error:
-            # The data is whole; only the suggestion of a threshold is missing.
+            # The data is complete; only the threshold is missing.
             console.print(f"not calibrated: {error}", style="yellow", soft_wrap=True)
     show_data(console, out, read_manifest(out))
 
@@ -126,11 +130,12 @@ def data_calibrate(
         Literal["entropy", "monotonic", "combined"], typer.Option(help="Rule to calibrate.")
     ] = "entropy",
     increase: Annotated[
-        float | None, typer.Option(help="For combined: the least rise of the entropy, in nats.")
+        float | None,
+        typer.Option(help="For combined: the rise of the entropy to exceed, in nats."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch, in bytes.")] = None,
 ) -> None:
-    """Find the threshold for a mean patch size, and show what it does to each source."""
+    """Find the threshold for a mean patch size, and show the patches of each source."""
     from bytelm.data import read_manifest
     from bytelm.data.calibration import calibrate_folder
     from bytelm.display import show_data
@@ -145,13 +150,14 @@ def data_tokenizer(
     folder: Annotated[Path, typer.Argument(help="Prepared data.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
     vocab_size: Annotated[
-        int, typer.Option(min=260, help="Tokens, the 256 bytes and 4 special ids among them.")
+        int,
+        typer.Option(min=260, help="Size of the vocabulary, with 256 bytes and 4 special ids."),
     ] = 4096,
     max_mb: Annotated[
-        float, typer.Option(min=0.001, max=1e6, help="Training text to count, in MB.")
+        float, typer.Option(min=0.001, max=1e6, help="Training text to use, in MB.")
     ] = 16.0,
 ) -> None:
-    """Train a byte-pair tokenizer on the training text, for the baseline that reads tokens.
+    """Train a byte-pair tokenizer on prepared text, for the baseline that reads tokens.
 
     [dim]bytelm data tokenizer data --vocab-size 4096 --out tokens-4096.json
     bytelm train token-1m data.path=data data.tokenizer=tokens-4096.json --out run[/]
@@ -168,9 +174,11 @@ def data_tokenizer(
 @data_app.command("info")
 def data_info(
     folder: Annotated[Path, typer.Argument(help="Prepared data.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its hash.")
+    ] = False,
 ) -> None:
-    """Show what prepared data holds."""
+    """Show the contents of prepared data."""
     from bytelm.data.dataset import check_shard, read_manifest
     from bytelm.display import show_data
 
@@ -179,4 +187,4 @@ def data_info(
         check_shard(folder, shard, contents=verify)
     show_data(console, folder, manifest)
     if verify:
-        console.print("every file is as it was written")
+        console.print("all files match their hashes")

@@ -1,4 +1,4 @@
-"""Verbs that make models and use them: train, eval, patch, generate."""
+"""Commands that train and use models: train, eval, patch, generate."""
 
 import json
 import sys
@@ -22,10 +22,10 @@ from bytelm.errors import DataError
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA if available.")]
 Precision = Annotated[
     Literal["auto", "stored", "float32", "bfloat16"],
-    typer.Option(help="Of the weights; auto: float32 on the CPU, as stored elsewhere."),
+    typer.Option(help="Precision of the weights; auto: float32 on the CPU, as stored elsewhere."),
 ]
 
 
@@ -37,10 +37,14 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key.path=value, such as data.path=data.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. (default: runs/RECIPE)")
+    ] = None,
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Stop with a checkpoint after this long (90s, 9m, 2h); rerun to go on."),
+        typer.Option(
+            help="Stop with a checkpoint after this time (90s, 9m, 2h); the same command resumes."
+        ),
     ] = None,
 ) -> None:
     """Train an entropy model, a BLT or a byte transformer; or resume the run in the folder.
@@ -81,15 +85,16 @@ def evaluate(
     texts: Annotated[
         list[str],
         typer.Argument(
-            help="Text to measure: files, folders or globs, read as by data prepare; of prepared "
-            "data, what is held out."
+            help="Text to measure: files, folders or globs, read as by data prepare; prepared "
+            "data, of which the held-out documents are measured."
         ),
     ],
-    bpb: Annotated[bool, typer.Option("--bpb", help="Measure bits per byte: the default.")] = True,
+    bpb: Annotated[bool, typer.Option("--bpb", help="Measure bits per byte (the default).")] = True,
     stride: Annotated[
         int | None,
         typer.Option(
-            help="Bytes between pieces of long text; less gives more context. (default: no overlap)"
+            help="Bytes between the beginnings of contexts in long text; smaller values give every "
+            "byte more context. (default: no overlap)"
         ),
     ] = None,
     field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
@@ -97,7 +102,7 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Bits per byte of text, by source.
+    """Measure the bits per byte of text, by source.
 
     [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
     """
@@ -113,7 +118,10 @@ def evaluate(
     with console.status("evaluating"):
         by_source = lm.likelihood(((d.source, d.data) for d in documents), stride=stride)
     if not by_source:
-        raise DataError("there is no text to evaluate (of prepared data, what is held out is)")
+        raise DataError(
+            "there is no text to evaluate: name other files (of prepared data, only held-out "
+            "documents are evaluated)"
+        )
     if as_json:
         rows = {
             name: {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, "patches": x.num_units}
@@ -127,11 +135,14 @@ def evaluate(
 @app.command()
 def patch(
     checkpoint: Checkpoint,
-    text: Annotated[str | None, typer.Argument(help="Text; - or none for standard input.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="Text; standard input if it is - or left out.")
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
-            help=f"Instead of the model's own: {', '.join(RULES.nodes)}, or one of yours."
+            help=f"Rule to use instead of the model's own: {', '.join(RULES.nodes)}, or a "
+            "registered one."
         ),
     ] = None,
     threshold: Annotated[
@@ -153,7 +164,7 @@ def patch(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the patches of a text, and why.
+    """Show the patches of a text, and optionally the entropies behind them.
 
     [dim]bytelm patch runs/blt-1m "Daenerys Targaryen is in Game of Thrones"
     bytelm patch runs/entropy-tiny --rule entropy --threshold 1.3 < text.txt
@@ -193,22 +204,30 @@ def patch(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - for standard input.")] = "",
-    max_bytes: Annotated[int, typer.Option(min=0, help="Bytes to generate at most.")] = 400,
-    temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.8,
+    max_bytes: Annotated[int, typer.Option(min=0, help="Maximum number of bytes.")] = 400,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of sampling; 0 for greedy decoding.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most probable bytes.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep bytes up to this sum.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep bytes this probable, relative to the best.")
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the most probable bytes that reach this total probability."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Keep bytes with at least this fraction of the highest probability."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; can be given several times.")
+    ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Write bytes as they are, in place of readable text.")
+        bool, typer.Option("--raw", help="Write raw bytes instead of decoded text.")
     ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Continue a prompt, byte by byte as they come.
+    """Continue a prompt, printing bytes as they are generated.
 
     [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300[/]
     """

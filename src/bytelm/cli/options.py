@@ -1,4 +1,4 @@
-"""Values of options: patching rules, durations."""
+"""Parse the values of options: patching rules and durations."""
 
 import re
 
@@ -14,17 +14,26 @@ def build_rule(
     max_length: int | None,
     own: PatchingConfig | None = None,
 ) -> PatchingConfig:
-    """Return a rule from options; what they leave out is taken from ``own`` where that has it.
+    """Return a rule from options.
+
+    Args:
+        kind: kind of the rule.
+        threshold: of an entropy or combined rule, in nats.
+        increase: of a monotonic or combined rule, in nats.
+        length: of a static rule, in bytes.
+        max_length: longest patch, in bytes.
+        own: rule whose values replace options that are ``None``, and whose other fields are kept
+            if it is of the same kind.
 
     Raises:
-        ConfigError: there is no such kind of rule, or it lacks an option.
+        ConfigError: the kind is unknown, or the rule lacks an option.
     """
     if kind not in RULES.nodes:
         import_kinds()
     if kind not in RULES.nodes:
         known = list(RULES.nodes)
         raise ConfigError(
-            f"--rule {kind}: there is no such rule{nearest(kind, known)} ({', '.join(known)})"
+            f"--rule {kind}: unknown rule{nearest(kind, known)} (known: {', '.join(known)})"
         )
     node = RULES.nodes[kind]
     options = {
@@ -34,7 +43,9 @@ def build_rule(
         "max_length": max_length,
     }
     values = {"length": 4} if kind == "static" else {}
-    if own is not None:
+    if own is not None and type(own) is node:
+        values = own.model_dump()
+    elif own is not None:
         values |= {k: v for k, v in own.model_dump(exclude_none=True).items() if k in options}
     values |= {k: v for k, v in options.items() if v is not None}
     values = {k: v for k, v in values.items() if k in node.model_fields}

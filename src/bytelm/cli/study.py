@@ -1,4 +1,4 @@
-"""The command that compares models: study."""
+"""``bytelm study``: compare models at equal FLOPs."""
 
 import signal
 import time
@@ -19,32 +19,36 @@ if TYPE_CHECKING:
 @app.command(context_settings={"allow_interspersed_args": True})
 def study(
     plan: Annotated[
-        str, typer.Argument(help=f"{', '.join(shipped_names('plans'))}, or a YAML file.")
+        str, typer.Argument(help=f"Plan: {', '.join(shipped_names('plans'))}, or a YAML file.")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help='key.path=value, such as text.train=["books"].')
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the study; studies/PLAN.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study. (default: studies/PLAN)")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what every run costs; train nothing.")
     ] = False,
     workers: Annotated[
         int,
         typer.Option(
-            min=1, help="Runs at once, on their share of the threads, over all CUDA devices."
+            min=1, help="Runs at once; they share the threads, and are spread over CUDA devices."
         ),
     ] = 1,
     time_limit: Annotated[
         str | None,
-        typer.Option(help="Stop after this long (90s, 9m, 2h); the same command resumes."),
+        typer.Option(help="Stop after this time (90s, 9m, 2h); the same command resumes."),
     ] = None,
     redraw: Annotated[
         Path | None,
-        typer.Option(help="Train nothing: write page and figures of this folder's table to --out."),
+        typer.Option(
+            help="Train nothing: write page and figures of the results in this folder to --out."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only runs whose name contains this text; may be given several times."),
+        typer.Option(help="Only runs whose name contains this text; can be given several times."),
     ] = None,
     speed: Annotated[
         float, typer.Option(min=1.0, help="FLOPs per second of a worker, to estimate time.")
@@ -52,8 +56,8 @@ def study(
 ) -> None:
     """Compare families of models at equal FLOPs: plan, runs, table, fits, figures, a page.
 
-    Every run has a folder of its own and resumes where it stopped, on any machine. Each time the
-    finished runs are tabled, fitted and drawn.
+    Every run has a folder of its own and resumes where it stopped, on any machine. Tables, fits and
+    figures of the finished runs are updated each time.
 
     [dim]bytelm study cpu-study --dry-run
     bytelm study cpu-study --workers 2 --time-limit 9m
@@ -88,7 +92,7 @@ def study(
 def _run(
     plan: "Plan", runs: "list[Run]", folder: Path, workers: int, time_limit: float | None
 ) -> list[str]:
-    """Prepare, train, table and draw within the time limit; return a line for each failed run."""
+    """Prepare, train, and write the results; return a line for each failed run."""
     from bytelm.display import ConsoleProgress
     from bytelm.study import prepare_text, run_all, table_folder, write_page, write_table
 

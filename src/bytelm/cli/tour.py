@@ -1,4 +1,4 @@
-"""Where a newcomer begins: the quickstart and the recipes."""
+"""``bytelm quickstart`` and ``bytelm recipes``."""
 
 import re
 from pathlib import Path
@@ -16,13 +16,15 @@ from bytelm.errors import ConfigError
 def quickstart(
     data: Annotated[
         Path | None,
-        typer.Option(help="Text to train on, a file or a folder; this Python's library if absent."),
+        typer.Option(
+            help="File or folder of text to train on. (default: the standard library of Python)"
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("bytelm-quickstart"),
     minutes: Annotated[
-        float, typer.Option(min=0.2, help="Time to take at most, on this computer.")
+        float, typer.Option(min=0.2, help="Maximum duration; less means shorter training.")
     ] = 6.0,
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
 ) -> None:
     """Train, evaluate and sample a small BLT on this computer; nothing is downloaded."""
     from bytelm.display import ConsoleProgress, show_quickstart
@@ -35,9 +37,9 @@ def quickstart(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Recipe or plan to print.")] = None,
 ) -> None:
-    """List the shipped recipes and plans of studies, or print one: a start for your own."""
+    """List the shipped recipes and plans, or print one as a start for your own."""
     shipped = {
         each: shipped_text(kind, each)
         for kind in ("recipes", "plans")
@@ -46,14 +48,15 @@ def recipes(
     if name is not None:
         if name not in shipped:
             raise ConfigError(
-                f"{name!r} is neither a shipped recipe nor a plan; there are {', '.join(shipped)}"
+                f"{name!r} is neither a shipped recipe nor a plan: choose one of "
+                f"{', '.join(shipped)}"
             )
         print(shipped[name], end="")
         return
     for kind in ("recipes", "plans"):
         table = Table(box=None, pad_edge=False)
         table.add_column(kind.removesuffix("s"), style="bold", min_width=16)
-        table.add_column("what")
+        table.add_column("description")
         for each in shipped_names(kind):
             table.add_row(each, re.sub(r"^#\s*", "", shipped[each].splitlines()[0]))
         console.print(table, "")

@@ -1,4 +1,4 @@
-"""The configuration tree of a run, and recipes that fill it."""
+"""Configuration of models, patching rules and runs, and the recipes that fill it in."""
 
 from bytelm.config.kinds import Kinds, Node, import_kinds, kind_of, open_node
 from bytelm.config.model import (

@@ -5,7 +5,7 @@ A field such as ``patching`` holds a node whose ``kind`` says which. The kinds o
 that define them (docs/extending.md).
 """
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
@@ -16,23 +16,23 @@ from bytelm.errors import ConfigError
 NodeT = TypeVar("NodeT", bound="Node")
 AnyNodeT = TypeVar("AnyNodeT", bound="Node")
 ENTRY_POINTS = "bytelm.kinds"
-"""Entry points of this group are modules that add kinds when they are imported."""
+"""Group of the entry points whose modules add kinds when they are imported."""
 
 
 class Node(BaseModel):
-    """Base of every configuration node: immutable, strict about names and types."""
+    """Base class of configuration nodes: immutable, strict about names and types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Kinds(Generic[NodeT]):
-    """The kinds of node that a field may hold, by name; open to other packages.
+    """Registry of the kinds of node that a field may hold, open to other packages.
 
     ``Annotated[Base, kinds]`` is a field that holds one of them, chosen by its ``kind``.
 
     Args:
-        what: they are, for messages.
-        others: kinds that the field may hold as well.
+        what: name of the nodes in messages, such as "patching rule".
+        others: registries whose kinds the field may hold as well.
     """
 
     _users: ClassVar[list[type[BaseModel]]] = []
@@ -44,7 +44,7 @@ class Kinds(Generic[NodeT]):
 
     @property
     def nodes(self) -> dict[str, type[Any]]:
-        """The node of each kind."""
+        """Node classes by kind."""
         inherited = {kind: node for other in self._others for kind, node in other.nodes.items()}
         return {**inherited, **self._nodes}
 
@@ -52,16 +52,20 @@ class Kinds(Generic[NodeT]):
         """Add a kind; usable as a class decorator.
 
         Raises:
-            ConfigError: another node has its name.
+            ConfigError: the node has no kind, or another node has the same one.
         """
         kind = kind_of(node)
         if kind is None:
+            has = "a kind without a default" if "kind" in node.model_fields else "no kind"
             raise ConfigError(
-                f'{node.__name__} has no kind: declare `kind: Literal["name"] = "name"`'
+                f'{node.__name__} has {has}: declare `kind: Literal["name"] = "name"`'
             )
         known = self.nodes.get(kind)
-        if known is not None and known.__qualname__ != node.__qualname__:
-            raise ConfigError(f"the {self.what} {kind!r} exists already, as {known.__name__}")
+        # The same class may be added again: a module is reloaded, or a notebook's cell is rerun.
+        if known is not None and _name(known) != _name(node):
+            raise ConfigError(
+                f"the {self.what} {kind!r} exists already, as {_name(known)}: choose another kind"
+            )
         self._nodes[kind] = node
         for user in Kinds._users:
             user.model_rebuild(force=True)
@@ -75,20 +79,36 @@ class Kinds(Generic[NodeT]):
 
 
 def open_node(node: type[AnyNodeT]) -> type[AnyNodeT]:
-    """Let a node's fields hold kinds that are added later: decorates nodes with open fields."""
+    """Let a node's fields hold kinds that are registered later; a class decorator."""
     Kinds._users.append(node)
     return node
 
 
 def kind_of(node: type[BaseModel]) -> str | None:
-    """Return the kind of a node; ``None`` for nodes that are of no kind."""
+    """Return the kind of a node class, or ``None`` if it has none, or one without a default."""
     field = node.model_fields.get("kind")
-    return None if field is None else field.default
+    return field.default if field is not None and isinstance(field.default, str) else None
 
 
-def import_kinds() -> bool:
-    """Import what other installed packages add; whether there was anything."""
-    found = entry_points(group=ENTRY_POINTS)
-    for entry in found:
-        entry.load()
-    return bool(found)
+def import_kinds() -> None:
+    """Import the modules of other packages that add kinds.
+
+    Raises:
+        ConfigError: a module cannot be imported; the others were.
+    """
+    failed: list[tuple[EntryPoint, Exception]] = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # A module may raise anything.
+            failed.append((entry, error))
+    for entry, error in failed:
+        package = f"package {entry.dist.name!r}" if entry.dist else "a package"
+        raise ConfigError(
+            f"the entry point {entry.name!r} of {package}, {entry.value}, cannot be imported "
+            f"({type(error).__name__}: {error}): repair or uninstall the package"
+        ) from error
+
+
+def _name(node: type[BaseModel]) -> str:
+    return f"{node.__module__}.{node.__qualname__}"

@@ -1,4 +1,4 @@
-"""Configuration of models: blocks, transformers, BLTs and scorers."""
+"""Configuration of models: transformers, BLTs and scorers."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -11,32 +11,32 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class ModelConfig(Node):
-    """Base of what describes a network that can be trained."""
+    """Base class of the configurations of trainable models."""
 
     has_patches: ClassVar[bool] = False
-    """Whether a recipe of it needs a patching rule."""
+    """Whether a recipe needs a patching rule for it."""
     reads_tokens: ClassVar[bool] = False
     """Whether it can read the tokens of a tokenizer instead of bytes."""
     lr_parts: ClassVar[tuple[str, ...]] = ("embeddings", "output")
-    """Parts that may learn at rates of their own: all embeddings, the matrix that makes logits, and
-    what a kind of model names beside them, by the first part of its parameters' names."""
+    """Parts that may have a learning rate of their own: all embeddings, the output matrix, and
+    further parts of a kind of model, by the first component of their parameters' names."""
 
     kind: str
 
     @property
     def can_score(self) -> bool:
-        """Whether it can be the scorer of a patching rule: a model of bytes within a window."""
+        """Whether it can be the scorer of a patching rule: a byte model with a finite window."""
         return False
 
 
 MODELS: Kinds[ModelConfig] = Kinds("model")
-"""Networks that can be trained."""
+"""Trainable models."""
 SCORERS: Kinds[Node] = Kinds("scorer")
-"""What can yield the entropies of a patching rule."""
+"""Models that can compute the entropies of a patching rule."""
 
 
 class RopeScaling(Node):
-    """Slower rotary frequencies, for contexts longer than those of pre-training."""
+    """Scaling of the rotary frequencies, for contexts longer than those of pre-training."""
 
     kind: Literal["linear", "llama3"]
     """``linear`` divides every frequency by ``factor``, ``llama3`` the slow ones (Llama 3.1)."""
@@ -50,12 +50,12 @@ class RopeScaling(Node):
 
 
 class BlockConfig(Node):
-    """A pre-norm transformer block: all that Llama-family checkpoints say of theirs."""
+    """A pre-norm transformer block, with the options of the Llama family."""
 
     dim: Positive
     num_heads: Positive
     num_kv_heads: Positive | None = None
-    """Key-value heads, each shared by a group of query heads; null for as many as ``num_heads``."""
+    """Key-value heads, each shared by a group of query heads; null for ``num_heads``."""
     head_dim: Positive | None = None
     """Width of a head; null for ``dim / num_heads``."""
     ffn_dim: Positive
@@ -64,17 +64,17 @@ class BlockConfig(Node):
     rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
     rope_scaling: RopeScaling | None = None
     rope_layout: Literal["interleaved", "half"] = "interleaved"
-    """Which dimensions rotate together: 2j and 2j + 1 (Llama's own), or j and j + head_dim / 2
-    (Hugging Face's)."""
+    """Pairs of dimensions that rotate together: ``interleaved`` 2j and 2j + 1 (Llama), or ``half``
+    j and j + head_dim / 2 (Hugging Face)."""
     qk_norm: bool = False
-    """Whether queries and keys are normalised by head before they are rotated."""
+    """Whether queries and keys are normalised per head before they are rotated."""
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
 
     @property
     def kv_heads(self) -> int:
-        """Key-value heads."""
+        """Number of key-value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
@@ -102,13 +102,13 @@ class StackConfig(BlockConfig):
 
 
 class HashEmbeddingConfig(Node):
-    """Hash embeddings of n-grams, of bytes or tokens; ``sizes: []`` leaves them out."""
+    """Hash embeddings of n-grams of bytes or tokens; ``sizes: []`` disables them."""
 
     sizes: tuple[Annotated[int, Field(ge=2, le=32)], ...] = Field(
         default=(3, 4, 5, 6, 7, 8), strict=False
     )
     num_buckets: Positive = 500_002
-    """Embeddings for each size and hash function."""
+    """Embeddings per n-gram size and hash function."""
     functions: Annotated[int, Field(ge=1, le=11)] = 1
     combine: Literal["sum", "mean"] = "sum"
 
@@ -126,11 +126,11 @@ class TransformerConfig(StackConfig, ModelConfig):
     vocab_size: Annotated[int, Field(ge=VOCAB_SIZE)] = VOCAB_SIZE
     """Ids: 260 for bytes, more for the tokens of ``data.tokenizer``."""
     hash_embeddings: HashEmbeddingConfig | None = None
-    """Added to the embedding of each id, as in a BLT; null for none."""
+    """Hash embeddings to add to those of the ids, as in a BLT; null for none."""
 
     @property
     def can_score(self) -> bool:
-        """Whether it has a window and reads bytes."""
+        """Whether it has a finite window and reads bytes."""
         return self.window is not None and self.vocab_size == VOCAB_SIZE
 
     @field_validator("hash_embeddings")
@@ -140,7 +140,7 @@ class TransformerConfig(StackConfig, ModelConfig):
 
 
 class LocalConfig(BlockConfig):
-    """The byte-level encoder and decoder of a BLT, which share their blocks' description."""
+    """The byte-level encoder and decoder of a BLT, whose blocks have the same configuration."""
 
     encoder_layers: Positive = 1
     decoder_layers: Positive
@@ -153,7 +153,7 @@ class LocalConfig(BlockConfig):
 
 
 class CrossAttentionConfig(Node):
-    """Where bytes and patches meet."""
+    """Cross-attention between bytes and patches."""
 
     slots: Positive = 2
     """Vectors per patch (k in the paper)."""
@@ -161,12 +161,14 @@ class CrossAttentionConfig(Node):
     encoder: Literal["none", "last", "all"] = "last"
     """Encoder layers after which the patches attend to their bytes."""
     decoder: Literal["none", "first", "all"] = "all"
-    """Decoder layers before which the bytes attend to their latent; with none it is added."""
+    """Decoder layers before which the bytes attend to their latent; with ``none`` the projected
+    latent is added to the byte states."""
     queries: Literal["pooled", "learned"] = "pooled"
-    """First patch queries: max-pooled byte states, or one learned set for all patches."""
+    """Initial queries of a patch: max-pooled byte states, or one learned set for all patches."""
     residual: Literal["single", "doubled"] = "doubled"
-    """The paper's ``x + out``, or the ``2 x + out`` of the released checkpoints. Small models train
-    as well with either (docs/log.md); with the second they can be exported to ``transformers``."""
+    """``single``: ``x + out``, as in the paper; ``doubled``: ``2 x + out``, as in the released
+    checkpoints. Small models train equally well with either (docs/log.md); only the second can be
+    exported to ``transformers``."""
 
 
 @MODELS.add
@@ -184,13 +186,13 @@ class BLTConfig(ModelConfig):
 
     @property
     def encoder_cross_layers(self) -> int:
-        """Encoder layers that have cross-attention."""
+        """Number of encoder layers that have cross-attention."""
         layers = {"none": 0, "last": 1, "all": self.local.encoder_layers}
         return layers[self.cross_attention.encoder]
 
     @property
     def decoder_cross_layers(self) -> int:
-        """Decoder layers that have cross-attention."""
+        """Number of decoder layers that have cross-attention."""
         layers = {"none": 0, "first": 1, "all": self.local.decoder_layers}
         return layers[self.cross_attention.decoder]
 
@@ -199,31 +201,34 @@ class BLTConfig(ModelConfig):
         if self.cross_attention.num_heads > self.local.dim:
             raise ValueError(
                 f"cross_attention.num_heads {self.cross_attention.num_heads} exceeds local.dim "
-                f"{self.local.dim}"
+                f"{self.local.dim}: lower it"
             )
         learned = self.cross_attention.queries == "learned"
         if learned and self.cross_attention.encoder == "none":
-            raise ValueError("learned queries need encoder cross-attention to see any byte")
+            raise ValueError(
+                "learned queries need encoder cross-attention to see any byte: set "
+                "cross_attention.encoder to last or all"
+            )
         return self
 
 
 class NgramConfig(Node):
-    """How an n-gram scorer is made: next-byte entropies by context, found by counting."""
+    """An n-gram scorer to fit: next-byte entropies by context, found by counting."""
 
     kind: Literal["ngram"] = "ngram"
     max_order: Positive = 5
     """Longest context, in bytes."""
     min_count: Positive = 4
-    """Contexts seen fewer times fall back to shorter ones."""
+    """Occurrences below which a context falls back to a shorter one."""
     max_contexts: Positive = 131_072
     """Contexts kept per order, most frequent first."""
     max_bytes: Positive = 16_000_000
-    """Text counted; a corpus larger than this is sampled."""
+    """Bytes of text to count; a larger corpus is sampled."""
 
 
 @SCORERS.add
 class FittedNgramConfig(Node):
-    """The size of a fitted n-gram scorer."""
+    """A fitted n-gram scorer."""
 
     kind: Literal["fitted_ngram"] = "fitted_ngram"
     max_order: Positive
@@ -232,7 +237,7 @@ class FittedNgramConfig(Node):
 
 @open_node
 class ScorerConfig(Node):
-    """What yields the entropies."""
+    """The model that computes the entropies of a patching rule."""
 
     model: Annotated[Node, SCORERS]
     reset_at_newline: bool = False

@@ -9,10 +9,10 @@ from bytelm.config.model import Positive
 
 
 class PatchingConfig(Node):
-    """Base of what describes a patching rule."""
+    """Base class of the configurations of patching rules."""
 
     needs_calibration: ClassVar[bool] = False
-    """Whether a threshold is still to be found."""
+    """Whether the rule has a threshold that is not set yet."""
 
     kind: str
     max_length: Positive | None = None
@@ -20,7 +20,7 @@ class PatchingConfig(Node):
 
     @property
     def planned_size(self) -> float | None:
-        """Mean bytes per patch that the rule is meant to make; ``None`` if the text decides it."""
+        """Intended mean bytes per patch; ``None`` if it depends on the text."""
         return None
 
 
@@ -54,25 +54,25 @@ class StaticPatching(PatchingConfig):
 
 @RULES.add
 class SpacePatching(PatchingConfig):
-    """Patches end after space-like bytes."""
+    """Patches that end after space-like bytes (SpaceByte)."""
 
     kind: Literal["space"] = "space"
 
 
 class CalibratedPatching(PatchingConfig):
-    """Base of rules with a threshold, given or found for a wanted mean patch size."""
+    """Base class of rules with a threshold, which is given or calibrated for a mean patch size."""
 
     threshold_name: ClassVar[str] = "threshold"
     """The field that calibration sets."""
     compares_rises: ClassVar[bool] = False
-    """Whether it is compared with rises of the entropy instead of entropies."""
+    """Whether the threshold is compared with increases of the entropy, not with entropies."""
 
     patch_size: Annotated[float, Field(gt=1)] | None = None
-    """Wanted mean bytes per patch; used where the threshold is null."""
+    """Wanted mean bytes per patch, for calibration; used if the threshold is null."""
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the threshold is still to be found."""
+        """Whether the threshold is not set yet."""
         return getattr(self, self.threshold_name) is None
 
     @property
@@ -87,7 +87,7 @@ class CalibratedPatching(PatchingConfig):
 
 @RULES.add
 class EntropyPatching(CalibratedPatching):
-    """Global rule: a patch starts where the entropy exceeds a threshold."""
+    """Global rule: a patch starts where the entropy exceeds a threshold (paper section 2.3)."""
 
     kind: Literal["entropy"] = "entropy"
     threshold: float | None = None
@@ -96,7 +96,7 @@ class EntropyPatching(CalibratedPatching):
 
 @RULES.add
 class MonotonicPatching(CalibratedPatching):
-    """Approximate monotonic rule: a patch starts where the entropy rises by an increase."""
+    """Approximate monotonic rule: a patch starts where the entropy rises by more than a limit."""
 
     threshold_name: ClassVar[str] = "increase"
     compares_rises: ClassVar[bool] = True
@@ -108,7 +108,7 @@ class MonotonicPatching(CalibratedPatching):
 
 @RULES.add
 class CombinedPatching(CalibratedPatching):
-    """Both rules at once; calibration moves the threshold."""
+    """Global and monotonic rule together; calibration sets the threshold."""
 
     kind: Literal["combined"] = "combined"
     threshold: float | None = None

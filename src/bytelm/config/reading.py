@@ -1,4 +1,4 @@
-"""Reading recipes: YAML files and overrides into nodes, and mistakes into errors.
+"""Read recipes from YAML files and overrides, and explain mistakes in them.
 
 An error names the path, the bad value and, for a misspelt key, the nearest valid one. A recipe is
 one of those shipped with the package (named by its file name) or a path; ``key.path=value``
@@ -9,7 +9,6 @@ import difflib
 import io
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -18,9 +17,10 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
 from bytelm.config.kinds import Kinds, import_kinds, kind_of
-from bytelm.config.names import modern_path, modernise
+from bytelm.config.names import has_earlier_names, modern_path, modernise
 from bytelm.config.recipe import NgramRecipe, Recipe
 from bytelm.errors import ConfigError
 
@@ -28,7 +28,7 @@ NodeT = TypeVar("NodeT", bound=BaseModel)
 
 
 class _Constructor(SafeConstructor):
-    """Plain data only, and no dates: nothing in a recipe is one, but a folder may look like one."""
+    """Constructor of plain data without dates: the name of a folder may look like one."""
 
 
 _Constructor.add_constructor(
@@ -36,10 +36,22 @@ _Constructor.add_constructor(
 )
 
 
+class _Representer(SafeRepresenter):
+    """Representer that quotes strings with line breaks that only double quotes can escape."""
+
+    def represent_str(self, data: str) -> Any:
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _yaml() -> YAML:
     """Return a reader and writer of YAML 1.2, in which ``010`` is ten and ``1e-3`` a number."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     return yaml
@@ -55,38 +67,49 @@ def parse(node: type[NodeT], data: Any, where: str) -> NodeT:
     try:
         return node.model_validate(data)
     except ValidationError as error:
-        is_unknown_kind = error.errors()[0]["type"] == "union_tag_invalid"
-        if is_unknown_kind and import_kinds():
-            with suppress(ValidationError):
-                return node.model_validate(data)
-        raise ConfigError(f"{where}: {_explain(node, error)}") from None
+        mistake = error
+    failure = None
+    if _has_unknown_kind(mistake):
+        try:
+            import_kinds()
+        except ConfigError as error:
+            # The kind may be one of those that could be imported.
+            failure = error
+        try:
+            return node.model_validate(data)
+        except ValidationError as error:
+            mistake = error
+    explained = f"{where}: {_explain(node, mistake)}"
+    if failure is not None and _has_unknown_kind(mistake):
+        raise ConfigError(f"{explained}; {failure}") from failure
+    raise ConfigError(explained) from None
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Return the names of the shipped recipes."""
     return shipped_names("recipes")
 
 
 def recipe_text(name: str) -> str:
-    """Text of a recipe, shipped or on disk.
+    """Return the text of a recipe, shipped or on disk.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: no recipe has that name, or the file cannot be read.
     """
     return shipped_text("recipes", name)
 
 
 def shipped_names(kind: str) -> list[str]:
-    """Names of the YAML files that ship in a package of ``bytelm``: ``recipes`` or ``plans``."""
+    """Return the names of the YAML files in a package of ``bytelm``: ``recipes`` or ``plans``."""
     files = resources.files(f"bytelm.{kind}").iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
 def shipped_text(kind: str, name: str) -> str:
-    """Text of a YAML file of a kind, shipped or on disk.
+    """Return the text of a YAML file of a kind, shipped or on disk.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: no such file exists, or it cannot be read.
     """
     names, what = shipped_names(kind), kind.removesuffix("s")
     if name in names:
@@ -103,11 +126,14 @@ def shipped_text(kind: str, name: str) -> str:
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecipe:
-    """Return a recipe with overrides applied: of an n-gram scorer if its model's kind is ``ngram``.
+    """Load a recipe and apply overrides.
 
     Args:
         name: a shipped recipe or a path to a YAML file.
         overrides: ``key.path=value`` strings, applied in order.
+
+    Returns:
+        An :class:`NgramRecipe` if the model's kind is ``ngram``, otherwise a :class:`Recipe`.
 
     Raises:
         ConfigError: the recipe or an override cannot be used.
@@ -119,14 +145,14 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecip
 
 
 def read_mapping(text: str, where: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The mapping that a YAML text holds, with ``key.path=value`` overrides applied in order.
+    """Parse a YAML mapping, and apply ``key.path=value`` overrides in order.
 
     Raises:
-        ConfigError: the text is no YAML, holds something else, or an override cannot be used.
+        ConfigError: the text is not valid YAML or not a mapping, or an override is invalid.
     """
     try:
         data = _yaml().load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: a number such as `-_`
         what = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {what}") from None
     if not isinstance(data, dict):
@@ -145,7 +171,7 @@ def dump_yaml(node: BaseModel) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines ``path: old -> new`` for every value in which two plain trees differ."""
+    """Return a line ``path: old -> new`` for every value in which two nested mappings differ."""
     lines = []
     for key in [*old, *(k for k in new if k not in old)]:
         a, b = old.get(key), new.get(key)
@@ -162,22 +188,29 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} must have the form key.path=value")
     try:
         value = _yaml().load(text)
-    except YAMLError:
+    except (YAMLError, ValueError):
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    *parents, last = modern_path(path).split(".")
+    *parents, last = modern_path(path, data).split(".")
+    is_ours = True
     for parent in parents:
         section = data.get(parent)
         if section is not None and not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
-        # A copy: with YAML's aliases other sections may hold the same object.
+        # A copy: a YAML alias may have put the same object in other sections.
         data[parent] = dict(section or {})
         data = data[parent]
-    data[last] = modernise({last: value}, parents[-1] if parents else "")[last]
+        is_ours = has_earlier_names(data, is_ours)
+    section = parents[-1] if parents else ""
+    data[last] = modernise({last: value}, section, is_ours=is_ours)[last]
+
+
+def _has_unknown_kind(error: ValidationError) -> bool:
+    return any(one["type"] == "union_tag_invalid" for one in error.errors())
 
 
 def _explain(node: type[BaseModel], error: ValidationError) -> str:
     errors = error.errors()
-    # A misspelt key is also a missing one: the spelling is what there is to mend.
+    # A misspelt key is also reported as a missing one: name the spelling.
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     location = first["loc"]
     path = ".".join(_path(node, location))
@@ -198,7 +231,7 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
             return f"'{path}.kind' is missing: one of {', '.join(known)}"
         kind = first["input"].get("kind") if isinstance(first["input"], dict) else None
         hint = nearest(str(kind), known)
-        return f"{path}.kind: {kind!r} is none of {', '.join(known)}{hint}"
+        return f"{path}.kind: {kind!r} is not one of {', '.join(known)}{hint}"
     if first["type"] == "string_type" and not isinstance(first["input"], dict | list):
         return f"{path}: {message}, not {first['input']!r}: write it in quotes, '\"...\"'"
     if isinstance(first["input"], dict | list):
@@ -207,7 +240,7 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint at the valid name most like ``name``, if one is."""
+    """Return a hint at the valid name closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
@@ -215,7 +248,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def _walk(
     node: type[BaseModel], location: tuple[int | str, ...]
 ) -> Iterator[list[type[BaseModel]]]:
-    """Yield the nodes that may be meant at the beginning of a location and after each part."""
+    """Yield the candidate nodes at the beginning of a location and after each of its parts."""
     candidates: list[Any] = [node]
     yield candidates
     for part in location:
@@ -224,7 +257,7 @@ def _walk(
 
 
 def _inside(candidate: Any, part: int | str) -> list[Any]:
-    """Return the nodes and containers that one of them may hold at a part of a location."""
+    """Return the nodes and containers that a candidate may hold at a part of a location."""
     if not _is_node(candidate):
         *_, values = (one for one in get_args(candidate) if one is not Ellipsis)
         return _held_in(values)
@@ -235,13 +268,13 @@ def _inside(candidate: Any, part: int | str) -> list[Any]:
 
 
 def _path(node: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Return the location as a user writes it: without the tags that choose between kinds."""
+    """Return a location as users write it, without the tags that choose between kinds."""
     steps = zip(location, _walk(node, location), strict=False)
     return [str(part) for part, before in steps if part not in [kind_of(c) for c in before]]
 
 
 def _held_in(annotation: Any, *metadata: Any) -> list[Any]:
-    """Return the nodes, and containers of them, that a field of a type may hold."""
+    """Return the nodes and containers of nodes that a field of a type may hold."""
     for one in metadata:
         if isinstance(one, Kinds):
             return list(one.nodes.values())

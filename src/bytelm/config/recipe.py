@@ -11,24 +11,24 @@ from bytelm.config.patching import RULES, PatchingConfig
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SAVED: Kinds[Node] = Kinds("model", MODELS, SCORERS)
-"""What a checkpoint may hold."""
+"""Models that a checkpoint may hold."""
 
 
 @open_node
 class ModelDescription(Node):
-    """All it takes to build a model: an untrained copy of what a checkpoint holds."""
+    """Description of a saved model, complete enough to build it without its weights."""
 
     model: Annotated[Node, SAVED]
     patching: Annotated[PatchingConfig, RULES] | None = None
     scorer: ScorerConfig | None = None
     tokens: bool = False
-    """Whether ids are byte-pair tokens; the tokenizer then lies beside the weights."""
+    """Whether ids are byte-pair tokens; the tokenizer is then stored with the weights."""
     context_bytes: Positive | None = None
-    """Longest stretch of text the model was trained on."""
+    """Longest context that the model was trained with, in bytes."""
 
 
 class DataConfig(Node):
-    """What a run reads, and how it is cut into rows."""
+    """The data of a run, and how it is packed into rows."""
 
     path: str | None = None
     """Folder made by ``bytelm data prepare``; required to train."""
@@ -37,11 +37,11 @@ class DataConfig(Node):
     row_bytes: Positive = 8192
     """Bytes in a row: the longest context."""
     row_patches: Positive | None = None
-    """Patches (or tokens) in a row; null for what their mean size makes of ``row_bytes``."""
+    """Patches (or tokens) in a row; null to derive it from ``row_bytes`` and their mean size."""
     rows_per_step: Positive = 8
     """Rows in an optimiser step."""
     mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
-    """Share of bytes by source; null for what the data holds."""
+    """Relative shares of bytes by source; null for the shares of the data."""
     verify: bool = True
     """Check the hash of every shard before training."""
 
@@ -56,28 +56,29 @@ class OptimizerConfig(Node):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
     final_ratio: Fraction = 0.0
-    """Learning rate at the last step, over the peak."""
+    """Learning rate of the last step, relative to the peak."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     lr_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Learning rate of a part over ``learning_rate``, such as ``{global: 0.1}``; 1 if not named."""
+    """Learning rate of a part relative to ``learning_rate``, such as ``{global: 0.1}``; 1 for parts
+    that are not named."""
 
 
 class TrainConfig(Node):
-    """The loop."""
+    """The training loop."""
 
     steps: Positive
     micro_rows: Positive | None = None
-    """Rows in a forward pass; null for all of a step's at once."""
+    """Rows in a forward pass; null for all rows of a step."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 on CPU."""
+    """auto: bfloat16 autocast on CUDA, float32 on the CPU."""
     compile: bool | None = None
-    """torch.compile; null for on CUDA only."""
+    """Whether to use torch.compile; null for CUDA only."""
     log_every: Positive = 10
     validate_every: Positive = 500
     validation_bytes: Positive = 1_000_000
-    """Held-out text read at each validation."""
+    """Bytes of held-out text evaluated at each validation."""
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
     tensorboard: bool = False
@@ -85,7 +86,7 @@ class TrainConfig(Node):
 
 @open_node
 class Recipe(Node):
-    """Everything a training run is made of."""
+    """Complete description of a training run."""
 
     model: Annotated[ModelConfig, MODELS]
     patching: Annotated[PatchingConfig, RULES] | None = None
@@ -95,7 +96,7 @@ class Recipe(Node):
 
     @property
     def row_length(self) -> int:
-        """Ids in a row: bytes, or the tokens that there is room for."""
+        """Ids in a padded row: bytes, or the budget of tokens."""
         data = self.data
         return data.row_bytes if data.tokenizer is None else data.row_patches or 0
 
@@ -103,7 +104,10 @@ class Recipe(Node):
     def _parts_fit(self) -> "Recipe":
         model = self.model
         if model.has_patches and self.patching is None:
-            raise ValueError(f"a {model.kind} model needs a patching section")
+            raise ValueError(
+                f"a {model.kind} model needs a patching section: add one, such as "
+                "patching.kind=entropy"
+            )
         if not model.has_patches and self.patching is not None:
             raise ValueError(f"a {model.kind} model has no patches: remove patching")
         if not model.reads_tokens and self.data.tokenizer is not None:
@@ -117,7 +121,7 @@ class Recipe(Node):
 
 
 class NgramDataConfig(Node):
-    """What an n-gram scorer is counted from."""
+    """The data that an n-gram scorer is fitted on."""
 
     path: str | None = None
     """Folder made by ``bytelm data prepare``; required to count."""
@@ -126,9 +130,9 @@ class NgramDataConfig(Node):
 
 
 class NgramRecipe(Node):
-    """Everything an n-gram scorer is made of: it is counted, not trained."""
+    """Complete description of an n-gram scorer, which is fitted by counting."""
 
     model: NgramConfig
     data: NgramDataConfig = NgramDataConfig()
     seed: Seed = 0
-    """Of the sample that is counted where there is more text than ``model.max_bytes``."""
+    """Seed of the sample that is counted if there is more text than ``model.max_bytes``."""

@@ -1,4 +1,4 @@
-"""Data: text to prepared shards, shards to packed rows."""
+"""Data: text prepared into shards, and shards packed into rows."""
 
 from bytelm.data.calibration import (
     all_documents,

@@ -1,4 +1,4 @@
-"""Calibration on prepared data, with a report per source."""
+"""Calibrate thresholds and train tokenizers on samples of prepared data."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from bytelm.tokens import Tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 4_000_000
 REPORT_BYTES = 500_000
-"""Of each source, for its report."""
+"""Bytes sampled of each source for its report."""
 _SPAN_BYTES = 16_384
 
 
@@ -28,13 +28,13 @@ Sample = dict[str, list[tuple[Tensor, Tensor | None]]]
 def sample_dataset(
     dataset: Dataset, max_bytes: int = SAMPLE_BYTES, seed: int = 0, source: str | None = None
 ) -> Sample:
-    """Return random spans of documents, with entropies where there are any; always the same ones.
+    """Return a reproducible sample of spans of documents, with entropies if the data has any.
 
     Args:
-        dataset: what to sample.
-        max_bytes: about how much.
-        seed: of the choice.
-        source: the only source to sample, or all in proportion.
+        dataset: prepared data.
+        max_bytes: approximate size of the sample.
+        seed: seed of the sample.
+        source: source to sample; ``None`` for all in proportion.
 
     Raises:
         DataError: the data has no documents.
@@ -56,7 +56,7 @@ def sample_dataset(
 def sample_spans(
     dataset: Dataset, documents: NDArray[np.int64], max_bytes: int, seed: int = 0
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield document, begin and end of random spans, about ``max_bytes`` in all; always the same.
+    """Yield (document, begin, end) of reproducible random spans, about ``max_bytes`` in total.
 
     Raises:
         DataError: the data has no documents.
@@ -92,14 +92,14 @@ def all_documents(sample: Sample) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def train_dataset_tokenizer(dataset: Dataset, vocab_size: int, max_bytes: int) -> Tokenizer:
-    """Return the byte-pair merges of a sample of the training text, always the same ones.
+    """Train a tokenizer on a reproducible sample of the training text.
 
     Raises:
         ConfigError: ``vocab_size`` is below 260.
-        DataError: there is too little text for so many merges.
+        DataError: the text has too few pairs for so large a vocabulary.
     """
     texts, taken = [], 0
-    # Without the BOS that spans count.
+    # Sizes are counted here, since those of spans include BOS.
     for document, begin, _ in sample_spans(dataset, np.arange(len(dataset)), 2**62):
         texts.append(dataset.document(document)[begin : begin + _SPAN_BYTES])
         taken += len(texts[-1])
@@ -109,7 +109,7 @@ def train_dataset_tokenizer(dataset: Dataset, vocab_size: int, max_bytes: int) -
 
 
 def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, SourceReport]:
-    """Count the patches of each source, however little there is of it."""
+    """Return statistics of the patches of each source, on a sample of its own."""
     patcher = build_patcher(config)
     reports = {}
     for number in np.unique(dataset.source_ids):
@@ -126,7 +126,7 @@ def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, Sourc
 
 
 def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) -> Calibration:
-    """Calibrate a rule on a prepared folder and record it, with its report, in the manifest.
+    """Calibrate a rule on prepared data, and record it in the manifest with a report per source.
 
     Raises:
         DataError: the folder is not prepared data, is damaged, or has no entropies.

@@ -1,7 +1,7 @@
-"""Reading text: files, directories, globs, standard input and datasets become documents.
+"""Read documents from files, directories, globs, standard input and datasets.
 
-A document is a byte string and the name of its source. Bytes are kept exactly: text is not
-decoded, so invalid UTF-8 is as good as any other.
+A document is a byte string and the name of its source. Bytes are kept exactly: text is not decoded,
+so invalid UTF-8 is accepted.
 """
 
 import bz2
@@ -35,12 +35,12 @@ STDIN = "-"
 _RECORDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _BINARY_PROBE = 8192
 _MADE_HERE = (MANIFEST, "preparing.jsonl", FILES, "metrics.jsonl")
-"""Files that tell a folder of prepared data, of a checkpoint or of a run."""
+"""Files that identify folders of prepared data, checkpoints and runs."""
 
 
 @runtime_checkable
 class _Bytes(Protocol):
-    """A file of bytes, whatever decompresses it."""
+    """Binary file, possibly decompressed while it is read."""
 
     def read(self) -> bytes: ...
 
@@ -59,7 +59,7 @@ _DECOMPRESSORS: dict[str, Callable[[BinaryIO], _Bytes]] = {
     ".xz": lzma.LZMAFile,
     ".zst": partial(_arrow_stream, "zstd"),
 }
-"""By suffix, what reads a compressed file."""
+"""Readers of compressed files, by suffix."""
 
 
 class Document(NamedTuple):
@@ -68,57 +68,57 @@ class Document(NamedTuple):
     data: bytes
     source: str
     split: Split | None = None
-    """``None`` where it is not settled yet."""
+    """``None`` if preparation decides it."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How inputs are read."""
+    """Options of reading inputs."""
 
     format: Format = "auto"
-    """auto: by the file's name; text: a file is a document; lines: a line is."""
+    """``auto``: by the file's name; ``text``: each file is a document; ``lines``: each line is."""
     field: str = "text"
     """Field or column that holds the text of a record."""
     source_field: str | None = None
-    """Field or column that names a record's source, in place of the file's name."""
+    """Field or column that names a record's source; by default the file's name does."""
     include: str | None = None
     """Glob that files in directories must match, such as ``*.py``."""
     binary: bool = False
     """Also read files in directories that look binary (a NUL byte near the start)."""
     skip_invalid: bool = False
-    """Count and skip records that cannot be read, in place of stopping."""
+    """Count and skip records that cannot be read, instead of stopping."""
     cut_bytes: int | None = None
-    """Cut documents longer than this into pieces of at most as much, after a newline if one is in
-    the second half: the parts of a single long file can then be shuffled and held out."""
+    """Cut longer documents into parts of at most this size, after a newline if one is in the second
+    half. The parts of a single long file can then be shuffled and held out."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """One thing to read documents from."""
+    """One file, folder or stream to read documents from."""
 
     path: Path | None
     """``None`` for standard input."""
     source: str
     kind: Literal["text", "lines", "jsonl", "parquet", "prepared", "datasets", "binary"]
-    """``binary`` is left out."""
+    """Format of the input; ``binary`` inputs are skipped."""
     split: Split | None = None
-    """Of all its documents; ``None`` where preparation settles it."""
+    """Split of all its documents; ``None`` if preparation decides it."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return "standard input" if self.path is None else str(self.path)
 
     @property
     def num_bytes(self) -> int:
-        """How much there is to read, for progress; 0 where it is not known."""
+        """Size of the input, for progress; 0 if unknown."""
         if self.kind == "prepared" and self.path is not None:
             return sum(shard.text_bytes for shard in read_manifest(self.path).shards)
         return self.path.stat().st_size if self.path and self.path.is_file() else 0
 
     @property
     def identity(self) -> list[str | int]:
-        """What tells whether the input is still the same, without reading it."""
+        """Values that change when the input changes, found without reading it."""
         if self.path is None:
             return [self.name, self.source, self.kind, self.split or ""]
         named = [str(self.path.resolve()), self.source, self.kind, self.split or ""]
@@ -133,14 +133,14 @@ def find_inputs(
     """Expand arguments into inputs, in a fixed order.
 
     Args:
-        arguments: files, directories (searched through, but for what is hidden and what bytelm
-            made), globs, ``-`` for standard input, folders that ``bytelm data prepare`` or the
-            `datasets` library saved; each may be written ``NAME=ARGUMENT`` to name its source.
-        options: how to read.
+        arguments: files; directories, searched recursively except for hidden files and output of
+            bytelm; globs; ``-`` for standard input; folders that ``bytelm data prepare`` or the
+            `datasets` library saved. ``NAME=ARGUMENT`` names the source of an argument.
+        options: how to read them.
         leave_out: folders not to search.
 
     Raises:
-        DataError: an argument matches nothing, or can be read in no way.
+        DataError: an argument matches nothing, or cannot be read.
     """
     inputs: list[Input] = []
     skip = {path.resolve() for path in leave_out}
@@ -164,8 +164,8 @@ def find_inputs(
             inputs += _inputs_at(path, source, options, skip)
     if all(one.kind == "binary" for one in inputs):
         raise DataError(
-            f"the inputs hold no file to read (hidden ones are left out, and {len(inputs)} binary "
-            "ones, which --binary reads)"
+            f"the inputs hold no file to read: name others (hidden files are skipped, and so are "
+            f"{len(inputs)} binary ones, which --binary reads)"
         )
     return inputs
 
@@ -194,7 +194,7 @@ def _inputs_at(path: Path, source: str, options: ReadOptions, skip: set[Path]) -
 
 
 def _files_below(top: Path, include: str | None, skip: set[Path]) -> Iterator[Path]:
-    """Files in a folder and its folders, but for hidden ones and what bytelm made, sorted."""
+    """Yield the files below a folder, sorted, except hidden ones and output of bytelm."""
     for folder, folders, files in os.walk(top):
         here = Path(folder)
         if here.resolve() in skip or any((here / mark).exists() for mark in _MADE_HERE):
@@ -218,14 +218,17 @@ def _file_input(path: Path, source: str, options: ReadOptions) -> Input:
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """The suffix that tells the format, and that of the compression."""
+    """Return the suffixes of the format and of the compression; empty if there is none."""
     compression = path.suffix.lower() if path.suffix.lower() in _DECOMPRESSORS else ""
     inner = path.with_suffix("") if compression else path
     return inner.suffix.lower(), compression
 
 
 def _source_name(path: Path) -> str:
-    """``english-books-00.jsonl.xz`` -> ``english-books``: no suffixes, no shard number."""
+    """Return a file's name without suffixes and shard number.
+
+    For example, ``english-books-00.jsonl.xz`` gives ``english-books``.
+    """
     name = path.name
     for suffix in reversed(_suffixes(path)):
         name = name[: len(name) - len(suffix)] if suffix else name
@@ -233,7 +236,7 @@ def _source_name(path: Path) -> str:
 
 
 def _label(name: str) -> str:
-    """A source's name as valid text, whatever a file system or a record made of it."""
+    """Return a source's name as valid Unicode; file systems and records allow other names."""
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -245,7 +248,7 @@ def _looks_binary(path: Path) -> bool:
 
 
 class Reader:
-    """Reads inputs one after another, keeping count of what it passes over."""
+    """Reader of inputs, which also counts the documents, records and files that it skips."""
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
@@ -260,16 +263,16 @@ class Reader:
 
     @property
     def position(self) -> int:
-        """How much of the current input has been read, in the unit of :attr:`Input.num_bytes`."""
+        """Amount of the current input that has been read, in units of :attr:`Input.num_bytes`."""
         if self._file is None or self._file.closed:
             return self._taken
         return self._file.tell() if self._file.seekable() else 0
 
     def read(self, source: Input) -> Iterator[Document]:
-        """The documents of one input, empty ones left out.
+        """Yield the documents of one input, except empty ones.
 
         Raises:
-            DataError: the file or a record cannot be read; the message says where.
+            DataError: the file or a record cannot be read; the message names the place.
         """
         if source.kind == "binary":
             self.num_binary += 1
@@ -344,7 +347,7 @@ class Reader:
         assert source.path is not None
         splits: tuple[Split, ...] = ("train", "validation")
         for split in splits:
-            # What is damaged must not be passed on under a new, valid hash.
+            # Verify: damaged data must not get a new, valid hash.
             dataset = Dataset(source.path, split, verify=True)
             for index in range(len(dataset)):
                 name = source.source or dataset.source_names[dataset.source_ids[index]]
@@ -401,7 +404,7 @@ class Reader:
 
 
 def _cut(document: Document, cut_bytes: int | None) -> Iterator[Document]:
-    """A document in pieces of at most ``cut_bytes``."""
+    """Yield a document in parts of at most ``cut_bytes``."""
     data, begin = document.data, 0
     if cut_bytes is None or len(data) <= cut_bytes:
         yield document

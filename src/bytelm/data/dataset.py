@@ -5,7 +5,7 @@
     manifest.json            settings, sources, shards with their sizes and SHA-256, calibration
     train-00000.arrow ...    one row per document: document (bytes), source, entropies
     validation-00000.arrow ...
-    scorer/                  the checkpoint that made the entropies, where there are any
+    scorer/                  the checkpoint that made the entropies, if there are any
 
 ``entropies[i]`` is the entropy, in nats, of the prediction of the document's byte ``i``: first the
 one made at BOS, last the one made at the last byte, so there is one more than there are bytes.
@@ -30,20 +30,20 @@ MANIFEST = "manifest.json"
 SCORER = "scorer"
 FORMAT = 1
 RESUME = "{remedy} and run the same command again: it resumes where it stopped"
-"""Advice when the disk refuses; see :func:`bytelm.storage.disk_errors`."""
+"""Advice after a disk error; see :func:`bytelm.storage.disk_errors`."""
 
 Split = Literal["train", "validation"]
 
 
 class SourceTotal(Node):
-    """How much there is of one source."""
+    """Documents and bytes of one source."""
 
     documents: int
     text_bytes: int
 
 
 class ShardRecord(Node):
-    """One Arrow file."""
+    """Record of one Arrow file."""
 
     file: str
     split: Split
@@ -55,14 +55,14 @@ class ShardRecord(Node):
 
 
 class ScorerRecord(Node):
-    """What made the entropies."""
+    """Record of the scorer that computed the entropies."""
 
     fingerprint: str
     reset_at_newline: bool
 
 
 class SourceReport(Node):
-    """Patches of a sample of one source."""
+    """Statistics of the patches in a sample of one source."""
 
     sampled_bytes: int
     patches: int
@@ -73,7 +73,7 @@ class SourceReport(Node):
 
 
 class Calibration(Node):
-    """A patching rule, and the patches it makes of each source."""
+    """Calibrated patching rule, and statistics of its patches."""
 
     rule: dict[str, object]
     patch_size: float
@@ -82,7 +82,7 @@ class Calibration(Node):
 
 
 class LeftOut(Node):
-    """What preparation passed over."""
+    """Counts of what preparation skipped."""
 
     empty_documents: int = 0
     invalid_records: int = 0
@@ -90,7 +90,7 @@ class LeftOut(Node):
 
 
 class Manifest(Node):
-    """What a prepared folder holds."""
+    """Contents of a folder of prepared data."""
 
     format: int = FORMAT
     bytelm: str
@@ -102,12 +102,12 @@ class Manifest(Node):
 
     @property
     def fingerprint(self) -> str:
-        """What tells data apart: of the documents and entropies, whatever their calibration."""
+        """Hash of the documents and entropies, independent of the calibration."""
         digests = "\n".join(shard.sha256 for shard in self.shards)
         return hashlib.sha256(digests.encode()).hexdigest()
 
     def sources(self, split: Split | None = None) -> dict[str, SourceTotal]:
-        """How much there is of each source, by name, in one split or both."""
+        """Return the size of each source, by name, in one split or both."""
         documents, text_bytes = Counter[str](), Counter[str]()
         for shard in self.shards:
             if split in (None, shard.split):
@@ -121,10 +121,10 @@ class Manifest(Node):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder.
+    """Return the manifest of prepared data.
 
     Raises:
-        DataError: there is none, or it cannot be used.
+        DataError: the folder has no manifest, or it is damaged or of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -143,10 +143,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest, whole or not at all.
+    """Write a manifest atomically.
 
     Raises:
-        DataError: the disk refused.
+        DataError: the file cannot be written.
     """
     path = folder / MANIFEST
     with disk_errors(path, DataError, RESUME):
@@ -157,9 +157,9 @@ def check_shard(folder: Path, shard: ShardRecord, *, contents: bool) -> None:
     """Compare a shard with its record.
 
     Args:
-        folder: of the data.
+        folder: folder of the data.
         shard: the record.
-        contents: also hash the file; without, only its size is looked at.
+        contents: also compare the hash of the file; otherwise only its size is compared.
 
     Raises:
         DataError: the file is missing, cut short or altered.
@@ -179,12 +179,12 @@ class _Shard(NamedTuple):
 
 
 class Dataset:
-    """Random access to the documents of one split, memory-mapped.
+    """Memory-mapped random access to the documents of one split.
 
     Args:
-        folder: made by ``bytelm data prepare``.
-        split: which documents.
-        verify: hash every file before use, in place of comparing sizes only.
+        folder: folder made by ``bytelm data prepare``.
+        split: split to read.
+        verify: compare the hash of every file, instead of only its size.
 
     Raises:
         DataError: the folder is not prepared data, or a file is damaged.
@@ -219,12 +219,16 @@ class Dataset:
         return len(self.lengths)
 
     def document(self, index: int) -> bytes:
-        """The bytes of a document."""
+        """Return the bytes of a document."""
         shard, row = self._locate(index)
         return shard.text[shard.begins[row] : shard.begins[row + 1]].tobytes()
 
     def ids(self, index: int, begin: int, end: int) -> NDArray[np.int64]:
-        """Ids ``begin`` to ``end`` of the sequence BOS, bytes, EOS of a document."""
+        """Return ids ``begin`` to ``end`` of a document's sequence BOS, bytes, EOS.
+
+        Returns:
+            ``int64[end - begin]``.
+        """
         shard, row = self._locate(index)
         length = int(self.lengths[index])
         first = int(shard.begins[row])
@@ -238,7 +242,11 @@ class Dataset:
         return ids
 
     def entropies(self, index: int, begin: int, end: int) -> NDArray[np.float32]:
-        """Entropies at positions ``begin`` to ``end``; position 0 is BOS. A copy, as ids are."""
+        """Return the entropies at positions ``begin`` to ``end``, as a copy; position 0 is BOS.
+
+        Returns:
+            ``float32[end - begin]``, in nats.
+        """
         shard, row = self._locate(index)
         assert shard.entropies is not None
         assert shard.entropy_begins is not None
@@ -259,7 +267,7 @@ def _open_table(path: Path) -> pa.Table:
 
 
 def _views(table: pa.Table, has_entropies: bool) -> _Shard:
-    """Numpy views of a shard, which is one record batch."""
+    """Return NumPy views of a shard, which is a single record batch."""
     _, offsets, data = table["document"].chunk(0).buffers()
     text = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
     begins = np.frombuffer(offsets, np.int64)[: table.num_rows + 1]

@@ -1,10 +1,10 @@
-"""The training stream: shuffled, mixed, packed; exactly resumable and independent of ranks.
+"""Loader of training batches: shuffled, mixed and packed, resumable, independent of the ranks.
 
 Documents are cut into spans of a row's bytes; an epoch is a random permutation of all spans, so
 long documents are shuffled as thoroughly as short ones. Row ``r`` of every optimiser step is filled
 by its own stream: stream ``r`` of ``R`` takes spans ``r, r + R, r + 2R, ...`` of the endless
-concatenation of epochs. A stream's state is a few integers, and a rank that owns some rows runs
-just their streams: the rows of a step are the same at any world size.
+concatenation of epochs. A stream's state is a few integers, and a rank runs only the streams of its
+own rows, so the rows of a step are the same at any world size.
 """
 
 import math
@@ -22,11 +22,11 @@ from bytelm.units import Span, Units
 
 
 class SpanOrder:
-    """The spans of some documents, in a new order every epoch.
+    """Spans of some documents, in a new random order every epoch.
 
     Args:
         lengths: bytes of every document.
-        documents: which of them are cut into spans.
+        documents: indices of the documents to cut into spans.
         size: positions in a span, BOS included; the last of a document may have fewer.
     """
 
@@ -42,10 +42,10 @@ class SpanOrder:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def at(self, index: int, seed: Sequence[int]) -> tuple[int, int]:
-        """Return document and number within it of the span at ``index`` of the endless sequence."""
+        """Return the span at ``index`` of the endless sequence: its document, and number in it."""
         epoch, at = divmod(index, len(self))
         if epoch not in self._orders:
-            # Streams stay within an epoch of one another.
+            # Streams are never more than one epoch apart.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             generator = np.random.Generator(
                 np.random.Philox(np.random.SeedSequence([*seed, epoch]))
@@ -59,7 +59,7 @@ class SpanOrder:
 
 @dataclass
 class _StreamState:
-    """Where one stream stands."""
+    """Position of one stream."""
 
     draws: list[int]
     """Spans taken from each component of the mixture."""
@@ -68,29 +68,29 @@ class _StreamState:
     begin: int = 0
     """Next position of the span in progress."""
     end: int = 0
-    """Its end; nothing is in progress when ``begin`` has reached it."""
+    """End of the span in progress; a new one is drawn when ``begin`` has reached it."""
 
 
 @dataclass
 class LoaderState:
-    """Where a loader stands: JSON-ready, and all that is needed to go on."""
+    """State of a loader, from which it can resume; ready for JSON."""
 
     step: int
     streams: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Loader:
-    """Batches for training, one per optimiser step.
+    """Loader of training batches, one per optimiser step.
 
     Args:
         dataset: prepared data, with entropies if the units need them.
-        units: of the model.
+        units: units of the model.
         row_bytes: bytes in a row.
         row_units: units in a row; ``None`` for no limit.
         rows_per_step: rows in a step, over all ranks.
-        mixture: share of bytes by source name; ``None`` for what the data holds.
-        seed: of the order.
-        rank: this process, which produces rows ``rank, rank + world_size, ...``.
+        mixture: relative shares of bytes by source name; ``None`` for the shares of the data.
+        seed: seed of the order.
+        rank: rank of this process, which loads rows ``rank, rank + world_size, ...``.
         world_size: number of processes.
 
     Raises:
@@ -136,20 +136,24 @@ class Loader:
         self._streams = {r: _StreamState([0] * len(self._components)) for r in self._rows}
 
     def next_batch(self) -> Batch:
-        """The rows of the next step that belong to this rank."""
+        """Return this rank's rows of the next step."""
         rows = [self._fill(r) for r in self._rows]
         self.step += 1
         return make_batch(rows)
 
     def state(self) -> LoaderState:
-        """Where the loader stands, after the batches taken so far."""
+        """Return the state after the batches loaded so far."""
         return LoaderState(self.step, [asdict(self._streams[r]) for r in self._rows])
 
     def restore(self, state: LoaderState) -> None:
-        """Go on from a state of a loader with the same settings."""
+        """Resume from the state of a loader with the same settings.
+
+        Raises:
+            DataError: the state has another number of rows.
+        """
         if len(state.streams) != len(self._rows):
             raise DataError(
-                f"the saved position is of {len(state.streams)} rows a step on each rank, not "
+                f"the saved position has {len(state.streams)} rows a step on each rank, not "
                 f"{len(self._rows)}: resume with the same data.rows_per_step and number of ranks"
             )
         self.step = state.step
@@ -158,7 +162,7 @@ class Loader:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far, by spans drawn."""
+        """Epochs so far, as the ratio of spans drawn to all spans."""
         drawn = sum(sum(s.draws) for s in self._streams.values())
         return drawn / sum(map(len, self._components))
 
@@ -180,11 +184,11 @@ class Loader:
         return Span(state.document, state.begin, ids, entropies)
 
     def _draw(self, number: int, state: _StreamState) -> None:
-        """Begin the stream's next span."""
+        """Draw the stream's next span."""
         component = 0
         if len(self._components) > 1:
             draw = sum(state.draws)
-            # Words of the counter: row, draw. One number per pair, in any order of asking.
+            # The counter holds row and draw, so a number does not depend on the order of draws.
             bits = np.random.Philox(key=self._seed, counter=[0, 0, number, draw])
             chance = np.random.Generator(bits).random()
             component = int(np.searchsorted(self._chances, chance, side="right"))
@@ -211,13 +215,13 @@ def _mix(
     for name, share in mixture.items():
         if name not in dataset.source_names:
             known = ", ".join(dataset.source_names)
-            raise DataError(f"the mixture names {name!r}, which is none of the sources: {known}")
+            raise DataError(f"data.mixture names {name!r}, which is not one of the sources {known}")
         chosen = np.flatnonzero(dataset.source_ids == dataset.source_names.index(name))
         spans = SpanOrder(dataset.lengths, chosen.astype(np.int64), row_bytes)
         if not len(spans):
-            raise DataError(f"source {name!r} of the mixture has no training documents")
+            raise DataError(f"source {name!r} of data.mixture has no training documents: remove it")
         components.append(spans)
-        # A share of bytes; spans of short documents are smaller, so more of them are drawn.
+        # Shares are of bytes: of a source with smaller spans, more spans are drawn.
         shares.append(share / spans.mean_bytes)
     chances = np.cumsum(shares) / np.sum(shares)
     chances[-1] = 1.0

@@ -1,10 +1,10 @@
-"""Packing: spans of documents side by side in rows of fixed size.
+"""Pack spans of documents into rows of fixed size.
 
 A row has two budgets, bytes and units (patches or tokens), and closes when either is used up, so
-that compiled shapes are fixed and the global transformer, which is paid per patch, is padded
-little. A document that does not fit is cut; what follows the cut is a document of its own to the
-model (its first byte has nothing before it), whose first id is an ordinary byte and not BOS. Every
-id of every document but the first is a target exactly once.
+that shapes are fixed for compilation and the global transformer, whose cost is per patch, is padded
+little. A document that does not fit is cut; the rest is a separate document to the model (no byte
+before the cut is visible to it), whose first id is an ordinary byte and not BOS. Every id of a
+document except the first is a target exactly once.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from bytelm.patching import PADDING
 from bytelm.units import Segment, Span, Units
 
 IGNORED = -100
-"""Target of padding: the value that cross-entropy leaves out."""
+"""Target on padding, which the cross-entropy ignores."""
 
 
 class Batch(NamedTuple):
@@ -31,22 +31,22 @@ class Batch(NamedTuple):
     targets: Int[Tensor, "batch ids"]
     """Id after each; ``IGNORED`` on padding."""
     target_bytes: Int[Tensor, "batch ids"]
-    """Bytes of text in each target: 1, or 0 for the end of a document and on padding; the length
-    of a token."""
+    """Bytes of text in each target: 1 for a byte, the length of a token, 0 for the end of a
+    document and on padding."""
     documents: Int[Tensor, "batch ids"]
     """Span of each id within its row; ``PADDING`` on padding."""
     next_boundary: Bool[Tensor, "batch ids"] | None
-    """Where rows carry patches: whether the byte after each starts one."""
+    """Whether the byte after each starts a patch; ``None`` if rows carry no patches."""
     budget: int | None
-    """Where units have one: the units that a row has room for."""
+    """Units that a row has room for; ``None`` if units have no budget."""
     unit_counts: Int[Tensor, " batch"] | None
-    """Where units have a budget: how many each row uses."""
+    """Units in each row; ``None`` if units have no budget."""
     byte_counts: Int[Tensor, " batch"]
-    """How many positions of text (bytes, ends and beginnings of documents) each row uses."""
+    """Positions in each row: bytes, and the BOS and EOS of documents."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a language model is called with."""
+        """Keyword arguments for a language model's forward pass."""
         if self.next_boundary is None:
             return {"ids": self.ids, "documents": self.documents}
         return {
@@ -72,16 +72,16 @@ class Batch(NamedTuple):
 
 @dataclass
 class Row:
-    """A row being filled."""
+    """Row that is being filled."""
 
     max_bytes: int
     budget: int | None
     """Units that there is room for; ``None`` for no limit."""
     units: Units
     spans: list[Span] = field(default_factory=list)
-    """What was put in of each span."""
+    """Spans in the row, as far as they were added."""
     segments: list[Segment] = field(default_factory=list)
-    """Of each span."""
+    """Segment of each span."""
     num_bytes: int = 0
     num_units: int = 0
 
@@ -92,11 +92,14 @@ class Row:
         return self.num_bytes >= self.max_bytes or no_units_left
 
     def add(self, span: Span, cut: int = 0) -> int:
-        """Put in as much of a span as fits, at least one position, and return how much.
+        """Add as much of a span as fits, at least one position.
 
         Args:
-            span: what to put in.
-            cut: where above 0, no token stands for positions on both sides of this one.
+            span: the span to add.
+            cut: if above 0, a target index that no token may extend across.
+
+        Returns:
+            The number of positions added.
         """
         span = span.head(self.max_bytes - self.num_bytes)
         room = None if self.budget is None else self.budget - self.num_units

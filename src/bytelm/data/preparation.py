@@ -1,11 +1,11 @@
-"""Preparation: text in, Arrow shards out; parallel, and restartable after a kill.
+"""Prepare text into Arrow shards, in parallel, and resumable after a kill.
 
-Documents are dealt, in reading order, to shards of about equal size, one series for training and
-one for validation. Held-out inputs are read first, and copies of their documents are held out too;
-prepared data keeps its split; for other documents a hash of the bytes decides, so that copies of
-one stand on the same side. Shards are scored and written by worker processes, each file under a
-temporary name first. A journal lists the finished ones; the same command after a kill reads the
-inputs again and skips them.
+Documents are distributed, in reading order, over shards of about equal size, one series for
+training and one for validation. Held-out inputs are read first, and copies of their documents are
+held out too; prepared data keeps its split; for other documents a hash of the bytes decides, so
+that copies of a document are in the same split. Worker processes score and write the shards, each
+file under a temporary name first. A journal lists the finished shards; after a kill, the same
+command reads the inputs again and skips them.
 """
 
 import hashlib
@@ -55,34 +55,34 @@ JOURNAL = "preparing.jsonl"
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What preparation is asked to do."""
+    """Options of :func:`prepare`."""
 
     read: ReadOptions = field(default_factory=ReadOptions)
     scorer: Path | None = None
-    """Checkpoint that makes the entropies."""
+    """Checkpoint of the scorer that computes the entropies."""
     reset_at_newline: bool = False
     """Whether a newline begins a new context for the scorer."""
     validation: tuple[str, ...] = ()
     """Inputs that are held out whole."""
     validation_share: float | None = None
-    """Share of the other documents held out; ``None`` for 0.01, or 0 with ``validation``."""
+    """Share of the other documents to hold out; ``None`` for 0.01, or 0 with ``validation``."""
     shard_bytes: int = 32 * 2**20
-    """Text per shard."""
+    """Bytes of text per shard."""
     workers: int | None = None
-    """Processes; ``None`` for one per core where there is a scorer, else one."""
+    """Number of processes; ``None`` for one per core if there is a scorer, otherwise one."""
     leave_out: tuple[Path, ...] = ()
-    """Folders inside the inputs that are not read; the one to make never is."""
+    """Folders inside the inputs that are not read; the output folder never is."""
 
     @property
     def num_workers(self) -> int:
-        """Processes to use."""
+        """Number of processes."""
         if self.workers is not None:
             return max(self.workers, 1)
         return (os.cpu_count() or 1) if self.scorer else 1
 
     @property
     def hashed_share(self) -> float:
-        """Share of documents that their hash holds out."""
+        """Share of documents that are held out by their hash."""
         if self.validation_share is not None:
             return self.validation_share
         return 0.0 if self.validation else 0.01
@@ -90,10 +90,10 @@ class PrepareOptions:
 
 @dataclass
 class PreparationState:
-    """How far a preparation has come."""
+    """Progress of a preparation."""
 
     done_bytes: int
-    """Of the inputs, as they lie on disk, as far as what they hold is written."""
+    """Bytes of the input files whose documents have been written."""
     total_bytes: int
     documents: int
     shards: int
@@ -105,15 +105,23 @@ def prepare(
     options: PrepareOptions,
     report: Callable[[PreparationState], None] = lambda progress: None,
 ) -> Manifest:
-    """Prepare inputs into ``out``; a folder already finished with the same settings is returned.
+    """Prepare inputs into a folder, unless it is already prepared with the same settings.
+
+    Args:
+        arguments: inputs; see :func:`bytelm.data.find_inputs`.
+        out: folder to create.
+        options: options of the preparation.
+        report: called with the progress.
 
     Raises:
-        DataError: an input cannot be read, there is nothing to prepare, ``out`` holds something
-            else, or it was prepared with other settings.
+        DataError: an input cannot be read, the inputs hold no text, ``out`` is not empty, or it was
+            prepared with other settings.
         CheckpointError: the scorer cannot be loaded.
     """
     if not 0 <= options.hashed_share < 1:
-        raise DataError(f"the validation share must be in [0, 1), not {options.validation_share}")
+        raise DataError(
+            f"the validation share must be at least 0 and below 1, not {options.validation_share}"
+        )
     skip = [out, *options.leave_out]
     held_out = find_inputs(options.validation, options.read, skip) if options.validation else []
     inputs = [replace(one, split="validation") for one in held_out]
@@ -123,8 +131,8 @@ def prepare(
     if (out / MANIFEST).exists():
         if has_stdin:
             raise DataError(
-                f"{out} exists, and whether it was made of the same standard input cannot be told: "
-                "remove it, or choose another folder"
+                f"{out} exists, and may have been made from other standard input: remove it, or "
+                "choose another folder"
             )
         manifest = read_manifest(out)
         _check_settings(manifest.settings, settings, out)
@@ -134,7 +142,7 @@ def prepare(
     _check_is_ours(out)
     with disk_errors(out, DataError, RESUME), locked(out):
         remove_unfinished(out)
-        # Standard input may be another text this time: nothing of it is taken as finished.
+        # Standard input may be another text this time, so no shard of it counts as finished.
         finished = {} if has_stdin else _finished(out, settings)
         if not finished:
             _clear(out)
@@ -145,7 +153,7 @@ def prepare(
         if not shards:
             raise DataError(
                 f"the inputs hold no text ({reader.num_empty} empty documents, "
-                f"{reader.num_invalid} invalid records)"
+                f"{reader.num_invalid} invalid records): name others"
             )
         left_out = LeftOut(
             empty_documents=reader.num_empty,
@@ -161,7 +169,7 @@ def prepare(
 
 
 def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
-    """Everything the result depends on, JSON-ready."""
+    """Return everything that the result depends on, ready for JSON."""
     scorer = None
     if options.scorer is not None:
         folder = find_checkpoint(options.scorer)
@@ -187,16 +195,18 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], out: Path) -> None
 
 
 def _check_is_ours(out: Path) -> None:
-    """A folder with anything in it must be of a preparation that was stopped."""
+    """Check that a folder is vacant, or holds a preparation that was stopped."""
     if not (out / JOURNAL).exists() and not is_vacant(out):
-        raise DataError(f"{out} is not empty and was not made by `bytelm data prepare`")
+        raise DataError(
+            f"{out} is not empty and was not made by `bytelm data prepare`: choose another folder"
+        )
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
-    """Shards, by file name, that a stopped preparation with the same settings has finished."""
+    """Return the shards that a stopped preparation with the same settings finished, by file."""
     entries: list[Any] = []
     if (out / JOURNAL).exists():
-        # What follows a damaged line is made again.
+        # Shards after a damaged line are made again.
         with suppress(ValueError):
             entries.extend(map(json.loads, read_lines(out / JOURNAL)))
     if not entries or entries[0] != settings:
@@ -206,14 +216,14 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a stopped preparation left."""
+    """Remove the shards and the scorer of a stopped preparation."""
     for path in out.glob("*.arrow"):
         path.unlink()
     shutil.rmtree(out / SCORER, ignore_errors=True)
 
 
 def _write_journal(out: Path, settings: dict[str, Any], finished: dict[str, ShardRecord]) -> None:
-    """Begin the journal with what is finished, whole or not at all."""
+    """Write a journal of the settings and the finished shards, atomically."""
     entries = [settings, *(record.model_dump(mode="json") for record in finished.values())]
     write_text(out / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in entries))
 
@@ -227,7 +237,7 @@ def _is_intact(out: Path, record: ShardRecord) -> bool:
 
 
 def _copy_scorer(out: Path, options: PrepareOptions) -> ScorerRecord | None:
-    """Put the scorer beside the data, so that the folder is complete."""
+    """Copy the scorer into the folder, so that the data is complete by itself."""
     if options.scorer is None:
         return None
     source = find_checkpoint(options.scorer)
@@ -247,11 +257,11 @@ def _run(
     finished: dict[str, ShardRecord],
     report: Callable[[PreparationState], None],
 ) -> list[ShardRecord]:
-    """Read, deal and write; records in the order of the shards' names."""
+    """Read the inputs and write all shards; return their records, sorted by name."""
     records = dict[str, ShardRecord]()
     progress = PreparationState(0, sum(i.num_bytes for i in inputs), 0, 0)
     reading = _Reading(inputs, reader, progress, report)
-    # Input read for each shard since the one before it was dealt.
+    # Bytes of input read between a shard and the one before it.
     spans = dict[str, int]()
 
     def done(record: ShardRecord) -> None:
@@ -274,7 +284,7 @@ def _run(
                 done(finished[shard.name])
                 continue
             pending.add(submit(shard))
-            # Record what is finished; wait only where too much text is under way.
+            # Wait only if too much text is pending; otherwise record what is finished.
             timeout = None if len(pending) > 2 * num_workers else 0
             ready, pending = wait(pending, timeout, return_when=FIRST_COMPLETED)
             for future in ready:
@@ -285,7 +295,7 @@ def _run(
 
 
 class _Reading:
-    """The documents of all inputs, and how far the reading is."""
+    """Iterator over the documents of all inputs that reports its position."""
 
     def __init__(
         self,
@@ -313,14 +323,14 @@ class _Reading:
             self._position = before
 
     def take_span(self) -> int:
-        """Bytes of input read since this was last asked."""
+        """Return the bytes of input read since the last call."""
         span = self._position - self._taken
         self._taken = self._position
         return span
 
 
 def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[Shard]:
-    """Documents in reading order, to shards of each split."""
+    """Distribute documents, in reading order, over shards of each split; yield full shards."""
     open_shards: dict[Split, list[Document]] = {"train": [], "validation": []}
     sizes, numbers = Counter[Split](), Counter[Split]()
 
@@ -344,7 +354,7 @@ def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[Sh
 
 
 def _split(document: Document, hashed_share: float, held_out: set[bytes]) -> Split:
-    """The side a document stands on; ``held_out`` gathers what other inputs may hold copies of."""
+    """Return the split of a document; ``held_out`` collects the hashes of held-out inputs."""
     digest = hashlib.sha256(document.data).digest()[:8]
     if document.split == "validation":
         held_out.add(digest)

@@ -1,4 +1,4 @@
-"""Writing shards: scored and laid down in Arrow files, by worker processes."""
+"""Score and write shards as Arrow files, in worker processes."""
 
 import os
 import threading
@@ -34,12 +34,12 @@ from bytelm.scoring.documents import CHUNK
 from bytelm.storage import atomic_file, file_hash
 
 SCORED_TOGETHER = 65_536
-"""Positions of short documents that go through the scorer at once."""
+"""Positions of short documents that are scored at once."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Documents on their way to a file."""
+    """Documents of one file."""
 
     name: str
     split: Split
@@ -50,10 +50,16 @@ class Shard:
 def writers(
     out: Path, scorer: Path | None, *, reset_at_newline: bool, num_workers: int
 ) -> Iterator[Callable[[Shard], "Future[ShardRecord]"]]:
-    """Somewhere to send shards: worker processes, or this one where ``num_workers`` is 1.
+    """Yield a function that submits shards to worker processes, or to this one if it is the only.
+
+    Args:
+        out: folder of the shards.
+        scorer: checkpoint of the scorer, if entropies are wanted.
+        reset_at_newline: whether a newline begins a new context for the scorer.
+        num_workers: number of processes; 1 for this one.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a file cannot be written.
         DataError: a worker died.
     """
     arguments = (out, scorer, reset_at_newline)
@@ -85,7 +91,7 @@ def writers(
 
 
 class Writer:
-    """Scores and writes shards."""
+    """Writer of shards, which scores their documents."""
 
     def __init__(self, out: Path, scorer: Path | None, reset_at_newline: bool) -> None:
         self._out = out
@@ -94,10 +100,10 @@ class Writer:
             self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline)
 
     def write(self, shard: Shard) -> ShardRecord:
-        """Write one shard, whole or not at all.
+        """Write one shard atomically, and return its record.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file cannot be written.
         """
         columns = [
             pa.array([d.data for d in shard.documents], pa.large_binary()),
@@ -133,7 +139,7 @@ class Writer:
 
 
 def _entropy_column(scorer: Scorer, documents: list[Document]) -> pa.Array:
-    """Entropies of all documents, with little memory beside the result's own."""
+    """Return the entropies of all documents, using little memory apart from the result's."""
     lengths = [len(document.data) + 1 for document in documents]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     values = np.empty(offsets[-1], np.float32)
@@ -146,7 +152,7 @@ def _entropy_column(scorer: Scorer, documents: list[Document]) -> pa.Array:
 
 
 def _entropies(scorer: Scorer, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
-    """Yield the entropies of documents in turn, a single one in parts that need little memory."""
+    """Yield the entropies of documents in order, of a single document in parts to save memory."""
     if len(documents) > 1:
         ids = [torch.from_numpy(codec.encode(data)) for data in documents]
         yield from (one.float().numpy() for one in score_documents(scorer, ids))
@@ -168,7 +174,7 @@ def _start_worker(out: Path, scorer: Path | None, reset_at_newline: bool, parent
 
 
 def _die_with(parent: int) -> None:
-    """End this worker when the process that started it is gone, even by kill -9."""
+    """End this worker when its parent process has ended, even by SIGKILL."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

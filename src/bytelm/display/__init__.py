@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables and patches."""
+"""Terminal output of the command line: progress, tables and patches."""
 
 from bytelm.display.progress import ConsoleProgress, TrainingBar
 from bytelm.display.tables import (

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bars with the latest figures; plain lines where there is no terminal."""
+"""Progress on the console: bars with the latest metrics, or plain lines without a terminal."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,15 +22,15 @@ from bytelm.data import PreparationState
 from bytelm.progress import Callback, Progress
 
 PLAIN_SECONDS = 10.0
-"""Between lines where the output is not a terminal."""
+"""Seconds between lines if the output is not a terminal."""
 
 
 class ConsoleProgress(Progress):
-    """Shows how work goes on.
+    """Progress of work of several parts, shown on a console.
 
     Args:
-        console: to show it on.
-        num_stages: parts of the work, where it has numbered ones.
+        console: the console.
+        num_stages: number of stages, if the work has numbered ones.
     """
 
     def __init__(self, console: Console, num_stages: int = 0) -> None:
@@ -48,12 +48,12 @@ class ConsoleProgress(Progress):
         self._console.print(indent + text, highlight=False, markup=False, soft_wrap=True)
 
     def training(self, title: str) -> Callback:
-        """Return a bar for a training run."""
+        """Return a progress bar for a training run."""
         return TrainingBar(self._console, f"     {title}" if self._num_stages else title)
 
     @contextmanager
     def preparing(self) -> Iterator[Callable[[PreparationState], None]]:
-        """Show a bar for the bytes of input that are read."""
+        """Show a progress bar of the bytes of input."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -80,7 +80,7 @@ class ConsoleProgress(Progress):
 
     @contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Show a bar for things that are counted."""
+        """Show a progress bar of ``total`` steps."""
         bar = Bar(self._console, title, total)
         try:
             yield bar.update
@@ -95,11 +95,11 @@ class ConsoleProgress(Progress):
 
 
 class TrainingBar(Callback):
-    """Shows the steps of a training run, with its latest metrics, and each validation in a line.
+    """Progress bar of a training run, with its latest metrics and a line for each validation.
 
     Args:
-        console: to show it on.
-        title: of the bar.
+        console: the console.
+        title: title of the bar.
     """
 
     def __init__(self, console: Console, title: str) -> None:
@@ -125,12 +125,12 @@ class TrainingBar(Callback):
 
 
 class Bar:
-    """A progress bar with the latest figures, or now and then a line of them."""
+    """Progress bar with the latest metrics, or lines of them without a terminal."""
 
     def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
         self._console = console
         self._title, self._total = title, total
-        # On a narrow terminal the figures wrap; how far things are is always there whole.
+        # On a narrow terminal only the metrics wrap.
         whole = Column(no_wrap=True)
         columns: tuple[ProgressColumn, ...] = (
             TextColumn("[bold]{task.description}", table_column=whole),
@@ -146,7 +146,7 @@ class Bar:
         self._progress.start()
 
     def update(self, done: int, figures: str) -> None:
-        """Show how much is done."""
+        """Show the amount done, and metrics."""
         if self._console.is_terminal:
             self._progress.update(self._task, completed=done, figures=figures)
             return

@@ -1,4 +1,4 @@
-"""Tables of data, likelihood and costs; coloured patches."""
+"""Console tables of data, likelihood and costs, and coloured patches."""
 
 import json
 import math
@@ -19,12 +19,12 @@ from bytelm.study import Cost, Plan
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
 COSTS_WIDTH = 170
-"""Columns of the table of a study's costs."""
+"""Width, in characters, of the table of a study's costs."""
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
-    """What prepared data holds, by source."""
+    """Show the contents of prepared data, by source."""
     table = Table(title=f"{folder}", title_justify="left", box=None, pad_edge=False)
     for name in ("source", "documents", "bytes", "held out"):
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -64,7 +64,7 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
 
 
 def show_likelihood(console: Console, by_source: Mapping[str, Likelihood]) -> None:
-    """Bits per byte by source, and of all together."""
+    """Show the bits per byte by source, and of all sources together."""
     rows = sorted(by_source.items())
     everything = total(by_source.values())
     table = Table(box=None, pad_edge=False)
@@ -80,10 +80,10 @@ def show_likelihood(console: Console, by_source: Mapping[str, Likelihood]) -> No
 
 
 def show_patches(console: Console, patched: PatchedText) -> None:
-    """A text in alternating colours, or with bars where there are no colours."""
+    """Show a text with patches in alternating colours, or divided by bars without colours."""
     shown = Text()
-    for number, piece in enumerate(patched.patches):
-        content = piece.decode("utf-8", "backslashreplace")
+    for number, patch in enumerate(patched.patches):
+        content = patch.decode("utf-8", "backslashreplace")
         if not console.is_terminal or console.no_color:
             content = f"|{content}" if number else content
         shown.append(content, PATCH_STYLES[number % 2])
@@ -97,7 +97,7 @@ def show_patches(console: Console, patched: PatchedText) -> None:
 
 
 def _rule_text(rule: Mapping[str, object]) -> str:
-    """A rule as a person reads it: ``entropy, threshold 1.613``."""
+    """Return a rule as text, such as ``entropy, threshold 1.613``."""
     options = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in rule.items()
@@ -107,7 +107,7 @@ def _rule_text(rule: Mapping[str, object]) -> str:
 
 
 def patches_json(patched: PatchedText) -> str:
-    """The patches of a text for programs."""
+    """Return the patches of a text as JSON."""
     return json.dumps(
         {
             "rule": patched.rule.model_dump(mode="json", exclude_none=True),
@@ -119,7 +119,7 @@ def patches_json(patched: PatchedText) -> str:
 
 
 def show_quickstart(console: Console, found: Quickstart) -> None:
-    """Show what a tour found, and what to try next."""
+    """Show the results of a quickstart, and commands to try next."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in HEADINGS:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
@@ -144,17 +144,17 @@ def show_quickstart(console: Console, found: Quickstart) -> None:
 def show_study_costs(
     console: Console, plan: Plan, costs: Sequence[Cost], done: list[float]
 ) -> None:
-    """Show what the runs of a study cost, and the share of each that is done."""
+    """Show the costs of a study's runs, and the share of each that is done."""
     table = Table(title=plan.title, title_justify="left", box=None, pad_edge=False)
     table.add_column("run")
-    for name in ("parameters", "tables", "inference", "steps", "read", "epochs"):
+    for name in ("parameters", "embeddings", "inference", "steps", "read", "epochs"):
         table.add_column(name, justify="right")
     for name in ("FLOPs", "off by", "scorer", "time", "disk", "done"):
         table.add_column(name, justify="right")
     for cost, share in zip(costs, done, strict=True):
         table.add_row(
             cost.name,
-            *(si(x) for x in (cost.parameters, cost.table_parameters, cost.inference_flops)),
+            *(si(x) for x in (cost.parameters, cost.embedding_parameters, cost.inference_flops)),
             f"{cost.steps:,}",
             f"{si(cost.train_bytes)}B",
             "-" if cost.epochs is None else f"{cost.epochs:.2f}",
@@ -173,7 +173,8 @@ def show_study_costs(
     time = sum(cost.seconds * share for cost, share in zip(costs, left, strict=True))
     disk = sum(cost.disk_bytes for cost in costs)
     console.print(
-        "parameters without look-up tables; inference in FLOPs per byte; off by: from the budget",
+        "parameters: without embeddings; inference: FLOPs per byte; off by: deviation from the "
+        "budget",
         style="dim",
     )
     console.print(
@@ -191,7 +192,7 @@ def _duration(seconds: float) -> str:
 def show_costs(
     console: Console, costs: Breakdown, recipe: Recipe, *, name: str, precision: str
 ) -> None:
-    """What a model costs by part, forward and while generating, and what that comes to."""
+    """Show the costs of a model by part, in forward passes and generation, and their totals."""
     console.print(f"{costs_title(costs, name)}\n")
     console.print("forward, FLOPs per byte", style="bold")
     console.print(_forward_table(costs))
@@ -202,7 +203,7 @@ def show_costs(
 
 
 def costs_title(costs: Breakdown, name: str) -> str:
-    """Of what recipe the costs are, and for what rows."""
+    """Return the title: the recipe and its row size."""
     title = f"{name}: rows of {costs.num_bytes:,} bytes"
     if not costs.num_patches:
         return title
@@ -249,7 +250,7 @@ def _part_table(*columns: str) -> Table:
 
 
 def _rows_with_totals(costs: Breakdown) -> list[tuple[str, PartCost]]:
-    """The model's parts and their total; then the scorer, where it is counted, and all."""
+    """Return the parts and their total, then the scorer, if counted, and the total with it."""
     rows = [(name, one) for name, one in costs.parts.items() if name != SCORER]
     rows.append(("total", costs.model))
     if SCORER in costs.parts:
@@ -258,7 +259,7 @@ def _rows_with_totals(costs: Breakdown) -> list[tuple[str, PartCost]]:
 
 
 def _summary(costs: Breakdown, recipe: Recipe) -> Table:
-    """What training, a prompt, and generation come to."""
+    """Return a table of the total costs of training, prefill and decoding."""
     every, data = costs.everything, recipe.data
     num_bytes = recipe.train.steps * data.rows_per_step * data.row_bytes
     state = TRAINING_BYTES * costs.model.parameters
@@ -290,7 +291,7 @@ def _summary(costs: Breakdown, recipe: Recipe) -> Table:
 
 
 def cost_shares(costs: Breakdown) -> dict[str, dict[str, float]]:
-    """Every cost by part, under a label that says what it comes to: what a figure shows."""
+    """Return every cost by part, under a label with the total, as a figure shows them."""
     quantities = {
         "parameters": lambda one: one.parameters,
         "training, FLOPs/byte": lambda one: one.training,
@@ -308,7 +309,7 @@ def cost_shares(costs: Breakdown) -> dict[str, dict[str, float]]:
 
 
 def si(value: float | int) -> str:
-    """Three digits and a decimal prefix: ``1.23 G``. A unit may follow it."""
+    """Return a number with three digits and an SI prefix, such as ``1.23 G``, without a unit."""
     rounded = float(f"{value:.3g}")
     power = min(int(math.log10(rounded)) // 3, len(PREFIXES) - 1) if rounded >= 1 else 0
     return f"{rounded / 1000**power:.3g} {PREFIXES[power]}"

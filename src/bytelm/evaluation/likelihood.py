@@ -1,9 +1,9 @@
-"""Bits per byte of any text, in the one unit that needs no tokenizer.
+"""Bits per byte of text, comparable between models of bytes, patches and tokens.
 
 Text longer than the context is cut into spans of ``context_bytes`` that begin every ``stride``
-bytes; each byte is measured once, in the earliest span that holds it, so with a stride below the
-context every byte but the first few has at least ``context_bytes - stride`` bytes before it.
-Entropies, and so patches, come from the scorer reading the document whole.
+bytes. Each byte is measured once, in the earliest span that holds it, so with a stride below the
+context every byte except the first few has at least ``context_bytes - stride`` bytes before it.
+Entropies, and thus patches, are those of the whole document.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans
 from bytelm.units import Span
 
 SCORED_TOGETHER = 65_536
-"""Bytes of short documents that go through the scorer at once."""
+"""Bytes of short documents that are scored at once."""
 
 
 def evaluate(
@@ -30,12 +30,12 @@ def evaluate(
     context_bytes: int,
     stride: int | None = None,
 ) -> dict[str, Likelihood]:
-    """Return the likelihood of documents, totalled by label.
+    """Return the likelihood of documents, summed by label.
 
     Args:
-        lm: in evaluation mode.
+        lm: language model in evaluation mode.
         documents: (label, bytes) pairs, read once.
-        context_bytes: longest span, as the model was trained with.
+        context_bytes: longest span; usually the context that the model was trained with.
         stride: bytes between the beginnings of spans; ``None`` for no overlap.
 
     Returns:

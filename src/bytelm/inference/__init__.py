@@ -1,4 +1,4 @@
-"""Inference: caches, states over slots, sessions, sampling, decoding."""
+"""Inference: key-value caches, decoding states, sessions, sampling and generation."""
 
 from bytelm.inference.decoding import Generated, continue_from, generate, reference_generate, stream
 from bytelm.inference.graphs import Capture, Strategy, capture_cuda

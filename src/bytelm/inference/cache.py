@@ -1,10 +1,11 @@
 """Key-value caches of a stack of layers, for the documents of several slots.
 
-With a window the cache of a slot is a ring of ``window`` entries; without, a buffer that doubles.
-The cache makes the contexts (:class:`~bytelm.model.attention.StackContext`) in which the stack's
-layers are run over new positions: :meth:`KVCache.prefill` for many of one slot,
-:meth:`KVCache.decode` for one of each of several. What they compute equals the rows of
-:func:`bytelm.kernels.attention` over the whole documents.
+With a window the cache of a slot is a ring buffer of ``window`` entries; without, a buffer that
+doubles when it is full. The cache makes the contexts
+(:class:`~bytelm.model.attention.StackContext`) in which the stack's layers are run over new
+positions: :meth:`KVCache.prefill` for many positions of one slot, :meth:`KVCache.decode` for one
+position of each of several. The results equal those of :func:`bytelm.kernels.attention` over whole
+documents.
 """
 
 from typing import Any, NamedTuple
@@ -19,23 +20,23 @@ from bytelm.model.attention import StackContext, StackSpec
 from bytelm.slots import Slots, assign, select
 
 QUERY_BLOCK = 512
-"""New positions attended to at once by a cache without a window that holds older ones."""
+"""Queries per block when a prefill of a cache without a window continues a document."""
 ROTATIONS = 1024
-"""Positions whose rotary factors are computed at once,"""
+"""Positions whose rotary factors are computed at once."""
 MAX_ROTATIONS = 16
-"""and how many such tables are kept."""
+"""Number of blocks of rotary factors that are kept."""
 FIRST_ROOM = 64
-"""Positions that a buffer without a window begins with."""
+"""Initial size, in positions, of a buffer without a window."""
 
 
 class KVCache:
     """Keys and values of every layer of a stack.
 
     Args:
-        spec: of the stack.
-        num_slots: documents at once.
-        device: where the cache is.
-        is_static: run single positions in shapes that stay, as graphs need.
+        spec: shape of the stack.
+        num_slots: number of slots.
+        device: device of the cache.
+        is_static: decode with constant shapes, as CUDA graphs need.
     """
 
     def __init__(
@@ -48,19 +49,30 @@ class KVCache:
             num_slots, dtype=torch.long, device=device
         )
         """Next position of each slot."""
-        # The same memory, read and written as numbers.
-        self._host: Any = self.positions.numpy() if device.type == "cpu" else self.positions
-        # Laid out as a single query's two products read them fastest.
+        self._host = self._host_view()
+        # Layouts in which the two products of a single query read memory fastest.
         self.keys: list[Float[Tensor, "slots kv_heads head_dim room"]] = []
         self.values: list[Float[Tensor, "slots kv_heads room head_dim"]] = []
-        # Positions that each slot was given since its last reset: what the host knows of
-        # `positions` without waiting for the device.
+        # Upper bounds of `positions` on the host, known without waiting for the device.
         self._given = [0] * num_slots
         self._rotations: dict[int, Complex[Tensor, "1 positions 1 half"]] = {}
 
+    def _host_view(self) -> Any:
+        """Return the positions in a form that the host reads and writes as numbers."""
+        # A NumPy view is faster than a tensor.
+        return self.positions.numpy() if self.positions.is_cpu else self.positions
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the view would not share memory with the copy of the positions.
+        return {name: value for name, value in self.__dict__.items() if name != "_host"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._host = self._host_view()
+
     @property
     def room(self) -> int:
-        """Positions that there is memory for in each slot; 0 before the first."""
+        """Positions per slot that memory is allocated for; 0 before the first."""
         return self.keys[0].shape[3] if self.keys else 0
 
     def prefill(self, slot: int, length: int) -> StackContext:
@@ -77,14 +89,18 @@ class KVCache:
         return self.step(slots)
 
     def reserve(self, slots: Slots = None) -> None:
-        """Make room for one more position of each of some slots: the host's part of a step."""
+        """Make room for the next position of some slots: the part of :meth:`decode` on the host."""
         for slot in range(self.num_slots) if slots is None else slots:
             self._given[slot] += 1
-        if self.keys and self.spec.window is None:
-            self._grow(max(self._given))
+        if self.spec.window is not None or max(self._given) <= self.room or not self.keys:
+            return
+        # Documents that `TransformerState.restart` began are shorter than the bounds say.
+        for slot, position in enumerate(self.positions.tolist()):
+            self._given[slot] = min(self._given[slot], position + 1)
+        self._grow(max(self._given))
 
     def step(self, slots: Slots = None) -> StackContext:
-        """Begin a position that there is room for: the device's part, in shapes that stay."""
+        """Begin the reserved position of some slots: the part of :meth:`decode` on the device."""
         num = self.num_slots if slots is None else len(slots)
         if num == 1 and not self._is_static:
             slot = 0 if slots is None else slots[0]
@@ -97,19 +113,19 @@ class KVCache:
         return _Decode(self, self.spec.rotation(positions[:, None]), slots, positions)
 
     def _rotation(self, position: int) -> Complex[Tensor, "1 1 1 half"]:
-        """Return the rotary factors of one position, from a table of those around it."""
+        """Return the rotary factors of one position, which are computed and kept in blocks."""
         number, offset = divmod(position, ROTATIONS)
-        table = self._rotations.get(number)
-        if table is None:
+        block = self._rotations.get(number)
+        if block is None:
             positions = torch.arange(number * ROTATIONS, (number + 1) * ROTATIONS)
-            table = self.spec.rotation(positions[None].to(self.positions.device))
+            block = self.spec.rotation(positions[None].to(self.positions.device))
             if len(self._rotations) >= MAX_ROTATIONS:
                 self._rotations.clear()
-            self._rotations[number] = table
-        return table[:, offset : offset + 1]
+            self._rotations[number] = block
+        return block[:, offset : offset + 1]
 
     def store(self, layer: int, slot: int, begin: int, keys: Tensor, values: Tensor) -> None:
-        """Keep the keys and values ``[length, kv_heads, head_dim]`` of a slot's new positions."""
+        """Store keys and values ``[length, kv_heads, head_dim]`` of a slot's new positions."""
         window = self.spec.window
         if window is not None and len(keys) > window:
             begin += len(keys) - window
@@ -121,22 +137,22 @@ class KVCache:
         self.values[layer][slot][:, at] = values.transpose(0, 1)
 
     def entries(self, positions: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Return where the keys and values of positions lie."""
+        """Return the entries of the cache that hold the keys and values of positions."""
         return positions if self.spec.window is None else positions % self.spec.window
 
     def _allocate(self, like: Tensor) -> None:
-        """Make the first room: not before the precision of keys and values is known."""
+        """Allocate the cache; not earlier, since the dtype of keys and values must be known."""
         if self.keys:
             return
         room = self.spec.window or FIRST_ROOM
         shape = (self.num_slots, self.spec.kv_heads)
         for _ in range(self.spec.num_layers):
-            # Zeros: what is masked must still be a number.
+            # Zeros, because masked entries must be finite.
             self.keys.append(like.new_zeros(*shape, self.spec.head_dim, room))
             self.values.append(like.new_zeros(*shape, room, self.spec.head_dim))
 
     def _grow(self, needed: int) -> None:
-        """Make room for ``needed`` positions in every slot, if there is no window."""
+        """Make room for ``needed`` positions in every slot; ring buffers do not grow."""
         room = self.room
         if self.spec.window is not None or needed <= room:
             return
@@ -145,28 +161,31 @@ class KVCache:
         self.values = [functional.pad(values, (0, 0, 0, more)) for values in self.values]
 
     def reset(self, slot: int) -> None:
-        """Start a new document."""
+        """Start a new document in a slot."""
         self.positions[slot] = 0
         self._given[slot] = 0
 
     def snapshot(self, slot: int) -> "Snapshot":
-        """Return the slot's position and, of rings, whose entries later ones overwrite, a copy."""
+        """Return a snapshot of a slot: its position and, for ring buffers, a copy of its entries.
+
+        Buffers without a window need no copy, since later positions do not overwrite their entries.
+        """
         tensors = [] if self.spec.window is None else [*self.keys, *self.values]
         entries = [tensor[slot].clone() for tensor in tensors]
         return Snapshot(self.positions[slot].clone(), self._given[slot], entries)
 
     def rollback(self, slot: int, snapshot: "Snapshot") -> None:
-        """Come back to a snapshot of the same document."""
+        """Restore a slot from a snapshot of the same document."""
         self.positions[slot] = snapshot.position
         self._given[slot] = snapshot.given
-        # Without entries the snapshot is of an empty ring, or of a buffer, which only grows.
+        # There are no entries if the ring buffer was empty, or the cache has no window.
         if snapshot.entries:
             pairs = zip([*self.keys, *self.values], snapshot.entries, strict=True)
             for tensor, entries in pairs:
                 tensor[slot] = entries
 
     def copy(self, source: "KVCache", source_slot: int, slot: int) -> None:
-        """Take over the document of another slot."""
+        """Copy the document of another slot."""
         self.positions[slot] = source.positions[source_slot]
         self._given[slot] = source._given[source_slot]
         if source.keys:
@@ -179,7 +198,7 @@ class KVCache:
 
 
 class Snapshot(NamedTuple):
-    """Where a slot of a cache stood."""
+    """Snapshot of one slot of a cache."""
 
     position: Int[Tensor, ""]
     given: int
@@ -204,7 +223,7 @@ class _Prefill(NamedTuple):
         keys: Float[Tensor, "1 length kv_heads head_dim"],
         values: Float[Tensor, "1 length kv_heads head_dim"],
     ) -> Float[Tensor, "1 length heads head_dim"]:
-        """Attend to the cache and the new positions, whose keys and values are kept."""
+        """Attend to the cache and the new positions, and store their keys and values."""
         cache, window, length = self.cache, self.cache.spec.window, queries.shape[1]
         if not length:
             return queries
@@ -228,12 +247,12 @@ class _Prefill(NamedTuple):
 
 
 class _OnePosition(NamedTuple):
-    """Context of the next position of one slot: views of just what it sees."""
+    """Context of the next position of one slot, with views of the entries that it sees."""
 
     cache: KVCache
     factors: Complex[Tensor, "1 1 1 half"]
     factor: Complex[Tensor, "1 half"]
-    """The same, of the one position."""
+    """The same factors, without the first two axes."""
     slot: int
     position: int
     layer: int = 0
@@ -247,7 +266,7 @@ class _OnePosition(NamedTuple):
         key: Float[Tensor, "kv_heads head_dim"],
         value: Float[Tensor, "kv_heads head_dim"],
     ) -> tuple[Float[Tensor, "kv_heads head_dim seen"], Float[Tensor, "kv_heads seen head_dim"]]:
-        """Keep a layer's key and value; return all that the position sees, in no certain order."""
+        """Store a layer's key and value, and return all that the position sees, unordered."""
         cache, window = self.cache, self.cache.spec.window
         keys, values = cache.keys[layer][self.slot], cache.values[layer][self.slot]
         at = self.position if window is None else self.position % window
@@ -264,7 +283,7 @@ class _OnePosition(NamedTuple):
         keys: Float[Tensor, "1 1 kv_heads head_dim"],
         values: Float[Tensor, "1 1 kv_heads head_dim"],
     ) -> Float[Tensor, "1 1 heads head_dim"]:
-        """Attend to the cache and the new position, whose key and value are kept."""
+        """Attend to the cache and the new position, and store its key and value."""
         seen_keys, seen_values = self.append(self.layer, keys[0, 0], values[0, 0])
         grouped = queries[0, 0].unflatten(0, (seen_keys.shape[0], -1))
         scores = (grouped @ seen_keys).float() * queries.shape[-1] ** -0.5
@@ -273,7 +292,7 @@ class _OnePosition(NamedTuple):
 
 
 class _Decode(NamedTuple):
-    """Context of the next position of each of some slots, in shapes that do not depend on it."""
+    """Context of the next position of each of some slots, with constant shapes."""
 
     cache: KVCache
     factors: Complex[Tensor, "slots 1 1 half"]
@@ -290,7 +309,7 @@ class _Decode(NamedTuple):
         keys: Float[Tensor, "slots 1 kv_heads head_dim"],
         values: Float[Tensor, "slots 1 kv_heads head_dim"],
     ) -> Float[Tensor, "slots 1 heads head_dim"]:
-        """Attend to all of the caches, under a mask; the new keys and values are kept."""
+        """Store the new keys and values, and attend to the whole caches under a mask."""
         cache = self.cache
         all_keys, all_values = cache.keys[self.layer], cache.values[self.layer]
         rows = torch.arange(cache.num_slots, device=keys.device)
@@ -300,7 +319,7 @@ class _Decode(NamedTuple):
         all_keys[rows, :, :, at] = keys[:, 0]
         all_values[rows, :, at] = values[:, 0]
         seen_keys, seen_values = select(all_keys, self.slots), select(all_values, self.slots)
-        # Entries are filled in order, and once round all of them are within the window.
+        # Entries are filled in order; when a ring buffer is full, all are within the window.
         index = torch.arange(cache.room, device=keys.device)
         is_seen = index <= self.positions[:, None]
         grouped = queries[:, 0].unflatten(1, (cache.spec.kv_heads, -1))
@@ -310,7 +329,7 @@ class _Decode(NamedTuple):
 
 
 def _continue(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend causally from the last positions to all, a block of queries at a time."""
+    """Return causal attention of the last positions to all, in blocks of queries."""
     length, num_past = keys.shape[1], keys.shape[1] - queries.shape[1]
     index = torch.arange(length, device=queries.device)
     group = queries.shape[2] // keys.shape[2]

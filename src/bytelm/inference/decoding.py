@@ -1,4 +1,4 @@
-"""Generation: a prompt in, a stream of bytes out."""
+"""Generation of text from a prompt, as a stream of bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ Finish = Literal["length", "end", "stop"]
 
 @dataclass(frozen=True)
 class Generated:
-    """Bytes that are certain, as they come."""
+    """Part of a generated text."""
 
     data: bytes
     finish: Finish | None
-    """At the end, why generation ended: ``max_bytes`` reached, the model ended the
-    document, or a stop string appeared (which is not part of the output)."""
+    """``None`` except in the last part, which has the reason why generation ended: ``length``
+    (``max_bytes`` were generated), ``end`` (the model ended the document), or ``stop`` (a stop
+    string appeared; it is not part of the output)."""
 
 
 @runtime_checkable
 class Feedable(Protocol):
-    """Something at work on one document: a :class:`Session`, for one."""
+    """Decoder of one document, such as a :class:`Session`."""
 
     def feed(self, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
         """Return the logits of the id after each of the document's next ``ids``."""
@@ -45,7 +46,7 @@ def stream(
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
 ) -> Iterator[Generated]:
-    """Continue ``prompt``, any bytes or none, with a new session; see :func:`continue_from`."""
+    """Continue a prompt, which may be empty, in a new session; see :func:`continue_from`."""
     ids = model.units.encode(codec.encode(prompt))
     return continue_from(
         Session(model),
@@ -68,17 +69,17 @@ def continue_from(
 ) -> Iterator[Generated]:
     """Feed ``ids`` to a session and continue, yielding bytes as soon as they are certain.
 
-    A byte is held back only while it may be the beginning of a stop string. The last of what is
-    yielded has its ``finish`` set, possibly without data. The id chosen last is not fed: to go on
-    with the same session, begin the next ``ids`` with it.
+    A byte is held back only while it may be the beginning of a stop string. The last part has its
+    ``finish`` set, and may be empty. The last id sampled is not fed: to continue with the same
+    session, begin the next ``ids`` with it.
 
     Args:
-        session: fed with what came before.
-        ids: at least one; a document begins with BOS.
-        max_bytes: most bytes to generate.
-        sampling: how each byte is chosen.
+        session: session that was fed the document so far.
+        ids: next ids, at least one; a document begins with BOS.
+        max_bytes: maximum number of bytes to generate.
+        sampling: how each id is sampled.
         stop: byte strings that end generation.
-        decode: the bytes of an id that the model predicts: its units'.
+        decode: returns the bytes of an id; use that of the model's units.
 
     Raises:
         ConfigError: ``max_bytes`` is negative or a stop string is empty.
@@ -128,7 +129,7 @@ def generate(
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
 ) -> bytes:
-    """Return all the bytes that :func:`stream` yields."""
+    """Return all bytes that :func:`stream` yields."""
     parts = stream(model, prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
     return b"".join(part.data for part in parts)
 
@@ -141,7 +142,7 @@ def reference_generate(
     max_bytes: int,
     sampling: Sampling = GREEDY,
 ) -> bytes:
-    """Twin of :func:`generate`, of byte models, without stop strings: a full forward per byte."""
+    """Reference implementation of :func:`generate` for byte models: a full forward per byte."""
     sampler = Sampler(sampling)
     ids = torch.from_numpy(codec.encode(prompt)).to(model.device)
     begin = len(ids)
@@ -154,13 +155,13 @@ def reference_generate(
 
 
 def _first_match(data: bytes, stop: Sequence[bytes]) -> int | None:
-    """Where the first stop string in ``data`` begins."""
+    """Return where the first stop string in ``data`` begins, or ``None``."""
     found = [at for at in (data.find(s) for s in stop) if at >= 0]
     return min(found, default=None)
 
 
 def _longest_partial_match(data: bytes, stop: Sequence[bytes]) -> int:
-    """Length of the longest ending of ``data`` that begins a stop string."""
+    """Return the length of the longest suffix of ``data`` that is a prefix of a stop string."""
     longest = max((len(s) for s in stop), default=1) - 1
     for size in range(min(longest, len(data)), 0, -1):
         if any(s.startswith(data[-size:]) for s in stop):

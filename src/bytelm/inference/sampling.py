@@ -1,4 +1,4 @@
-"""From logits to the next id: greedy, temperature, top-k, top-p, min-p."""
+"""Sampling of the next id from logits: greedy, temperature, top-k, top-p, min-p."""
 
 import math
 from dataclasses import dataclass
@@ -13,20 +13,23 @@ from bytelm.errors import BytelmError, ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next id is chosen.
+    """Options of sampling.
 
-    Filters apply in the order temperature, top-k, top-p, min-p. A byte or the end of the document
-    can be chosen, never another special id.
+    They apply in the order temperature, top-k, top-p, min-p. Special ids other than the end of the
+    document are never sampled.
+
+    Raises:
+        ConfigError: an option is out of range.
     """
 
     temperature: float = 1.0
     """0 for greedy."""
     top_k: int | None = None
-    """Keep this many of the most probable ids, and any as probable as the last of them."""
+    """Keep this many of the most probable ids, and all as probable as the last of them."""
     top_p: float | None = None
-    """Keep the fewest most probable ids whose probabilities reach this sum."""
+    """Keep the smallest set of the most probable ids whose probabilities reach this sum."""
     min_p: float | None = None
-    """Keep ids at least this fraction as probable as the most probable."""
+    """Keep ids with at least this fraction of the highest probability."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,31 +44,31 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0.0)
 
-# Added to the logits of the special ids: minus infinity for those that are never chosen.
+# Added to the logits of the special ids; minus infinity excludes an id.
 _SPECIAL = torch.zeros(codec.OFFSET, dtype=torch.float64)
 _SPECIAL[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
 
 
 class Sampler:
-    """Chooses ids one after another, on the CPU: the same logits and seed, the same choices."""
+    """Sampler of ids, which runs on the CPU, so that results do not depend on the device."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, logits: Float[Tensor, " vocab"]) -> int:
-        """The next id.
+        """Sample the next id.
 
         Raises:
-            BytelmError: the logits are not numbers.
+            BytelmError: a logit is NaN.
         """
         allowed = logits.to("cpu", torch.float64, copy=True)
         allowed[: codec.OFFSET] += _SPECIAL
-        highest, index = allowed.max(0)  # not a number if any of them is not
+        highest, index = allowed.max(0)  # NaN if any logit is
         if math.isnan(highest):
             raise BytelmError(
-                "the model's predictions are not numbers: its weights are damaged, or its training "
-                "diverged; use an earlier checkpoint"
+                "the model's logits are not numbers (NaN): its weights are damaged, or its "
+                "training diverged; use an earlier checkpoint"
             )
         if self._sampling.temperature == 0:
             return int(index)
@@ -76,15 +79,15 @@ class Sampler:
 def filtered_probabilities(
     logits: Float[Tensor, " vocab"], sampling: Sampling
 ) -> Float[Tensor, " vocab"]:
-    """Probabilities after temperature and filters; they sum to 1."""
-    # Shifted first, or a tiny temperature would make infinities of which nothing is left.
+    """Return the probabilities after temperature and filters; they sum to 1."""
+    # Shift first, or a tiny temperature would overflow.
     probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
     if sampling.top_k is not None:
         kth = probabilities.topk(min(sampling.top_k, len(probabilities))).values[-1]
         probabilities = _keep(probabilities, probabilities >= kth)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        # An id stays if the ones before it fall short of top_p.
+        # Keep an id if the sum of those before it is below top_p.
         kept = ordered.cumsum(0) - ordered < sampling.top_p
         probabilities = _keep(probabilities, torch.zeros_like(kept).scatter(0, order, kept))
     if sampling.min_p is not None:

@@ -1,4 +1,4 @@
-"""Sessions: one document, fed piece by piece."""
+"""Sessions, which decode one document."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,25 +13,25 @@ from bytelm.units import Units
 
 @runtime_checkable
 class Decodable(Protocol):
-    """A language model that can be put to work on documents."""
+    """Language model that can decode documents."""
 
     units: Units
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of the weights."""
         ...
 
     def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> DecodingState:
-        """Return the state of ``num_slots`` empty documents."""
+        """Return a decoding state with ``num_slots`` empty documents."""
         ...
 
 
 class Session:
-    """A language model at work on one document: a state with one slot.
+    """Incremental decoding of one document: a decoding state with one slot.
 
     Args:
-        model: its weights must stay where they are while the session lives.
+        model: language model, whose weights must not be moved while the session is in use.
         strategy: how single ids are run; see :data:`bytelm.inference.Strategy`.
     """
 
@@ -50,20 +50,19 @@ class Session:
         return logits
 
     def snapshot(self) -> Any:
-        """Return what it takes to come back to this point of the document.
+        """Return a snapshot, from which :meth:`rollback` restores this point of the document.
 
-        Snapshots are of one line of the document: after :meth:`rollback` those that were taken
-        later are void.
+        After a rollback, snapshots that were taken later are invalid.
         """
         return self._is_empty, self._state.snapshot(0)
 
     def rollback(self, snapshot: Any) -> None:
-        """Come back to a snapshot, as if nothing had been fed since."""
+        """Restore a snapshot, as if no id had been fed since."""
         self._is_empty, state = snapshot
         self._state.rollback(0, state)
 
     def fork(self) -> "Session":
-        """Return another session at this point of the document; the two go separate ways."""
+        """Return an independent session at the same point of the document."""
         other = Session(self._model, self._strategy)
         other._state.copy(self._state, 0, 0)
         other._is_empty = self._is_empty

@@ -1,10 +1,10 @@
-"""Networks at work on the documents of several slots: ids in, logits out, nothing computed twice.
+"""Decoding states of networks over slots: caches, hash context and open patches.
 
 A state holds what a network must remember of each slot's document. :meth:`prefill` takes any number
-of ids of one slot, :meth:`decode` one id of each of several; both give the logits of one full
-forward pass over the whole document, to rounding. (Were an entropy within rounding of the
-threshold, a patch could begin elsewhere; calibration puts the threshold into a gap, and an n-gram
-scorer's entropies are the same bits in any pieces.)
+of ids of one slot, :meth:`decode` one id of each of several. Both return the logits of a full
+forward pass over the whole document, up to rounding. (If an entropy were within rounding of the
+threshold, a patch could begin elsewhere; calibration therefore puts the threshold into a gap, and
+the entropies of an n-gram scorer do not depend on how a document is split.)
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from bytelm import codec
 from bytelm.inference.cache import KVCache
+from bytelm.inference.checks import NOT_BEGUN, check_decode, check_prefill
 from bytelm.inference.graphs import Graphs, Strategy, choose_capture
 from bytelm.model.blt import BLT, Readable
 from bytelm.model.embedding import HashEmbedding
@@ -27,7 +28,7 @@ from bytelm.slots import CompoundState, Slots, SlotState, SlotTensors, assign, s
 
 @runtime_checkable
 class DecodingState(SlotState, Protocol):
-    """A language model at work on the documents of some slots."""
+    """Decoding state of a language model over slots."""
 
     num_slots: int
 
@@ -40,13 +41,13 @@ class DecodingState(SlotState, Protocol):
     ) -> Float[Tensor, "slots vocab"]:
         """Return the logits of the id after the next one of each slot's document.
 
-        The first id of a document goes through :meth:`prefill`.
+        The first id of a document must be given to :meth:`prefill`.
         """
         ...
 
 
 class EmbeddingState(SlotTensors):
-    """A :class:`HashEmbedding` at work: n-grams reach back into the last ids of each document."""
+    """State of a :class:`HashEmbedding`: the last ids of each document, for its n-grams."""
 
     def __init__(self, embedding: HashEmbedding, num_slots: int) -> None:
         self._embedding = embedding
@@ -57,7 +58,7 @@ class EmbeddingState(SlotTensors):
         """Return the embeddings of a document's next ids."""
         joined = torch.cat((self["recent"][slot], ids))
         self["recent"][slot] = joined[len(ids) :]
-        # What precedes the document is BOE, as n-grams see it.
+        # Ids before the document are BOE, so positions may begin before it.
         positions = torch.arange(len(joined), device=ids.device)
         return self._embedding(joined[None], positions[None])[:, self._embedding.context :]
 
@@ -71,11 +72,11 @@ class EmbeddingState(SlotTensors):
 
 
 class TransformerState(CompoundState):
-    """A plain transformer at work.
+    """Decoding state of a plain transformer.
 
     Args:
-        model: its weights must stay where they are while the state lives.
-        num_slots: documents at once.
+        model: transformer, whose weights must not be moved while the state is in use.
+        num_slots: number of slots.
         strategy: how single ids are run.
     """
 
@@ -91,14 +92,16 @@ class TransformerState(CompoundState):
 
     @property
     def rooms(self) -> tuple[int, ...]:
-        """Sizes of the memory that steps use."""
+        """Sizes of the buffers that steps use."""
         return (self._cache.room,)
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
         """Return the logits of the id after each of the next ``ids`` of one slot's document."""
+        vocab_size = self._model.output.out_features
+        check_prefill(ids, slot, self.num_slots, vocab_size, self._cache.positions.device)
         if not len(ids):
-            return ids.new_empty(0, self._model.output.out_features, dtype=torch.float32)
+            return ids.new_empty(0, vocab_size, dtype=torch.float32)
         context = self._cache.prefill(slot, len(ids))
         return self._model.run(self._embedding.prefill(slot, ids), context)[0]
 
@@ -108,6 +111,10 @@ class TransformerState(CompoundState):
     ) -> Float[Tensor, "slots vocab"]:
         """Return the logits of the id after the next one of each slot's document."""
         slots = _all_as_none(slots, self.num_slots)
+        vocab_size = self._model.output.out_features
+        check_decode(ids, slots, self.num_slots, vocab_size, self._cache.positions.device)
+        if not self._cache.room:
+            raise ValueError(NOT_BEGUN)
         self._cache.reserve(slots)
         return self._graphs.run(self._step, slots, ids)
 
@@ -116,7 +123,7 @@ class TransformerState(CompoundState):
         return self._model.run(x, self._cache.step(slots))[:, 0]
 
     def restart(self, where: Bool[Tensor, " slots"], slots: Slots = None) -> None:
-        """Start a new document in those of some slots that the device chooses."""
+        """Start a new document in those of some slots where ``where`` is true."""
         for tensor, start in ((self._cache.positions, 0), (self._embedding["recent"], codec.BOE)):
             values = select(tensor, slots)
             chosen = where.view(-1, *[1] * (values.dim() - 1))
@@ -124,17 +131,17 @@ class TransformerState(CompoundState):
 
 
 class PatchedState(CompoundState):
-    """A BLT with its patcher and scorer at work.
+    """Decoding state of a BLT with its patcher and scorer.
 
     A byte passes through scorer, encoder and decoder. The global transformer runs once per patch,
-    when it closes; between, a slot keeps the byte states of the patch still open and what its bytes
-    read of the last complete one.
+    when the patch closes; until then, a slot keeps the byte states of its open patch, and the keys
+    and values of the last complete patch, which its bytes read.
 
     Args:
-        blt: its weights must stay where they are while the state lives.
-        patcher: decides where patches begin.
-        scorer: yields the entropies that the patcher needs, if it needs any.
-        num_slots: documents at once.
+        blt: BLT, whose weights must not be moved while the state is in use.
+        patcher: patching rule.
+        scorer: computes the entropies, if the patcher needs them.
+        num_slots: number of slots.
         strategy: how single bytes are run.
     """
 
@@ -149,9 +156,9 @@ class PatchedState(CompoundState):
         self.num_slots = num_slots
         self._blt = blt
         device = _device(blt)
-        if isinstance(patcher.rule, StatefulRule):
-            strategy = "eager"  # what it remembers is on the host
         capture = choose_capture(strategy, device)
+        if isinstance(patcher.rule, StatefulRule):
+            strategy, capture = "eager", None  # the rule's memory is on the host
         is_static = capture is not None
         self._scorer = None
         if patcher.needs_entropies:
@@ -172,17 +179,19 @@ class PatchedState(CompoundState):
 
     @property
     def rooms(self) -> tuple[int, ...]:
-        """Sizes of the memory that steps use."""
+        """Sizes of the buffers that steps use."""
         return (*(cache.room for cache in self._caches), self._open.room)
 
     @property
     def num_patches(self) -> Int[Tensor, " slots"]:
-        """Complete patches of each slot's document: how often the global transformer has run."""
+        """Number of complete patches of each slot's document."""
         return self._global_cache.positions
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Int[Tensor, " ids"]) -> Float[Tensor, "ids vocab"]:
         """Return the logits of the id after each of the next ``ids`` of one slot's document."""
+        device = self._encoder_cache.positions.device
+        check_prefill(ids, slot, self.num_slots, codec.VOCAB_SIZE, device)
         if not len(ids):
             return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
         entropies = self._scorer.prefill(slot, ids) if self._scorer else None
@@ -199,9 +208,10 @@ class PatchedState(CompoundState):
         states: list[Float[Tensor, "1 bytes dim"]],
         next_boundary: Bool[Tensor, " bytes"],
     ) -> tuple[Readable, Int[Tensor, " bytes"]]:
-        """Return what the new bytes may read, and which of it each reads.
+        """Return the keys and values that new bytes may read, and the index that each reads.
 
-        A byte reads the last patch complete at it: one closed here, or the last one before.
+        A byte reads the last patch that is complete at it: one that closes here, or the last one
+        before.
         """
         closed = next_boundary.cumsum(0)
         before = self._latent.read([slot])
@@ -218,7 +228,7 @@ class PatchedState(CompoundState):
             pairs = zip(before, new, strict=True)
             readable = [tuple(torch.cat(xs, 1) for xs in zip(*pair, strict=True)) for pair in pairs]
             decoder_ids = closed
-        # Last: it overwrites what was there before.
+        # Last, because it overwrites the memory of ``before``.
         self._latent.write([slot], [tuple(x[:, -1:] for x in layer) for layer in new])
         return readable, decoder_ids
 
@@ -229,7 +239,7 @@ class PatchedState(CompoundState):
         next_boundary: Bool[Tensor, " bytes"],
         closed: Int[Tensor, " bytes"],
     ) -> Float[Tensor, "1 patches global_dim"]:
-        """Return the vectors of the patches that end among the new bytes; the rest stays open.
+        """Return the vectors of the patches that new bytes close; the rest stays open.
 
         With two bytes open before, and four new ones of which the second ends a patch::
 
@@ -255,10 +265,13 @@ class PatchedState(CompoundState):
     ) -> Float[Tensor, "slots vocab"]:
         """Return the logits of the id after the next one of each slot's document.
 
-        One step for bytes, and one for the patches that they close: the host waits for the device
-        once, to learn which.
+        The host waits for the device once, to learn which slots close a patch.
         """
         slots = _all_as_none(slots, self.num_slots)
+        device = self._encoder_cache.positions.device
+        check_decode(ids, slots, self.num_slots, codec.VOCAB_SIZE, device)
+        if not self._encoder_cache.room:
+            raise ValueError(NOT_BEGUN)
         for cache in (self._encoder_cache, self._decoder_cache):
             cache.reserve(slots)
         named = range(self.num_slots) if slots is None else slots
@@ -280,14 +293,14 @@ class PatchedState(CompoundState):
         index: Int[Tensor, " slots"],
         entropies: Float[Tensor, " slots"] | None,
     ) -> tuple[Float[Tensor, "slots 1 dim"], Bool[Tensor, " slots"]]:
-        """Take bytes through the encoder, into open patches; say which end their patch."""
+        """Encode a byte of each slot into its open patch; return its state and whether it ends."""
         x = self._embedding.decode(ids, slots)
         states = self._blt.encoder(x, self._encoder_cache.step(slots))
         self._open.append(slots, index, states)
         return states[-1], self._patcher.decode(ids, entropies, states[-1][:, 0], slots)
 
     def _patch_step(self, slots: Slots, lengths: Int[Tensor, " slots"]) -> None:
-        """Take open patches through the encoder's cross-attention and the global transformer."""
+        """Run the encoder's cross-attention and the global transformer over open patches."""
         states, encoder_ids = self._open.patches(slots, lengths)
         vectors = self._blt.encoder.patch_vectors(states, encoder_ids, 1)
         latents = self._blt.global_model(vectors, self._global_cache.step(slots))
@@ -296,7 +309,7 @@ class PatchedState(CompoundState):
     def _decoder_step(
         self, slots: Slots, state: Float[Tensor, "slots 1 dim"]
     ) -> Float[Tensor, "slots vocab"]:
-        """Return the logits of bytes, each of which reads its slot's last latent."""
+        """Return the logits of a byte of each slot, which reads the slot's last latent."""
         readable = self._latent.read(slots)
         assert readable is not None
         first = torch.zeros(len(state), 1, dtype=torch.long, device=state.device)
@@ -315,7 +328,7 @@ class _OpenPatch:
 
     @property
     def room(self) -> int:
-        """Bytes of a patch that there is memory for."""
+        """Bytes per patch that memory is allocated for."""
         return self._states[0].shape[1] if self._states else 0
 
     def extend(self, slot: int, states: Sequence[Float[Tensor, "1 bytes dim"]]) -> None:
@@ -330,12 +343,12 @@ class _OpenPatch:
         self._lengths[slot] = end
 
     def take(self, slot: int) -> list[Float[Tensor, "1 bytes dim"]]:
-        """Return a slot's open patch, which is then empty."""
+        """Return a slot's open patch, and empty it."""
         length, self._lengths[slot] = self._lengths[slot], 0
         return [buffer[slot : slot + 1, :length] for buffer in self._states]
 
     def count(self, slots: Sequence[int]) -> list[int]:
-        """Count one more byte in each of some slots, and return where it goes."""
+        """Count one more byte in each of some slots, and return its index in the patch."""
         index = [self._lengths[slot] for slot in slots]
         for slot in slots:
             self._lengths[slot] += 1
@@ -361,7 +374,7 @@ class _OpenPatch:
             buffer[rows, index] = state[:, 0]
 
     def close(self, slots: Sequence[int]) -> list[int]:
-        """Return how long the open patches of some slots are; they are empty then."""
+        """Return the lengths of the open patches of some slots, and empty them."""
         lengths = [self._lengths[slot] for slot in slots]
         for slot in slots:
             self._lengths[slot] = 0
@@ -370,7 +383,7 @@ class _OpenPatch:
     def patches(
         self, slots: Slots, lengths: Int[Tensor, " slots"]
     ) -> tuple[list[Float[Tensor, "slots bytes dim"]], Int[Tensor, "slots bytes"]]:
-        """Return patches of given lengths, each in a row, and the encoder ids of their bytes."""
+        """Return the states of patches of given lengths, padded, and their encoder ids."""
         longest = self.room if self._is_static else int(lengths.max())
         states = [select(buffer, slots)[:, :longest] for buffer in self._states]
         index = torch.arange(longest, device=lengths.device)
@@ -399,7 +412,7 @@ class _OpenPatch:
 
 
 class _Latent:
-    """What bytes read of each slot's last complete patch."""
+    """Keys and values of each slot's last complete patch, which its bytes read."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
@@ -407,7 +420,7 @@ class _Latent:
         self._is_there = [False] * num_slots
 
     def read(self, slots: Slots) -> Readable | None:
-        """Return what bytes of some slots read; ``None`` for one whose document is empty."""
+        """Return the keys and values of some slots; ``None`` for a slot without a patch."""
         if slots is None:
             return self._readable
         if not self._is_there[slots[0]]:
@@ -415,7 +428,7 @@ class _Latent:
         return [tuple(select(x, slots) for x in layer) for layer in self._readable]
 
     def write(self, slots: Slots, readable: Readable) -> None:
-        """Change to other latents: what :meth:`LocalDecoder.read_latents` says of one patch."""
+        """Write the keys and values of one patch per slot, from ``LocalDecoder.read_latents``."""
         if not self._readable:
             self._readable = [
                 tuple(x.new_zeros(self._num_slots, *x.shape[1:]) for x in layer)
@@ -448,5 +461,5 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _all_as_none(slots: Slots, num_slots: int) -> Slots:
-    """Return ``None`` for all slots in order, which steps take without copying caches."""
+    """Return ``None`` if the slots are all in order, which avoids copying caches."""
     return None if slots is not None and list(slots) == list(range(num_slots)) else slots

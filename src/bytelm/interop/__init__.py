@@ -1,4 +1,4 @@
-"""Other projects' formats: import released weights, export to ``transformers``.
+"""Import released weights from other projects' formats, and export to ``transformers``.
 
 ::
 
@@ -6,9 +6,9 @@
     lm = bytelm.interop.import_hf("itazap/blt-1b-hf")
     bytelm.interop.export_hf(lm, "folder")   # BltForCausalLM.from_pretrained("folder")
 
-Tensors are copied one by one, so importing takes no more memory than the model; ``convert_*`` go
-straight to a checkpoint's files and hold one tensor at a time. Values are never changed: there and
-back gives the same bits.
+Tensors are copied one by one, so importing takes no more memory than the model; ``convert_*`` write
+a checkpoint directly and hold one tensor at a time. Values are never changed: an export followed by
+an import gives the same bits.
 """
 
 from functools import reduce
@@ -49,16 +49,16 @@ Source = str | PathLike[str]
 
 
 class _Imported(NamedTuple):
-    """A model in another format, its weights still in their files."""
+    """Description of a model in another format, whose weights have not been read yet."""
 
     config: CheckpointConfig
     module: PatchedLM
-    """On the meta device."""
+    """The model on the meta device."""
     blt: Assembly
     scorer: Assembly | None
 
     def load(self) -> LanguageModel:
-        """The model in memory, in fp32."""
+        """Load the weights into memory, in fp32 on the CPU, and return the model."""
         self.blt.fill(self.module.blt)
         if self.scorer is not None:
             self.scorer.fill(_scorer_transformer(self.module))
@@ -66,7 +66,7 @@ class _Imported(NamedTuple):
         return LanguageModel(cpu.fuse(self.module.eval().requires_grad_(False)), self.config)
 
     def convert(self, out: Path) -> CheckpointConfig:
-        """The model as a checkpoint, tensor by tensor, in the precision of its files."""
+        """Write a checkpoint, tensor by tensor, in the precision of the files."""
         with atomic_folder(out) as folder:
             write_config(folder, self.config)
             self.blt.write(folder / MODEL)
@@ -90,8 +90,8 @@ def import_official(blt: Source, entropy: Source | None = None) -> LanguageModel
         entropy: the same for the entropy model; ``None`` for ``entropy_model`` within ``blt``.
 
     Raises:
-        CheckpointError: a folder is not in that format, the weights do not fit their
-            configuration, or it has options that bytelm does not support.
+        CheckpointError: a folder is not in that format, its weights do not fit the configuration,
+            or the configuration has options that bytelm does not support.
     """
     return _open_official(blt, entropy).load()
 
@@ -99,10 +99,15 @@ def import_official(blt: Source, entropy: Source | None = None) -> LanguageModel
 def convert_official(
     blt: Source, out: str | PathLike[str], entropy: Source | None = None
 ) -> CheckpointConfig:
-    """Like :func:`import_official`, to a checkpoint folder.
+    """Convert weights in the format of facebookresearch/blt to a checkpoint folder.
+
+    Args:
+        blt: as in :func:`import_official`.
+        out: folder to create.
+        entropy: as in :func:`import_official`.
 
     Raises:
-        CheckpointError: as there, or ``out`` exists or cannot be written.
+        CheckpointError: as :func:`import_official`, or ``out`` exists or cannot be written.
     """
     check_absent(Path(out))
     return _open_official(blt, entropy).convert(Path(out))
@@ -122,10 +127,14 @@ def import_hf(source: Source) -> LanguageModel:
 
 
 def convert_hf(source: Source, out: str | PathLike[str]) -> CheckpointConfig:
-    """Like :func:`import_hf`, to a checkpoint folder.
+    """Convert weights in the format of ``transformers`` to a checkpoint folder.
+
+    Args:
+        source: as in :func:`import_hf`.
+        out: folder to create.
 
     Raises:
-        CheckpointError: as there, or ``out`` exists or cannot be written.
+        CheckpointError: as :func:`import_hf`, or ``out`` exists or cannot be written.
     """
     check_absent(Path(out))
     return _open_hf(source).convert(Path(out))
@@ -135,7 +144,7 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
     """Write a model and its tokenizer for ``BltForCausalLM.from_pretrained``.
 
     Raises:
-        ConfigError: ``transformers`` has no such model.
+        ConfigError: ``transformers`` cannot run such a model; the message names the options.
         CheckpointError: ``out`` exists or cannot be written.
     """
     check_absent(Path(out))
@@ -143,7 +152,7 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
     assert isinstance(lm.module, PatchedLM)
     entries = _split(lm.module.blt, blt_names(blt, huggingface.NAMING))
     entries |= _split(_scorer_transformer(lm.module), scorer_names(scorer, huggingface.NAMING))
-    # What all of it is loaded in there: the entropy model must not lose precision.
+    # transformers loads all weights in one dtype; the entropy model must not lose precision.
     widest = reduce(torch.promote_types, (entry.dtype for entry in entries.values()))
     config["dtype"] = str(widest).removeprefix("torch.")
     with atomic_folder(Path(out), record=False) as folder:
@@ -154,7 +163,7 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
 
 
 def _split(module: torch.nn.Module, names: NameMap) -> dict[str, Entry]:
-    """The tensors of a module under another project's names, in its parts."""
+    """Return the tensors of a module in the parts, and under the names, of another project."""
     entries = {}
     for ours, tensor in module.state_dict().items():
         parts = tensor.split(part_sizes(names[ours], len(tensor)))
@@ -185,7 +194,7 @@ def _open(
     scorer_folder: Path | None,
     source: str,
 ) -> _Imported:
-    """Fit the weights in one or two folders to a description."""
+    """Match the weights in one or two folders with a description."""
     assert isinstance(description.model, BLTConfig)
     with torch.device("meta"):
         module = build_lm(description)

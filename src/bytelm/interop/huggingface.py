@@ -1,10 +1,9 @@
 """The format of Hugging Face ``transformers``: ``BltForCausalLM``.
 
 Its implementation has the doubled residual, entropy patching and a transformer as entropy model,
-and no options for anything else, so a model made here can be written in its format if it was
-trained with those. Where it computes something else than the official code from the same
-configuration (see ``docs/fidelity.md``), the configuration is refused; but for a longest patch,
-which is applied as the official code does.
+and no options for anything else, so only models trained with these can be exported. Configurations
+from which it computes something else than the official code (see ``docs/fidelity.md``) are refused,
+except for a maximum patch length, which is applied as in the official code.
 """
 
 from pathlib import Path
@@ -29,7 +28,7 @@ from bytelm.version import __version__
 
 CONFIG = "config.json"
 OWN = "bytelm"
-"""Section of an exported configuration with what ``transformers`` has no place for."""
+"""Section of an exported configuration for options that ``transformers`` does not have."""
 DEFAULT_BYTES = 24_576
 THETA, SCORER_THETA = 500_000.0, 10_000.0
 SCALING = {
@@ -41,7 +40,7 @@ SCALING = {
         "original_max_position_embeddings": ("original_context", int),
     },
 }
-"""Ways to scale rotary frequencies: the options of each, and what ours are called."""
+"""Kinds of scaling of rotary frequencies; their options, with the names and types of bytelm's."""
 
 NAMING = Naming(
     block={
@@ -83,7 +82,7 @@ NAMING = Naming(
     hash_embeddings=lambda count: ("model.encoder_hash_tok_embedding.weight",),
 )
 
-# What every configuration of that library may hold, and options of its generation and training.
+# Options that every configuration of transformers may have, and options of generation and training.
 _NO_PART = (
     "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "initializer_range",
@@ -96,7 +95,7 @@ _NO_PART = (
 
 
 class _Part:
-    """The options that every sub-configuration has."""
+    """Options that every sub-configuration has."""
 
     def __init__(
         self, options: Options, dim: int, layers: int, heads: int, ffn: int | None, theta: float
@@ -108,7 +107,7 @@ class _Part:
         self.ffn = options.take_nullable("intermediate_size", int, ffn) or computed
         self.kv_heads = options.take_nullable("num_key_value_heads", int, None) or self.heads
         options.expect("head_dim", self.dim // max(self.heads, 1))
-        # Under the second name nothing reads it.
+        # transformers does not read norm_eps.
         self.eps = options.take("rms_norm_eps", float, 1e-5)
         options.ignore(["norm_eps"])
         options.expect("hidden_act", "silu")
@@ -152,7 +151,7 @@ def _rope(options: Options, default: float) -> tuple[float, dict[str, Any] | Non
 
 
 def read_description(folder: Path) -> ModelDescription:
-    """The model that a folder describes.
+    """Return the description of the model in a folder.
 
     Raises:
         CheckpointError: the configuration is missing, or has an option that bytelm, or the
@@ -203,7 +202,9 @@ def _patching(options: Options, is_ours: bool, patch_size: float | None) -> Entr
         size = patch_size
     threshold = options.take_nullable("patching_threshold", float, 1.335442066192627)
     if threshold is None:
-        raise CheckpointError("patching_threshold is null: set the one the model was trained with")
+        raise CheckpointError(
+            "patching_threshold is null: set it to the one that the model was trained with"
+        )
     rule = {
         "threshold": threshold,
         "patch_size": size if size and size > 1 else None,
@@ -249,10 +250,10 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
     if in_all_encoder and first.layers > 1:
         raise CheckpointError(
             f"{where}: cross_attn_all_layers with {first.layers} encoder layers: transformers "
-            "pools anew before each, so all but the last have no effect; the official code and "
-            "bytelm pool once. Import the weights in the official format"
+            "pools again before each of them, so all but the last have no effect; the official "
+            "code and bytelm pool once. Import the weights in the official format"
         )
-    # Only the decoder reads it.
+    # transformers reads this option of the decoder only.
     encoder.ignore(["hidden_size_global"])
     in_all_decoder = decoder.take("cross_attn_all_layers", bool, True)
     for section in (encoder, decoder, global_options):
@@ -287,10 +288,10 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
 def describe(
     description: ModelDescription,
 ) -> tuple[dict[str, Any], tuple[BLTConfig, TransformerConfig]]:
-    """The configuration under which ``transformers`` computes the same, and the models it is of.
+    """Return the equivalent configuration of ``transformers``, and those of BLT and scorer.
 
     Raises:
-        ConfigError: it has no such configuration.
+        ConfigError: ``transformers`` has no equivalent configuration.
     """
     config, scorer, patching = _expressible(description)
     local, cross = config.local, config.cross_attention
@@ -319,7 +320,7 @@ def describe(
         "pad_token_id": codec.BOE,
         "max_position_embeddings": context,
         "tie_word_embeddings": False,
-        # Its cached generation differs from its uncached one.
+        # Generation with a cache differs from that without one in transformers.
         "use_cache": False,
         "patch_in_forward": True,
         "patching_mode": "entropy",
@@ -369,41 +370,41 @@ def _rope_parameters(stack: StackConfig) -> dict[str, Any]:
 
 
 def _unknown_options(block: BlockConfig) -> dict[str, bool]:
-    """Return what ``transformers`` has no option for, and whether a block has it."""
+    """Return whether a block has each of the options that ``transformers`` does not support."""
     return {
-        "head_dim, where it has dim / num_heads": block.head_width * block.num_heads != block.dim,
-        "rope_layout=half, where it has interleaved": block.rope_layout == "half",
-        "qk_norm, which it has not": block.qk_norm,
-        "biases, which it has not": block.qkv_bias or block.out_bias or block.ffn_bias,
+        "head_dim (only dim / num_heads)": block.head_width * block.num_heads != block.dim,
+        "rope_layout=half (only interleaved)": block.rope_layout == "half",
+        "qk_norm (unsupported)": block.qk_norm,
+        "biases (unsupported)": block.qkv_bias or block.out_bias or block.ffn_bias,
     }
 
 
 def _expressible(
     description: ModelDescription,
 ) -> tuple[BLTConfig, TransformerConfig, EntropyPatching]:
-    """The description's parts, if ``transformers`` can express them."""
+    """Return the parts of a description that ``transformers`` can express.
+
+    Raises:
+        ConfigError: it cannot express them.
+    """
     config, scorer, patching = description.model, description.scorer, description.patching
     if not isinstance(config, BLTConfig):
-        raise ConfigError(
-            f"a {kind_of(type(config))} model is not a BLT: only those can be exported"
-        )
+        raise ConfigError(f"a {kind_of(type(config))} model cannot be exported: only a BLT can")
     cross, hashed = config.cross_attention, config.hash_embeddings
     refusals = {
-        f"cross_attention.residual={cross.residual}, where it has doubled": (
-            cross.residual != "doubled"
-        ),
-        f"cross_attention.encoder={cross.encoder} with {config.local.encoder_layers} layers, where "
-        "it has last": cross.encoder == "none"
+        f"cross_attention.residual={cross.residual} (only doubled)": (cross.residual != "doubled"),
+        f"cross_attention.encoder={cross.encoder} with {config.local.encoder_layers} layers (only "
+        "last)": cross.encoder == "none"
         or (cross.encoder == "all" and config.local.encoder_layers > 1),
-        "cross_attention.decoder=none, where it has first and all": cross.decoder == "none",
-        f"cross_attention.num_heads={cross.num_heads}, where it has local.num_heads "
-        f"({config.local.num_heads})": cross.num_heads != config.local.num_heads,
-        "cross_attention.queries=learned, where it has pooled": cross.queries == "learned",
-        "no n-grams, where it has the sizes 3 to 8 then": not hashed.sizes,
-        "local.num_kv_heads, which its cross-attention would share": (
+        "cross_attention.decoder=none (only first and all)": cross.decoder == "none",
+        f"cross_attention.num_heads={cross.num_heads} (only local.num_heads, "
+        f"{config.local.num_heads})": cross.num_heads != config.local.num_heads,
+        "cross_attention.queries=learned (only pooled)": cross.queries == "learned",
+        "no hash embeddings (transformers would use sizes 3 to 8)": not hashed.sizes,
+        "local.num_kv_heads (cross-attention would share them)": (
             config.local.kv_heads != config.local.num_heads
         ),
-        "hash_embeddings.combine=mean, where it has sum": hashed.combine == "mean",
+        "hash_embeddings.combine=mean (only sum)": hashed.combine == "mean",
     }
     blocks: dict[str, BlockConfig] = {
         "local": config.local,
@@ -414,23 +415,21 @@ def _expressible(
     for name, block in blocks.items():
         refusals |= {f"{name}.{what}": wrong for what, wrong in _unknown_options(block).items()}
     if patching is not None:
-        refusals[f"patching.kind={patching.kind}, where it has entropy"] = (
-            patching.kind != "entropy"
-        )
-        refusals["patching.max_length, which it applies wrongly"] = patching.max_length is not None
+        refusals[f"patching.kind={patching.kind} (only entropy)"] = patching.kind != "entropy"
+        refusals["patching.max_length (applied incorrectly)"] = patching.max_length is not None
     if scorer is not None:
-        refusals["an n-gram scorer as entropy model, where it has a transformer"] = not isinstance(
+        refusals["an n-gram scorer as entropy model (only a transformer)"] = not isinstance(
             scorer.model, TransformerConfig
         )
-        refusals["scorer.model.hash_embeddings, which it has not"] = (
+        refusals["scorer.model.hash_embeddings (unsupported)"] = (
             isinstance(scorer.model, TransformerConfig) and scorer.model.hash_embeddings is not None
         )
-        refusals["scorer.reset_at_newline, which it has not"] = scorer.reset_at_newline
+        refusals["scorer.reset_at_newline (unsupported)"] = scorer.reset_at_newline
     wrong = [what for what, is_wrong in refusals.items() if is_wrong]
     if wrong:
         raise ConfigError(
-            f"transformers cannot run this model: it has {'; '.join(wrong)}. Train with options "
-            "that both have to export"
+            f"transformers cannot run this model, because of {'; '.join(wrong)}: to export a "
+            "model, train it with options that transformers supports"
         )
     assert isinstance(patching, EntropyPatching)
     assert scorer is not None

@@ -1,9 +1,10 @@
-"""How other projects name the tensors of a BLT, and how theirs make ours.
+"""Names of the tensors of a BLT in other projects' formats.
 
-The two public formats hold the same tensors under different names. Each of ours is one of theirs,
-or several stacked along their first axis (queries, keys and values; gate and up; the hash
-embeddings of each size), so one map, from our name to theirs, converts either way without
-arithmetic.
+The two public formats have the same tensors under different names. Each tensor of bytelm is one of
+theirs, or several stacked along the first axis (queries, keys and values; gate and up; the hash
+embeddings of each size), so one map from bytelm's names to theirs converts in both directions
+without arithmetic. In this package "ours" and "theirs" mean the names of bytelm and of the other
+project.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ def part_sizes(parts: Mapping[str, int], total: int) -> list[int]:
 
 
 class Naming(NamedTuple):
-    """The names one project uses."""
+    """Names of tensors in one project's format."""
 
     block: Mapping[str, tuple[str, ...]]
     """Leaves of a transformer block."""
@@ -36,7 +37,7 @@ class Naming(NamedTuple):
     parts: Mapping[str, str]
     """Our parts with layers -> theirs."""
     hash_embeddings: Callable[[int], tuple[str, ...]]
-    """Names of what holds the hash embeddings of a number of sizes and functions."""
+    """Names of the hash embeddings, given the number of sizes times functions."""
 
 
 def blt_names(config: BLTConfig, naming: Naming) -> NameMap:

@@ -24,9 +24,9 @@ from bytelm.storage import read_json
 
 CONFIG, PARAMS = "config.json", "params.json"
 LOADER_WINDOW = 512
-"""What the official loader of ``params.json`` gives every entropy model."""
+"""Window of every entropy model that the official loader reads from ``params.json``."""
 ENTROPY_THETA = 10_000.0
-"""What entropy models have that do not say: the official code's default."""
+"""Default rope theta of entropy models in the official code."""
 
 NAMING = Naming(
     block={
@@ -66,8 +66,8 @@ NAMING = Naming(
     ),
 )
 
-# Options of training, of initialisation and of speed; of sizes that the parts have of their own;
-# and of what the code declares and never reads.
+# Options of training, initialisation and performance; sizes that the parts specify themselves; and
+# options that the official code declares but never reads.
 _NO_PART = (
     "seed", "dim", "n_layers", "n_heads", "init_base_std", "init_std_factor", "init_device",
     "init_dtype", "init_use_gaussian", "init_use_depth", "alpha_depth", "attn_impl", "eos_id",
@@ -88,7 +88,7 @@ _PATCHER_NO_PART = (
 
 
 def read_description(blt: Path, entropy: Path | None) -> ModelDescription:
-    """The model that two official folders describe.
+    """Return the description of the model in two official folders.
 
     Raises:
         CheckpointError: a configuration is missing, or has an option that bytelm does not support.
@@ -99,7 +99,7 @@ def read_description(blt: Path, entropy: Path | None) -> ModelDescription:
         scorer_args, scorer_patcher, scorer_window = _entropy_options(entropy)
         window = scorer_args.take("sliding_window", int, scorer_window)
         scorer = ScorerConfig(model=_transformer(scorer_args, window))
-        # What was used to make patches for training lies beside the entropy model.
+        # The patching options used in training are in the folder of the entropy model.
         patcher_args = scorer_patcher or patcher_args
     patching = _patching(args, patcher_args, str(blt / CONFIG))
     if isinstance(patching, EntropyPatching) and scorer is None:
@@ -191,13 +191,13 @@ def _check_vocabulary(args: Options) -> None:
 
 
 def _kv_heads(args: Options, name: str, heads: int) -> int | None:
-    """Return the number of key-value heads where it differs from that of all heads."""
+    """Return the number of key-value heads, or ``None`` if it equals the number of heads."""
     found = args.take_nullable(name, int, None) or heads
     return found if found != heads else None
 
 
 def _check_block(args: Options, head_dim: int) -> None:
-    """Refuse blocks that are not the pre-norm, bias-free ones of both projects."""
+    """Check that blocks are pre-norm and without biases, as those of bytelm."""
     args.expect("head_dim", head_dim)
     args.expect("norm_affine", True)
     args.expect("pre_norm", True)
@@ -248,7 +248,7 @@ def _blt(args: Options, where: str) -> BLTConfig:
             "rope_theta": theta,
         },
         "cross_attention": _cross_attention(args),
-        "hash_embeddings": _ngrams(args),
+        "hash_embeddings": _hash_embeddings(args),
     }
     args.expect("dim_token", dim)
     for name in ("weight_tying", "encoder_enable_byte_ngrams", "entropy_model_is_ngram_model"):
@@ -270,8 +270,8 @@ def _cross_attention(args: Options) -> dict[str, Any]:
     for name in ("cross_attn_encoder", "cross_attn_init_by_pooling"):
         if not args.take(name, bool, False):
             raise CheckpointError(
-                f"{name} is off: of the official encoders bytelm supports those whose patches "
-                "attend to their bytes from queries that pooling makes"
+                f"{name} is off: bytelm supports only official encoders with cross-attention whose "
+                "queries are initialised by pooling"
             )
     in_all_encoder = args.take("cross_attn_all_layers_encoder", bool, False)
     in_all_decoder = args.take("cross_attn_all_layers_decoder", bool, False)
@@ -285,20 +285,19 @@ def _cross_attention(args: Options) -> dict[str, Any]:
     }
 
 
-def _ngrams(args: Options) -> dict[str, Any]:
-    # The official code adds no hash embeddings where encoder_enable_byte_group_hash is off and
-    # sizes are given: it does not read that option.
+def _hash_embeddings(args: Options) -> dict[str, Any]:
+    # The official code does not read this option.
     args.ignore(["encoder_enable_byte_group_hash"])
-    rows = args.take("encoder_hash_byte_group_vocab", int, 30_000)
+    num_buckets = args.take("encoder_hash_byte_group_vocab", int, 30_000)
     functions = args.take("encoder_hash_byte_group_nb_functions", int, 3)
     sizes = args.take("encoder_hash_byte_group_size", (list, str), [])
     if isinstance(sizes, str):
         sizes = [int(size) if size.isdecimal() else size for size in sizes.split(",") if size]
-    return {"sizes": sizes, "num_buckets": rows, "functions": functions}
+    return {"sizes": sizes, "num_buckets": num_buckets, "functions": functions}
 
 
 def _patching(args: Options, patcher: Options | None, where: str) -> PatchingConfig:
-    """The rule, from the options of a patcher if there are any, else from those of the model."""
+    """Return the rule, from the options of the patcher if there are any, else of the model."""
     model_rule = {
         name: args.take(name, kind, default)
         for name, kind, default in (

@@ -1,4 +1,4 @@
-"""Reading another project's configuration: every option is used, or refused by name."""
+"""Strict reader of other projects' configurations: no option is silently ignored."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,11 +13,14 @@ NodeT = TypeVar("NodeT", bound=BaseModel)
 
 
 class Options:
-    """The options of one section of a foreign configuration, each to be read once.
+    """Options of one section of another project's configuration, each of which is read once.
 
     Args:
-        values: names and values.
+        values: values by name.
         where: file and section, for messages.
+
+    Raises:
+        CheckpointError: ``values`` is not a mapping.
     """
 
     def __init__(self, values: Any, where: str) -> None:
@@ -27,15 +30,15 @@ class Options:
         self.where = where
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The value of an option.
+        """Return the value of an option.
 
         Args:
-            name: the option's name.
+            name: name of the option.
             kind: type or types it may have; ``float`` admits ``int``.
-            default: what it is where it is absent or null; without one it is required.
+            default: value if it is absent or null; without a default the option is required.
 
         Raises:
-            CheckpointError: it is absent though required, or of another type.
+            CheckpointError: the option is required but absent, or of another type.
         """
         value = self._values.pop(name, None)
         if value is None:
@@ -54,22 +57,22 @@ class Options:
         return value
 
     def take_nullable(self, name: str, kind: type, absent: Any) -> Any:
-        """The value of an option for which null means something else than its absence.
+        """Return the value of an option for which null differs from absence.
 
         Raises:
-            CheckpointError: it is of another type.
+            CheckpointError: the option is of another type.
         """
         return self.take(name, kind, None if name in self._values else absent)
 
     def section(self, name: str) -> "Options":
-        """A section within this one; empty if absent."""
+        """Return a section within this one; empty if absent."""
         return Options(self._values.pop(name, None) or {}, f"{self.where}: {name}")
 
     def expect(self, name: str, *allowed: Any, remedy: str = "") -> None:
-        """Refuse an option unless it is absent, null or one of the values that change nothing.
+        """Check that an option is absent, null, or one of the supported values.
 
         Raises:
-            CheckpointError: it has another value.
+            CheckpointError: the option has another value.
         """
         value = self._values.pop(name, None)
         if value is not None and value not in allowed:
@@ -80,29 +83,29 @@ class Options:
             )
 
     def ignore(self, names: Sequence[str]) -> None:
-        """Drop options that have no part in what the model computes."""
+        """Discard options that do not affect the result of the model."""
         for name in names:
             self._values.pop(name, None)
 
     def finish(self) -> None:
-        """Refuse what has not been read, but for options that are off.
+        """Check that all options have been read, except those that are off.
 
         Raises:
-            CheckpointError: an option is set that bytelm does not know.
+            CheckpointError: an unknown option is set.
         """
         for name, value in self._values.items():
             if value not in (None, False, ""):
                 raise CheckpointError(
-                    f"{self.where}: {name} is {value!r}, an option that bytelm does not know and "
-                    "will not guess at: if the weights do not depend on it, remove it there"
+                    f"{self.where}: {name} is {value!r}, an option that bytelm does not know: if "
+                    "the weights do not depend on it, remove it there"
                 )
 
 
 def build(node: type[NodeT], data: dict[str, Any], where: str) -> NodeT:
-    """A node of our configuration from foreign values.
+    """Build a configuration node from another project's values.
 
     Raises:
-        CheckpointError: a value is out of range.
+        CheckpointError: a value is invalid.
     """
     try:
         return parse(node, data, where)

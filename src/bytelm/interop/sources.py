@@ -1,4 +1,4 @@
-"""Where foreign weights come from: a folder, or a repository of the Hugging Face Hub."""
+"""Find weights in a folder, or download them from the Hugging Face Hub."""
 
 import re
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from pathlib import Path
 from bytelm.errors import CheckpointError
 
 ENTROPY_FOLDER = "entropy_model"
-"""Where a repository in the official format keeps the entropy model of its BLT."""
+"""Folder of the entropy model in a repository in the official format."""
 
 
 def find_folder(source: str | PathLike[str]) -> Path:
-    """The folder named, or a download of the Hub repository named.
+    """Return a folder with weights, downloading a Hub repository if necessary.
 
     Args:
-        source: a folder, or ``OWNER/NAME`` of a repository, or ``OWNER/NAME/FOLDER`` within one.
+        source: a folder, a repository ``OWNER/NAME``, or a folder of it, ``OWNER/NAME/FOLDER``.
 
     Raises:
-        CheckpointError: it is neither, or cannot be downloaded.
+        CheckpointError: there is no such folder or repository, or it cannot be downloaded.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -33,9 +33,9 @@ def find_folder(source: str | PathLike[str]) -> Path:
 
 
 def wanted_files(names: Sequence[str], inside: str) -> list[str]:
-    """Configurations and weights in a folder of a repository, and in its entropy model's.
+    """Return the files to download of a folder of a repository, and of its entropy model.
 
-    Weights in safetensors make the same ones in ``.pth`` superfluous.
+    These are configurations and weights; ``.pth`` files only if there are no safetensors.
     """
     wanted = []
     for folder in (inside, f"{inside}/{ENTROPY_FOLDER}".lstrip("/")):

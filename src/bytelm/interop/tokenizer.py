@@ -1,18 +1,18 @@
-"""Tokenizer files with which ``transformers`` turns text into the ids of a byte model."""
+"""Tokenizer files with which ``transformers`` encodes text as the ids of a byte model."""
 
 from typing import Any
 
 from bytelm import codec
 
 SPECIAL = ("<|boe|>", "<|bos|>", "<|eos|>", "<|bpe|>")
-"""Names of the ids below the bytes', in order."""
+"""Names of the special ids, in order."""
 
 
 def byte_alphabet() -> list[str]:
-    """The character by which byte-level tokenizers write each byte.
+    """Return the character that represents each byte in byte-level tokenizers.
 
-    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on,
-    in order.
+    Printable bytes of Latin-1 represent themselves; the others are represented by the characters
+    from U+0100 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -20,7 +20,7 @@ def byte_alphabet() -> list[str]:
 
 
 def tokenizer_files() -> dict[str, dict[str, Any]]:
-    """Contents of the JSON files, by name: bytes to ids, BOS first, any text and its inverse."""
+    """Return the contents of the tokenizer's JSON files by name; it encodes BOS and the bytes."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     special = [
         {
@@ -72,7 +72,7 @@ def tokenizer_files() -> dict[str, dict[str, Any]]:
         "eos_token": SPECIAL[codec.EOS],
         "pad_token": SPECIAL[codec.BOE],
         "clean_up_tokenization_spaces": False,
-        # A special id's name within a text is text.
+        # The name of a special id in a text must be encoded as text.
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
     }

@@ -1,8 +1,8 @@
-"""Foreign weights: read tensor by tensor, never more than one part in memory beside ours.
+"""Read other projects' weights tensor by tensor, with only one part in memory at a time.
 
-Safetensors (one file, or shards with an index) and the consolidated ``.pth`` form are read. A
-``.pth`` file is a pickle: it is opened with tensors and plain containers allowed and nothing else,
-so code in it is refused, not run.
+Safetensors (one file, or shards with an index) and consolidated ``.pth`` files are supported. A
+``.pth`` file is a pickle: only tensors and plain containers are allowed in it, so code in it is
+refused, not run.
 """
 
 import json
@@ -21,25 +21,25 @@ from bytelm.interop.names import NameMap, part_sizes
 
 SAFETENSORS, INDEX, PTH = "model.safetensors", "model.safetensors.index.json", "consolidated.pth"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What weights may be stored in, and what safetensors calls it."""
+"""Supported dtypes of weights, with their names in safetensors."""
 _BUFFERS = ("freqs_cis", "inv_freq")
-"""Last parts of names of rotary tables, which some files hold and every model can compute."""
+"""Suffixes of the names of rotary factors, which some files hold; models compute them."""
 
 
 class Entry(NamedTuple):
-    """One tensor, not read yet."""
+    """Tensor that has not been read yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: Callable[[], Iterable[Tensor]]
-    """Reads it, whole or in parts stacked along the first axis."""
+    """Reads the tensor, whole or in parts stacked along the first axis."""
 
 
 Entries = Mapping[str, Entry]
 
 
 def open_weights(folder: Path) -> Entries:
-    """The tensors in a folder, by name.
+    """Return the tensors in a folder, by name, without reading them.
 
     Raises:
         CheckpointError: there is no file of weights, or it is damaged or holds more than tensors.
@@ -110,7 +110,8 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
     for name, tensor in data.items():
         if tensor.dtype not in DTYPES and not name.endswith(_BUFFERS):
             raise CheckpointError(
-                f"{path}: {name} is stored as {tensor.dtype}, which bytelm does not read"
+                f"{path}: {name} is stored as {tensor.dtype}, which bytelm does not read: convert "
+                "it to float32, bfloat16 or float16"
             )
     return {
         name: Entry(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: [tensor])
@@ -119,14 +120,14 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
 
 
 class Assembly:
-    """Our tensors, made of the parts in foreign files.
+    """Tensors of a module, assembled from the parts in another project's files.
 
     Args:
-        module: what they belong to, possibly on the meta device.
-        names: our names -> theirs.
-        entries: their tensors.
+        module: the module, possibly on the meta device.
+        names: names of its tensors -> names of their parts.
+        entries: tensors in the files.
         where: the folder, for messages.
-        others: names of what else is in ``entries``, in the form of ``names``.
+        others: names of other models' tensors in ``entries``, in the form of ``names``.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -168,17 +169,17 @@ class Assembly:
             )
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored in: the widest of its parts' types."""
+        """Return the dtype of a tensor: the widest dtype of its parts."""
         return reduce(torch.promote_types, (self._entries[p].dtype for p in self._names[name]))
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """The parts of one of our tensors, in order."""
+        """Yield the parts of a tensor, in order."""
         for theirs in self._names[name]:
             for part in self._entries[theirs].parts():
                 yield part.to(self.dtype(name))
 
     def tensor(self, name: str) -> Tensor:
-        """One of our tensors."""
+        """Return an assembled tensor."""
         tensor = torch.empty(self.shapes[name], dtype=self.dtype(name))
         sizes = part_sizes(self._names[name], len(tensor))
         for target, part in zip(tensor.split(sizes), self.parts(name), strict=True):
@@ -186,14 +187,14 @@ class Assembly:
         return tensor
 
     def fill(self, module: nn.Module) -> None:
-        """Give a module built on the meta device its weights."""
+        """Load the weights of a module that was built on the meta device."""
         module.load_state_dict({name: self.tensor(name) for name in self.shapes}, assign=True)
 
     def write(self, path: Path, prefix: str = "") -> None:
-        """Write the tensors to a safetensors file, a part at a time, under prefixed names.
+        """Write the tensors to a safetensors file, one part at a time, under prefixed names.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file cannot be written.
         """
         write_tensors(
             path,
@@ -205,13 +206,13 @@ class Assembly:
 
 
 def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Write a safetensors file without holding its contents.
+    """Write a safetensors file with one part in memory at a time.
 
     The format is eight bytes with the length of a JSON header, the header, padded with spaces to a
     multiple of eight bytes, and the tensors one after another.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -1,7 +1,8 @@
-"""What the model spends its time on: attention, normalised projections, segment operations.
+"""Performance-critical functions: attention, normalised projections, segment operations.
 
-The functions of masks and segments have twins, ``reference_*``, that are easy to read and that the
-tests compare them with, gradients included. The twins of the projections are the model's modules.
+Attention and segment operations have readable reference implementations, ``reference_*``, with
+which the tests compare their results and gradients. The references of the projections are the
+modules of the model.
 """
 
 from bytelm.kernels.masks import Mask

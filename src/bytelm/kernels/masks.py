@@ -1,4 +1,4 @@
-"""Masks of self-attention as values: what may be attended to, described and never written out."""
+"""Descriptions of self-attention masks, from which each device derives what it needs."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Mask(NamedTuple):
-    """Which keys each query of packed rows sees.
+    """Mask of self-attention over packed rows.
 
-    A key is seen only within the query's document and less than ``window`` positions before it.
-    Without ``blocks`` attention is causal. With them, bytes whose block is -1 are causal among
-    themselves, and a block of bytes that are filled in together (a diffusion decoder's, Fast BLT
-    section 3.2.2) sees all of itself and the causal bytes before its first position, and is seen
-    by nothing else::
+    A query sees only keys of its document, less than ``window`` positions before it. Without
+    ``blocks`` attention is causal. With them, bytes whose block is -1 are causal among themselves,
+    and a block of bytes that are filled in together (in a diffusion decoder, Fast BLT section
+    3.2.2) sees all of itself and the causal bytes before its first position, and is visible only to
+    itself::
 
         position    0  1  2  3  4  5     3  4  5       block 0 starts at position 3
         block      -1 -1 -1 -1 -1 -1     0  0  0
@@ -27,12 +27,12 @@ class Mask(NamedTuple):
     window: int | None = None
     """Positions visible to a position, itself included; ``None`` for all before it."""
     blocks: Int[Tensor, "batch length"] | None = None
-    """Block of each position, numbered within the row; -1 for bytes that are in none."""
+    """Block of each position, numbered within the row; -1 for bytes that are in no block."""
     positions: Int[Tensor, "batch length"] | None = None
-    """Positions in the document, where blocks make them differ from the order in the row."""
+    """Position of each in its document, if blocks make it differ from the order in the row."""
 
     def allowed(self, begin: int, end: int) -> Bool[Tensor, "batch queries length"]:
-        """Write out what the queries ``begin`` to ``end`` see: the definition of the mask."""
+        """Return the dense mask of queries ``begin`` to ``end``, which defines the mask."""
         documents, blocks = self.documents, self.blocks
         index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
         positions = index if self.positions is None else self.positions
@@ -53,7 +53,7 @@ class Mask(NamedTuple):
 def _block_starts(
     positions: Int[Tensor, "batch length"], blocks: Int[Tensor, "batch length"]
 ) -> Int[Tensor, "batch length"]:
-    """First position of each position's block; meaningless outside blocks."""
+    """Return the first position of each position's block; undefined outside blocks."""
     slots = blocks + 1
     room = positions.new_full((len(blocks), int(slots.max()) + 1), torch.iinfo(torch.long).max)
     return room.scatter_reduce(1, slots, positions, "amin").gather(1, slots)

@@ -1,10 +1,10 @@
-"""Normalised projections and the feed-forward for CPUs, with little kept for their gradients.
+"""Fused normalised projections and feed-forward for CPUs, which save little for backward.
 
-Eager PyTorch keeps every intermediate of ``W RMSNorm(x)`` and of SwiGLU for the backward pass, and
-walks over all of them in main memory. The functions here keep their inputs alone, work on a few
-rows at a time, which stay in the cache, and compute the rest again in the backward pass. On CUDA
-``torch.compile`` does the same and better. :mod:`bytelm.cpu` puts them in place of the modules of a
-model that compute the same, which are their twins.
+Eager PyTorch saves every intermediate of ``W RMSNorm(x)`` and of SwiGLU for the backward pass, and
+reads and writes all of them in main memory. The functions here save only their inputs, process
+chunks of vectors that fit into the CPU's cache, and recompute the rest in the backward pass. On
+CUDA, ``torch.compile`` is better. :mod:`bytelm.cpu` replaces the equivalent modules of a model,
+which serve as references, with these functions.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 CHUNK = 1024
-"""Rows at a time; 512 to 2,048 are equally fast."""
+"""Vectors per chunk; 512 to 2,048 are equally fast."""
 
 
 def norm_linear(
@@ -26,7 +26,7 @@ def norm_linear(
     weight: Float[Tensor, "out dim"],
     eps: float,
 ) -> Float[Tensor, "*shape out"]:
-    """Return ``weight @ (norm * x / sqrt(mean(x**2) + eps))`` for each vector."""
+    """Return ``weight @ RMSNorm(x)``, with ``RMSNorm(x) = norm * x / sqrt(mean(x**2) + eps)``."""
     return _apply(_NormLinear, x, norm, weight, eps)
 
 
@@ -42,15 +42,15 @@ def rotary_projection(
     Float[Tensor, "batch length kv_heads head_dim"],
     Float[Tensor, "batch length kv_heads head_dim"],
 ]:
-    """Return queries and keys, rotated, and values, of normalised vectors.
+    """Return rotated queries, rotated keys, and values of ``RMSNorm(x)``.
 
     Args:
-        x: not normalised yet.
+        x: vectors before the norm.
         norm: weight of the norm.
-        weight: rows of the queries, the keys and the values, by head.
+        weight: matrix of queries, keys and values, by head.
         factors: rotary factor of each position and pair of dimensions ``2j``, ``2j + 1``.
-        kv_heads: heads of the keys, and of the values.
-        eps: of the norm.
+        kv_heads: number of key heads, and of value heads.
+        eps: epsilon of the norm.
     """
     return _apply(_RotaryProjection, x, norm, weight, factors, kv_heads, eps)
 
@@ -62,12 +62,12 @@ def feed_forward(
     down: Float[Tensor, "dim hidden"],
     eps: float,
 ) -> Float[Tensor, "*shape dim"]:
-    """Return SwiGLU of normalised vectors: ``down(silu(gate(n)) * up(n))``, ``n = RMSNorm(x)``."""
+    """Return the SwiGLU feed-forward ``down(silu(gate(n)) * up(n))`` with ``n = RMSNorm(x)``."""
     return _apply(_FeedForward, x, norm, gate_up, down, eps)
 
 
 def is_eager_cpu(x: Tensor) -> bool:
-    """Whether the functions with gradients of their own are meant for ``x``."""
+    """Whether the fused CPU functions support ``x``: eager fp32 or fp64, without autocast."""
     return (
         x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
@@ -77,38 +77,43 @@ def is_eager_cpu(x: Tensor) -> bool:
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Run a function, past autograd's bookkeeping where no gradient is wanted."""
+    """Run a function, bypassing autograd if gradients are disabled."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(None, *arguments)
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """Return normalised rows."""
+    """Return the RMSNorm of vectors."""
     if len(x) != 1:
         unit, _ = _normalise(x, eps)
         return unit.mul_(norm)
-    # A single row costs more in calls than in arithmetic: as few of them as possible.
-    row = x[0]
-    return (x * norm).mul_((float(row.dot(row)) / row.shape[0] + eps) ** -0.5)
+    # The overhead of calls dominates for a single vector: make as few as possible.
+    vector = x[0]
+    return (x * norm).mul_((float(vector.dot(vector)) / vector.shape[0] + eps) ** -0.5)
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return rows scaled to unit root mean square, and the scales."""
+    """Return vectors scaled to a root mean square of 1, and the scales."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale, scale
 
 
 def _norm_backward(grad: Tensor, unit: Tensor, scale: Tensor, norm: Tensor, out: Tensor) -> Tensor:
-    """Write the gradient of the rows to ``out`` and return that of the norm's weight.
+    """Write the gradient of the norm's input to ``out``, and return that of its weight ``w``.
+
+    With ``u = s x``, ``s = 1 / sqrt(mean(x**2) + eps)``, and ``g`` the gradient of ``w u``::
+
+        dL/dx = s (w g - u mean(w g u))
+        dL/dw = sum over vectors of g u
 
     Args:
-        grad: gradient of ``norm * unit``; overwritten.
-        unit: from :func:`_normalise`, with ``scale``.
-        scale: as above.
-        norm: weight of the norm.
-        out: where the gradient goes.
+        grad: ``g``; overwritten.
+        unit: ``u``, from :func:`_normalise`.
+        scale: ``s``, from the same.
+        norm: ``w``.
+        out: receives ``dL/dx``.
     """
     along = grad * unit
     mean = (along @ norm).div_(unit.shape[-1])[:, None]
@@ -141,7 +146,7 @@ class _NormLinear(torch.autograd.Function):
 def _norm_linear_backward(
     grad: Tensor, x: Tensor, norm: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the input and of both weights, from that of the output's rows."""
+    """Return the gradients of the input and of both weights, given that of the output."""
     grad_x, grad_norm, grad_weight = (
         _empty_rows(x),
         torch.zeros_like(norm),
@@ -171,7 +176,7 @@ class _RotaryProjection(torch.autograd.Function):
             ctx.kv_heads, ctx.eps = kv_heads, eps
         heads = _NormLinear.forward(None, x, norm, weight, eps)
         heads = heads.unflatten(-1, (-1, 2 * factors.shape[-1]))
-        # Queries and keys are rotated where they lie; values, the last heads, are not.
+        # Queries and keys are rotated in place; the last heads are the values.
         _pairs(heads[:, :, :-kv_heads]).mul_(factors)
         queries, keys, values = heads.split((heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads), 2)
         return queries, keys, values
@@ -232,7 +237,7 @@ class _FeedForward(torch.autograd.Function):
 
 
 def row_chunks(*tensors: Tensor, size: int = CHUNK) -> Iterable[tuple[Tensor, ...]]:
-    """Corresponding rows of several tensors, a few at a time."""
+    """Return corresponding chunks of several tensors along the first axis."""
     if len(tensors[0]) <= size:
         return (tensors,)
     return zip(*(x.split(size) for x in tensors), strict=True)

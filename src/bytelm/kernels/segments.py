@@ -1,9 +1,9 @@
-"""Segment operations: the linear-time heart of patch pooling and of both cross-attentions.
+"""Segment operations: patch pooling and both cross-attentions, in linear time.
 
-A segment is a patch; ``segment_ids`` gives the segment of each element and ``num_segments`` marks
-elements that belong to none (padding, bytes of a patch still open). Every function costs
-O(elements), never O(elements x segments); each has a readable twin, ``reference_*``, that builds
-the dense mask and that the tests compare it with, gradients included.
+A segment is a patch. ``segment_ids`` gives the segment of each element; the value ``num_segments``
+marks elements in no segment (padding, bytes of an open patch). Every function costs O(elements),
+not O(elements x segments), and has a readable reference implementation, ``reference_*``, with a
+dense mask.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from bytelm.kernels.projections import is_eager_cpu, row_chunks
 
 CHUNK = 512
-"""Bytes whose slots are gathered at once."""
+"""Bytes for which slots are gathered at once."""
 
 
 def segment_max(
@@ -25,7 +25,7 @@ def segment_max(
     segment_ids: Int[Tensor, "batch elements"],
     num_segments: int,
 ) -> Float[Tensor, "batch segments dim"]:
-    """Maximum over each segment's elements; 0 for an empty segment."""
+    """Return the maximum over each segment's elements; 0 for an empty segment."""
     flat_ids, count = _flatten(segment_ids, num_segments)
     index = flat_ids[:, None].expand(-1, values.shape[-1])
     pooled = values.new_zeros(count, values.shape[-1])
@@ -39,17 +39,17 @@ def encoder_cross_attention(
     values: Float[Tensor, "batch bytes heads head_dim"],
     encoder_ids: Int[Tensor, "batch bytes"],
 ) -> Float[Tensor, "batch patches slots heads head_dim"]:
-    """Each patch's slots attend to that patch's bytes: a segment softmax.
+    """Return the attention of each patch's slots to the patch's bytes, by a segment softmax.
 
     For slot ``s`` of patch ``j``, with the sums over the bytes ``i`` of patch ``j``::
 
         out[j, s] = sum_i softmax_i(queries[j, s] . keys[i] / sqrt(head_dim)) values[i]
 
-    Scores, softmax and sums are in fp32: a patch may hold thousands of bytes, which a running sum
-    in bf16 would lose. A patch without bytes yields 0. (Paper equations 5-8.)
+    Scores, softmax and sums are in fp32, since a patch may have thousands of bytes, too many for a
+    running sum in bf16. A patch without bytes yields 0. (Paper equations 5-8.)
     """
     if is_eager_cpu(queries) and torch.is_grad_enabled():
-        # Made again in the backward pass: it is cheap, and would keep four vectors for each byte.
+        # Recomputed in the backward pass: it is cheap, and would save four vectors per byte.
         return checkpoint(
             _segment_attention, queries, keys, values, encoder_ids, use_reentrant=False
         )
@@ -66,7 +66,7 @@ def _segment_attention(
     scale = queries.shape[-1] ** -0.5
     scores = (queries_of_bytes.float() * keys.flatten(0, 1)[:, None].float()).sum(-1) * scale
 
-    # The shift makes exp safe and cancels, so it takes no gradient.
+    # The shift avoids overflow and cancels out, so it needs no gradient.
     index = flat_ids[:, None, None].expand_as(scores)
     highest = scores.new_full((count, *scores.shape[1:]), float("-inf"))
     highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
@@ -84,7 +84,7 @@ def decoder_cross_attention(
     values: Float[Tensor, "batch patches slots heads head_dim"],
     decoder_ids: Int[Tensor, "batch bytes"],
 ) -> Float[Tensor, "batch bytes heads head_dim"]:
-    """Each byte attends to the slots of the one latent it may read: a gather and a small softmax.
+    """Return the attention of each byte to the slots of the one latent it may read.
 
     For byte ``i`` reading patch ``j = decoder_ids[i]``, with the sums over the slots ``s``::
 
@@ -107,7 +107,7 @@ def decoder_cross_attention(
 def _gathered_attention(
     queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention of rows to the slots of their patch; its weights, and the slots."""
+    """Return the attention of bytes to the slots of their patch, its weights, and the slots."""
     keys, values = keys.index_select(0, ids), values.index_select(0, ids)
     scale = queries.shape[-1] ** -0.5
     scores = (queries[:, None].float() * keys.float()).sum(-1) * scale
@@ -116,7 +116,7 @@ def _gathered_attention(
 
 
 class _GatheredAttention(torch.autograd.Function):
-    """Keeps no slots per byte: gathers them again in the backward pass, some rows at a time."""
+    """Attention to gathered slots, which are gathered again, in chunks, in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, ids: Tensor) -> Tensor:
@@ -150,7 +150,10 @@ class _GatheredAttention(torch.autograd.Function):
 def _flatten(
     segment_ids: Int[Tensor, "batch elements"], num_segments: int
 ) -> tuple[Int[Tensor, " all_elements"], int]:
-    """Segment ids over the whole batch, and how many: each row has one more, for strays."""
+    """Return segment ids over the whole batch, and their number.
+
+    Each row has one more segment, for the elements that are in none.
+    """
     batch = len(segment_ids)
     offsets = torch.arange(batch, device=segment_ids.device)[:, None] * (num_segments + 1)
     return (segment_ids + offsets).flatten(), batch * (num_segments + 1)
@@ -161,7 +164,7 @@ def reference_segment_max(
     segment_ids: Int[Tensor, "batch elements"],
     num_segments: int,
 ) -> Float[Tensor, "batch segments dim"]:
-    """Twin of :func:`segment_max` by a dense mask."""
+    """Reference implementation of :func:`segment_max` with a dense mask."""
     segments = torch.arange(num_segments, device=segment_ids.device)
     member = segment_ids[:, None] == segments[:, None]
     masked = values[:, None].masked_fill(~member[..., None], float("-inf")).amax(2)
@@ -174,7 +177,7 @@ def reference_encoder_cross_attention(
     values: Float[Tensor, "batch bytes heads head_dim"],
     encoder_ids: Int[Tensor, "batch bytes"],
 ) -> Float[Tensor, "batch patches slots heads head_dim"]:
-    """Twin of :func:`encoder_cross_attention` by a dense mask."""
+    """Reference implementation of :func:`encoder_cross_attention` with a dense mask."""
     scores = torch.einsum("bpshd,bnhd->bpshn", queries, keys) * queries.shape[-1] ** -0.5
     patches = torch.arange(queries.shape[1], device=encoder_ids.device)
     member = encoder_ids[:, None] == patches[:, None]
@@ -190,7 +193,7 @@ def reference_decoder_cross_attention(
     values: Float[Tensor, "batch patches slots heads head_dim"],
     decoder_ids: Int[Tensor, "batch bytes"],
 ) -> Float[Tensor, "batch bytes heads head_dim"]:
-    """Twin of :func:`decoder_cross_attention` by a dense mask."""
+    """Reference implementation of :func:`decoder_cross_attention` with a dense mask."""
     scores = torch.einsum("bnhd,bpshd->bnhps", queries, keys) * queries.shape[-1] ** -0.5
     allowed = decoder_ids[..., None] == torch.arange(keys.shape[1], device=keys.device)
     scores = scores.masked_fill(~allowed[:, :, None, :, None], torch.finfo(scores.dtype).min)

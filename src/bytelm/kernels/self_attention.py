@@ -1,15 +1,15 @@
 """Self-attention of packed rows under a :class:`~bytelm.kernels.masks.Mask`.
 
-:func:`plan_attention` turns the mask into what a device works with, once for all layers of a
-stack, and :func:`attention` uses it:
+:func:`plan_attention` converts the mask to a plan for the device, once for all layers of a stack,
+and :func:`attention` executes it:
 
-- on the CPU, every document is attended to by itself, in blocks of queries that see a fixed span
-  of keys, so a window costs O(length x window) in time and memory; keys and values are read where
-  they are, not copied for each block;
-- elsewhere, FlexAttention with a mask of blocks that is computed from where documents start;
-- masks that are more than causal are written out, a few queries at a time.
+- on the CPU, each document is processed by itself, in blocks of queries that see a fixed span of
+  keys, so a window costs O(length x window) in time and memory; keys and values are views, not
+  copies for each block;
+- on other devices, FlexAttention is used with a block mask computed from the starts of documents;
+- masks with ``blocks`` are made dense, for a few queries at a time.
 
-:func:`reference_attention` is the dense twin of all of them.
+:func:`reference_attention` is the dense reference implementation of all of them.
 """
 
 from collections.abc import Iterator
@@ -28,15 +28,15 @@ from bytelm.kernels.masks import Mask
 
 QUERY_BLOCK = 128
 """Queries per block of windowed attention: 128 and 256 are fastest on CPUs for windows of 512."""
-WRITTEN_QUERIES = 512
-"""Queries whose mask is written out at once."""
+DENSE_QUERIES = 512
+"""Queries whose mask is made dense at once."""
 
 
 class Group(NamedTuple):
     """Blocks of queries of one size and the keys they see, all within one document.
 
-    Block ``i`` holds the queries from ``begin + i * block`` on, and sees the ``span`` keys that end
-    with its own last query.
+    Block ``i`` has the queries from ``begin + i * block`` on, and sees the ``span`` keys that end
+    at its own last query.
     """
 
     begin: int
@@ -47,21 +47,38 @@ class Group(NamedTuple):
     """0 or minus infinity for each query and key of a block; ``None`` for plain causal."""
 
     def queries(self, x: Tensor) -> Tensor:
-        """The blocks of ``[positions, heads, head_dim]``, heads before positions."""
+        """Return blocks of ``[positions, heads, head_dim]``.
+
+        Returns:
+            A view ``[num_blocks, heads, block, head_dim]``.
+        """
         rows = x[self.begin : self.begin + self.num_blocks * self.block]
         return rows.unflatten(0, (self.num_blocks, self.block)).transpose(1, 2)
 
     def keys(self, x: Tensor) -> Tensor:
-        """The spans of blocks, which overlap, as ``[num_blocks, heads, span, head_dim]``."""
+        """Return the keys that each block sees, which overlap.
+
+        Returns:
+            A view ``[num_blocks, heads, span, head_dim]``.
+        """
         first = self.begin + self.block - self.span
         return x[first:].unfold(0, self.span, self.block)[: self.num_blocks].transpose(2, 3)
 
     def add_keys(self, x: Tensor, spans: Tensor) -> None:
-        """Add to the positions of ``x`` what ``spans``, as from :meth:`keys`, hold for them."""
+        """Add ``spans``, laid out as by :meth:`keys`, to the positions of ``x``.
+
+        For three blocks of 2 with a span of 4, positions 2 to 5 are in two spans each::
+
+            block 0     0 1 2 3
+            block 1         2 3 4 5
+            block 2             4 5 6 7
+            column 0    0 1 | 2 3 | 4 5      the first two keys of every span
+            column 1    2 3 | 4 5 | 6 7      the last two
+        """
         if self.num_blocks == 1:
             self.keys(x).add_(spans)
             return
-        # Blocks of one column of spans do not overlap, so each column is added at once.
+        # The blocks of one column do not overlap, so each column is added at once.
         first = self.begin + self.block - self.span
         for offset in range(0, self.span, self.block):
             rows = x[first + offset :][: self.num_blocks * self.block]
@@ -70,11 +87,11 @@ class Group(NamedTuple):
 
 
 AttentionPlan = tuple[Group, ...] | BlockMask | Mask
-"""How a device attends under a mask: groups, a mask of blocks, or the mask itself, written out."""
+"""Plan of attention: groups (CPU), a block mask (FlexAttention), or the mask itself (dense)."""
 
 
 def plan_attention(mask: Mask) -> AttentionPlan:
-    """Prepare attention under a mask; computed once, shared by all layers."""
+    """Return the plan of attention under a mask, which all layers of a stack can share."""
     if mask.blocks is not None:
         return mask
     if mask.documents.device.type == "cpu":
@@ -89,9 +106,9 @@ def attention(
     values: Float[Tensor, "batch length kv_heads head_dim"],
     plan: AttentionPlan,
 ) -> Float[Tensor, "batch length heads head_dim"]:
-    """Scaled dot-product attention, scale ``1 / sqrt(head_dim)``.
+    """Return scaled dot-product attention, with scale ``1 / sqrt(head_dim)``.
 
-    Each key-value head serves ``heads / kv_heads`` consecutive query heads.
+    Each key-value head is shared by ``heads / kv_heads`` consecutive query heads.
     """
     group = queries.shape[2] // keys.shape[2]
     if group > 1:
@@ -100,7 +117,7 @@ def attention(
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
         return flex(queries, keys, values, plan).transpose(1, 2)
     if isinstance(plan, Mask):
-        return _written_out(queries, keys, values, plan)
+        return _dense(queries, keys, values, plan)
     run: Any = torch.compiler.disable(_blocked)
     return run(queries, keys, values, plan)
 
@@ -111,7 +128,7 @@ def reference_attention(
     values: Float[Tensor, "batch length kv_heads head_dim"],
     mask: Mask,
 ) -> Float[Tensor, "batch length heads head_dim"]:
-    """Twin of :func:`attention` that writes the mask and the softmax out."""
+    """Reference implementation of :func:`attention` with a dense mask and an explicit softmax."""
     grouped = queries.unflatten(2, (keys.shape[2], -1))
     scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, keys) * queries.shape[-1] ** -0.5
     allowed = mask.allowed(0, queries.shape[1])[:, None, None]
@@ -119,8 +136,8 @@ def reference_attention(
     return torch.einsum("bhgqk,bkhd->bqhgd", weights, values).flatten(2, 3)
 
 
-def _written_out(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-    """Attention under any mask, a few queries at a time: O(length x length) in time."""
+def _dense(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    """Return attention under any mask, made dense for a few queries at a time."""
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     outputs = [
         functional.scaled_dot_product_attention(
@@ -130,8 +147,8 @@ def _written_out(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> T
             attn_mask=mask.allowed(begin, begin + block.shape[2])[:, None],
         )
         for begin, block in zip(
-            range(0, queries.shape[2], WRITTEN_QUERIES),
-            queries.split(WRITTEN_QUERIES, dim=2),
+            range(0, queries.shape[2], DENSE_QUERIES),
+            queries.split(DENSE_QUERIES, dim=2),
             strict=True,
         )
     ]
@@ -139,7 +156,7 @@ def _written_out(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> T
 
 
 def _groups(documents: Int[Tensor, "batch length"], window: int | None) -> tuple[Group, ...]:
-    """The groups of every document, positions counted through the whole batch."""
+    """Return the groups of every document, with positions counted over the whole batch."""
     if not documents.numel():
         return ()
     changes = torch.ones_like(documents, dtype=torch.bool)
@@ -155,7 +172,7 @@ def _groups(documents: Int[Tensor, "batch length"], window: int | None) -> tuple
 
 
 class _Templates:
-    """Makes the groups of documents; masks depend on distances only, so all share them."""
+    """Builder of the groups of documents, whose masks depend only on the window."""
 
     def __init__(self, window: int | None) -> None:
         self._window = window
@@ -163,10 +180,10 @@ class _Templates:
             self._block = min(QUERY_BLOCK, window)
             blocks_before = -(-(window - 1) // self._block)
             self._before = blocks_before * self._block
-            """Keys before a block that its span holds: whole blocks, so that spans align."""
+            """Keys in a span before its block: whole blocks, so that spans are aligned."""
 
     def document(self, begin: int, length: int) -> Iterator[Group]:
-        """The groups of one document: its start, its whole blocks, what is left."""
+        """Yield the groups of one document: its start, its whole blocks, and the remainder."""
         window = self._window
         if window is None or length <= window:
             yield Group(begin, 1, length, length, None)
@@ -200,11 +217,10 @@ def _blocked(queries: Tensor, keys: Tensor, values: Tensor, groups: tuple[Group,
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """The CPU's flash attention over each group, its gradients added where spans overlap.
+    """Flash attention on the CPU over each group, adding gradients where spans overlap.
 
-    The operators are those that ``scaled_dot_product_attention`` calls on a CPU. Called by
-    themselves they leave what is kept, and how overlapping gradients are added, to us: through
-    autograd every slice of keys would cost a gradient of the whole row.
+    It calls the operators of ``scaled_dot_product_attention`` on the CPU directly, since autograd
+    would allocate a gradient of the whole row for every slice of keys.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Language models from their configuration: the one place where a kind becomes a module."""
+"""Build language models from their configuration, and register further kinds."""
 
 from collections.abc import Callable
 from functools import singledispatch
@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 
 class Parts(NamedTuple):
-    """What a network is joined with."""
+    """The parts of a language model that are not its network."""
 
     patcher: Patcher | None = None
     scorer: Scorer | None = None
@@ -35,7 +35,7 @@ class Parts(NamedTuple):
 
 @singledispatch
 def _build(config: Node, parts: Parts) -> CausalLM:
-    # A scorer of a kind from elsewhere, saved by itself.
+    # Scorers that are saved by themselves: the n-gram scorer, and registered kinds.
     return ScorerLM(build_scorer(ScorerConfig(model=config)))
 
 
@@ -45,19 +45,19 @@ def build_lm(
     scorer: Scorer | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> CausalLM:
-    """Return a language model without its weights.
+    """Return a language model whose weights are not initialised.
 
     Args:
-        description: of the model.
-        scorer: a loaded one; ``None`` for one without weights, as described.
-        tokenizer: of a model of tokens.
+        description: description of the model.
+        scorer: a loaded scorer; ``None`` to build the one described, without its weights.
+        tokenizer: tokenizer of a token model.
 
     Raises:
         PatchingError: its patching rule has not been calibrated.
     """
     patcher = None
     if description.patching is not None:
-        # Also where models are built without memory: a rule may hold tensors that nothing loads.
+        # Not on the meta device: a rule may hold tensors that no checkpoint restores.
         with torch.device("cpu"):
             patcher = build_patcher(description.patching)
     if scorer is None and description.scorer is not None:
@@ -66,13 +66,13 @@ def build_lm(
 
 
 def register_model(config: type[ConfigT], build: Callable[[ConfigT, Parts], CausalLM]) -> None:
-    """Make a kind of model known: to recipes, checkpoints and commands.
+    """Register a kind of model for recipes, checkpoints and commands.
 
-    What it costs is counted by :func:`bytelm.accounting.register_parts`.
+    Register how its costs are counted with :func:`bytelm.accounting.register_parts`.
 
     Args:
-        config: its configuration, with a ``kind`` of its own.
-        build: makes the language model of a configuration and of what it is joined with.
+        config: class of its configuration, with a ``kind`` of its own.
+        build: returns the language model of a configuration and of the other parts.
 
     Raises:
         ConfigError: the kind is taken.

@@ -1,10 +1,11 @@
-"""Language models: a network, the units it reads, and how it is put to work.
+"""Language models of bytes, patches and tokens.
 
-Everything above this package deals with one protocol, :class:`CausalLM`. What differs between
-models of bytes, patches and tokens is behind it: their units, the part that is trained, their
-forward pass, the state they decode with, and their scorer.
+Training, evaluation, generation and checkpoints use one base class, :class:`CausalLM`. It hides
+what differs between models of bytes, patches and tokens: their units, the part that is trained,
+their forward pass, their decoding state, and their scorer.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bytelm.errors import ConfigError
 from bytelm.inference import DecodingState, PatchedState, Strategy, TransformerState
+from bytelm.model.attention import RowsContext
 from bytelm.model.blt import BLT
 from bytelm.model.transformer import Transformer
 from bytelm.patching import Patcher, Patches, Scorer, build_patches, row_positions
@@ -22,18 +24,18 @@ from bytelm.units import ByteUnits, PatchUnits, TokenUnits, Units
 
 
 class CausalLM(nn.Module):
-    """A language model: ids in, logits of the next id out."""
+    """Base class of language models: ids in, logits of the next id out."""
 
     units: Units
-    """How text becomes the ids that it reads."""
+    """Units that the model reads."""
     tokenizer: Tokenizer | None = None
-    """Of a model of tokens."""
+    """Tokenizer of a token model."""
     can_predict: bool = True
-    """Whether it has logits, or entropies only."""
+    """Whether the model has logits; false for scorers, which have entropies only."""
 
     @property
     def trained(self) -> nn.Module:
-        """The part that learns."""
+        """The part that is trained."""
         raise NotImplementedError
 
     @property
@@ -43,8 +45,9 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(iter(self.trained.state_dict().values())).device
+        """Device of the weights."""
+        tensors = iter(self.trained.state_dict().values())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def forward(
         self,
@@ -53,30 +56,35 @@ class CausalLM(nn.Module):
     ) -> Float[Tensor, "batch ids vocab"]:
         """Return the logits, in fp32, of the id after each.
 
+        A model whose units are :class:`bytelm.units.PatchUnits` takes two more arguments, which
+        training and evaluation pass by name: ``next_boundary``, whether the byte after each starts
+        a patch, and ``num_patches``, the patches to make room for in a row
+        (:attr:`bytelm.data.Batch.inputs`).
+
         Args:
             ids: packed rows.
-            documents: document of each id; ``None`` for one document a row.
+            documents: document of each id; ``None`` for one document per row.
         """
         raise NotImplementedError
 
     def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> DecodingState:
-        """Return the state of ``num_slots`` empty documents, to decode with.
+        """Return a decoding state with ``num_slots`` empty documents.
 
         Args:
-            num_slots: documents at once.
-            strategy: how single ids are run.
+            num_slots: number of documents to decode at once.
+            strategy: how single ids are run; see :data:`bytelm.inference.Strategy`.
         """
         raise NotImplementedError
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
-        """Return what yields entropies of bytes: the model's scorer, or itself as one.
+        """Return the scorer of the model, or the model as a scorer.
 
         Args:
-            reset_at_newline: whether a newline begins a new context for a model that is a scorer
-                itself; one that has a scorer has decided.
+            reset_at_newline: whether a newline begins a new context, if the model itself is the
+                scorer; ignored if it has one.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: the model has no scorer and cannot serve as one.
         """
         raise NotImplementedError
 
@@ -102,7 +110,7 @@ class ByteLM(CausalLM):
         return self.transformer(ids, documents)
 
     def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> TransformerState:
-        """Return the state of ``num_slots`` empty documents, to decode with."""
+        """Return a decoding state with ``num_slots`` empty documents."""
         return TransformerState(self.transformer, num_slots, strategy)
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
@@ -128,17 +136,18 @@ class TokenLM(ByteLM):
 
 
 class Segmentation(NamedTuple):
-    """Entropies, where the rule needs them, and the patches they make."""
+    """Entropies, if the rule needs them, and patches of packed rows."""
 
     entropies: Float[Tensor, "batch bytes"] | None
     patches: Patches
 
 
 class PatchedLM(CausalLM):
-    """A BLT that finds its own patches.
+    """A BLT with its patching rule and scorer.
 
-    A rule that is a module becomes part of the BLT, with which it is trained and saved. If it looks
-    at the encoder's states, patches are found in the forward pass, and rows carry none.
+    A rule that is a module becomes part of the BLT, and is trained and saved with it. If it is
+    learned (:attr:`bytelm.patching.Patcher.is_learned`), patches are computed in the forward pass,
+    not when rows are packed.
     """
 
     def __init__(self, blt: BLT, patcher: Patcher, scorer: Scorer | None) -> None:
@@ -150,7 +159,7 @@ class PatchedLM(CausalLM):
             blt.add_module("boundary_rule", patcher.rule)
         self.patcher = patcher
         self.scorer = scorer
-        self.units = ByteUnits() if patcher.needs_states else PatchUnits(patcher)
+        self.units = ByteUnits() if patcher.is_learned else PatchUnits(patcher)
 
     @property
     def trained(self) -> BLT:
@@ -173,9 +182,11 @@ class PatchedLM(CausalLM):
 
         Args:
             ids: packed rows.
-            documents: document of each byte; ``None`` for one document a row.
-            states: the encoder's, for a rule that looks at them.
+            documents: document of each byte; ``None`` for one document per row.
+            states: the encoder's states, for a rule that reads them; ``None`` to compute them.
         """
+        if states is None and self.patcher.needs_states:
+            states = self.encoder_states(ids, documents)
         entropies = None
         if self.patcher.needs_entropies:
             assert self.scorer is not None
@@ -183,6 +194,21 @@ class PatchedLM(CausalLM):
                 entropies = self.scorer.entropies(ids, documents)
         next_boundary = self.patcher.next_boundary(ids, entropies, documents, states)
         return Segmentation(entropies, build_patches(next_boundary, documents))
+
+    def encoder_states(
+        self,
+        ids: Int[Tensor, "batch bytes"],
+        documents: Int[Tensor, "batch bytes"] | None = None,
+    ) -> Float[Tensor, "batch bytes dim"]:
+        """Return the encoder's states of packed rows, which a patching rule may read."""
+        return self._encode(ids, documents)[0][-1]
+
+    def _encode(
+        self, ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"] | None
+    ) -> tuple[list[Float[Tensor, "batch bytes dim"]], RowsContext]:
+        if documents is None:
+            documents = torch.zeros_like(ids)
+        return self.blt.encode(ids, documents, row_positions(documents))
 
     def forward(
         self,
@@ -195,40 +221,38 @@ class PatchedLM(CausalLM):
 
         Args:
             ids: packed rows.
-            documents: document of each id; ``None`` for one document a row.
-            next_boundary: whether the byte after each starts a patch; ``None`` to find out.
+            documents: document of each id; ``None`` for one document per row.
+            next_boundary: whether the byte after each starts a patch; ``None`` to compute it.
             num_patches: patches to make room for in a row; ``None`` to count them.
         """
         if next_boundary is not None:
             return self.blt(ids, build_patches(next_boundary, documents, num_patches))
-        if not self.patcher.needs_states:
+        if not self.patcher.is_learned:
             return self.blt(ids, self.segment(ids, documents).patches)
-        if documents is None:
-            documents = torch.zeros_like(ids)
-        states, context = self.blt.encode(ids, documents, row_positions(documents))
+        states, context = self._encode(ids, documents)
         patches = self.segment(ids, documents, states[-1]).patches
         return self.blt.predict(states, patches, context)
 
     def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> PatchedState:
-        """Return the state of ``num_slots`` empty documents, to decode with."""
+        """Return a decoding state with ``num_slots`` empty documents."""
         return PatchedState(self.blt, self.patcher, self.scorer, num_slots, strategy)
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
         """Return the scorer.
 
         Raises:
-            ConfigError: there is none, since the rule needs none.
+            ConfigError: the model has no scorer, since its rule needs no entropies.
         """
         if self.scorer is None:
             raise ConfigError(
-                "this model has no scorer: its patching rule needs none, and entropy rules cannot "
-                "be applied with it"
+                "this model has no scorer, since its patching rule needs no entropies: use another "
+                "rule, or load an entropy model to apply an entropy rule"
             )
         return self.scorer
 
 
 class ScorerLM(CausalLM):
-    """A scorer by itself, which has entropies and no logits."""
+    """A scorer by itself, which has entropies but no logits."""
 
     can_predict = False
 
@@ -263,10 +287,25 @@ class ScorerLM(CausalLM):
         raise ConfigError(CANNOT_PREDICT)
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
-        """Return the scorer."""
+        """Return the scorer, or a copy that shares its weights if its flag is a different one.
+
+        Raises:
+            ConfigError: the scorer has no ``reset_at_newline``, which must then be chosen when it
+                is built.
+        """
         scorer: Any = self.scorer
-        scorer.reset_at_newline = reset_at_newline
+        own = getattr(scorer, "reset_at_newline", None)
+        if own is None and reset_at_newline:
+            raise ConfigError(
+                "this scorer resets its context at newlines only if it is built so: load it with "
+                "load_scorer(path, reset_at_newline=True)"
+            )
+        if own is not None and own != reset_at_newline:
+            scorer = copy.copy(scorer)
+            scorer.reset_at_newline = reset_at_newline
         return scorer
 
 
-CANNOT_PREDICT = "an n-gram scorer holds entropies only: it can patch text, not predict it"
+CANNOT_PREDICT = (
+    "an n-gram scorer has entropies only: it can patch text, not predict it; load a language model"
+)

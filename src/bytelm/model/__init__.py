@@ -1,1 +1,1 @@
-"""Models: pure functions of tensors, with no configuration files, devices or logging."""
+"""Networks: functions of tensors, independent of files, devices and logging."""

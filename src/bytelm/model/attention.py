@@ -1,8 +1,8 @@
 """Self-attention, and the contexts it runs in.
 
-A stack of layers is run in a context that says, for each layer, where its positions are and what
-they attend to. Contexts of packed rows are made here, those of growing caches in
-:mod:`bytelm.inference.cache`: layers know neither what their mask is nor whether they are cached.
+A stack of layers is run in a context that provides, for each layer, the rotary factors of the
+positions and the attention itself. Contexts of packed rows are made here, those of key-value caches
+in :mod:`bytelm.inference.cache`, so layers depend neither on masks nor on caches.
 """
 
 import math
@@ -19,7 +19,7 @@ from bytelm.config import BlockConfig, RopeScaling, StackConfig
 
 @runtime_checkable
 class LayerContext(Protocol):
-    """Positions of the vectors at hand, and what they attend to in one layer."""
+    """Positions of a layer's vectors, and what they attend to."""
 
     @property
     def factors(self) -> Complex[Tensor, "batch length 1 half"]:
@@ -32,7 +32,7 @@ class LayerContext(Protocol):
         keys: Float[Tensor, "batch length kv_heads head_dim"],
         values: Float[Tensor, "batch length kv_heads head_dim"],
     ) -> Float[Tensor, "batch length heads head_dim"]:
-        """Attend from each position to all that it sees."""
+        """Attend from each position to all positions visible to it."""
         ...
 
 
@@ -44,7 +44,7 @@ class StackContext(Protocol):
 
 
 class StackSpec(NamedTuple):
-    """What contexts need to know of a stack of layers."""
+    """Shape of a stack of layers, as contexts need it."""
 
     num_layers: int
     kv_heads: int
@@ -57,7 +57,7 @@ class StackSpec(NamedTuple):
 
     @classmethod
     def of(cls, config: StackConfig, window: int | None) -> "StackSpec":
-        """Describe a stack to its contexts."""
+        """Return the shape of a stack with a configuration."""
         return cls(
             num_layers=config.num_layers,
             kv_heads=config.kv_heads,
@@ -91,7 +91,7 @@ class StackSpec(NamedTuple):
 
         Args:
             documents: document of each position.
-            positions: positions within documents.
+            positions: position of each in its document.
             blocks: blocks of bytes that see one another; see :class:`bytelm.kernels.Mask`.
         """
         at = None if blocks is None else positions
@@ -117,7 +117,7 @@ class RowsContext(NamedTuple):
 def scale_frequencies(
     frequencies: Float[Tensor, " half"], scaling: RopeScaling
 ) -> Float[Tensor, " half"]:
-    """Slow rotary frequencies down.
+    """Return rotary frequencies scaled for a longer context.
 
     With ``linear`` scaling every frequency is divided by ``factor``. With ``llama3`` a frequency of
     wavelength ``w = 2 pi / frequency`` is left alone where ``w < original_context / high``, divided
@@ -149,7 +149,7 @@ def rotate(
 
 
 class RMSNorm(nn.RMSNorm):
-    """``weight * x / sqrt(mean(x**2) + eps)``, in the precision of ``x``."""
+    """Root-mean-square norm, ``weight * x / sqrt(mean(x**2) + eps)``, in the dtype of ``x``."""
 
     def forward(self, x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape dim"]:
         return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

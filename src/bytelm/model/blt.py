@@ -7,8 +7,8 @@
     byte states, latents --decoder--> logits of the next byte
 
 (Paper section 3.) Everything at byte level is windowed or local to a patch; only the global
-transformer sees far, and it runs once per patch. The parts are called one after another by
-:meth:`BLT.forward` for packed rows, and by :mod:`bytelm.inference` for bytes as they arrive.
+transformer attends to the whole context, and it runs once per patch. :meth:`BLT.forward` calls the
+parts for packed rows, :mod:`bytelm.inference` for bytes as they arrive.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ from bytelm.patching import Patches
 
 
 class LocalEncoder(nn.Module):
-    """Bytes to byte states, and those to patch vectors (paper section 3.2).
+    """Encoder of bytes into byte states, and of these into patch vectors (paper section 3.2).
 
     The first queries of a patch are the maximum of its byte states, projected to ``slots``
     vectors (or, as an ablation, learned); each cross-attention layer refines them.
@@ -74,7 +74,7 @@ class LocalEncoder(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch bytes dim"], context: StackContext
     ) -> list[Float[Tensor, "batch bytes dim"]]:
-        """Return the states of embedded bytes after each layer that patches read, the last last."""
+        """Return the states of embedded bytes after each layer that patches read, in order."""
         states = []
         for layer, block in enumerate(self.blocks):
             x = block(x, context[layer])
@@ -96,7 +96,7 @@ class LocalEncoder(nn.Module):
 
         Args:
             states: from :meth:`forward`, of bytes that cover whole patches.
-            encoder_ids: patch of each byte; ``num_patches`` for bytes of none.
+            encoder_ids: patch of each byte; ``num_patches`` for bytes in no patch.
             num_patches: patches to produce.
         """
         if self.learned_queries is not None:
@@ -112,7 +112,7 @@ class LocalEncoder(nn.Module):
 
 
 class GlobalTransformer(nn.Module):
-    """Patch vectors to latents, block-causal over documents (paper section 3.1)."""
+    """Transformer over patch vectors, causal within each document (paper section 3.1)."""
 
     def __init__(self, config: BLTConfig) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class GlobalTransformer(nn.Module):
 
 
 Readable = list[tuple[Tensor, ...]]
-"""Of each decoder layer that reads latents, keys and values of every patch's slots; without
+"""Keys and values of every patch's slots, for each decoder layer that reads latents; without
 cross-attention, the projected latents themselves. All are ``[batch, patches, slots, ...]``."""
 
 
 class LocalDecoder(nn.Module):
-    """Byte states and latents to logits (paper section 3.3).
+    """Decoder of byte states and latents into logits (paper section 3.3).
 
     The decoder starts from the encoder's last byte states. A latent becomes ``slots`` vectors that
     the bytes allowed to read it attend to, before each layer (or only the first). Without
@@ -164,7 +164,7 @@ class LocalDecoder(nn.Module):
         self.output = nn.Linear(local.dim, codec.VOCAB_SIZE, bias=False)
 
     def read_latents(self, latents: Float[Tensor, "batch patches global_dim"]) -> Readable:
-        """Return what bytes read of latents, for each layer: once per patch, not per byte."""
+        """Return the keys and values of latents for each layer, computed once per patch."""
         slots = self.latent_projection(latents).unflatten(-1, (self.slots, -1))
         if not self.cross_attention:
             return [(slots,)]
@@ -215,7 +215,7 @@ class BLT(nn.Module):
         """Initialise as :func:`~bytelm.model.layers.init_stack` does."""
         init_stack(self, generator)
         if not self.decoder.cross_attention:
-            # The latents themselves are added then.
+            # Projected latents are added to the byte states: begin with zeros, as branches do.
             nn.init.zeros_(self.decoder.latent_projection.weight)
         if self.encoder.learned_queries is not None:
             init_linear(self.encoder.learned_queries, generator)
@@ -233,9 +233,9 @@ class BLT(nn.Module):
         documents: Int[Tensor, "batch bytes"],
         positions: Int[Tensor, "batch bytes"],
     ) -> tuple[list[Float[Tensor, "batch bytes dim"]], RowsContext]:
-        """Return byte states of packed rows, and the context they were made in.
+        """Return byte states of packed rows, and the context they were computed in.
 
-        Encoder and decoder share window and head dimension, hence the context.
+        The decoder has the same window and head dimension, so it can use the same context.
         """
         context = self.encoder.spec.over_rows(documents, positions)
         return self.encoder(self.encoder.embedding(ids, positions), context), context
@@ -246,7 +246,7 @@ class BLT(nn.Module):
         patches: Patches,
         context: RowsContext,
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Return the logits that byte states from :meth:`encode` and their patches make."""
+        """Return the logits, in fp32, for byte states from :meth:`encode` and their patches."""
         vectors = self.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
         spec = self.global_model.spec
         global_context = spec.over_rows(patches.patch_documents, patches.patch_positions)

@@ -1,4 +1,4 @@
-"""Embeddings of ids with hash n-grams (paper section 3.2.1 and appendix C)."""
+"""Embeddings of ids with hash embeddings of n-grams (paper section 3.2.1 and appendix C)."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def ngram_hashes(
     sizes: Sequence[int],
     prime: int,
 ) -> Int[Tensor, "batch bytes sizes"]:
-    """Rolling polynomial hashes of the n-grams that end at each id, modulo 2^64.
+    """Return rolling polynomial hashes of the n-grams that end at each id, modulo 2^64.
 
     For size ``n``, with ids before the document's start taken as 0 (BOE)::
 
@@ -52,7 +52,7 @@ def ngram_hashes(
 
 
 class HashEmbedding(nn.Module):
-    """The embedding of each id plus hash embeddings of the n-grams that end at it.
+    """Embedding of each id plus hash embeddings of the n-grams that end at it.
 
     ::
 
@@ -60,8 +60,8 @@ class HashEmbedding(nn.Module):
 
     and, with ``combine="mean"``, divided by the number of terms as in the paper (equation 4); the
     released checkpoints do not divide. The embeddings of all sizes ``n`` and hash functions ``f``
-    are one matrix: pair ``k``, functions outermost, holds rows ``k * num_buckets`` and up. N-grams
-    never reach before the document's start. The paper's are of bytes; they serve tokens as well.
+    are one matrix: pair ``k``, functions outermost, has the buckets from ``k * num_buckets`` on.
+    N-grams never reach before the document's start. The paper hashes bytes; tokens work as well.
     """
 
     def __init__(self, *, vocab_size: int, dim: int, config: HashEmbeddingConfig | None) -> None:
@@ -73,11 +73,12 @@ class HashEmbedding(nn.Module):
         num_hashes = len(config.sizes) * config.functions
         self.scale = 1.0 / (1 + num_hashes) if config.combine == "mean" else 1.0
         self.ids = nn.Embedding(vocab_size, dim)
-        self.ngrams = nn.Embedding(num_hashes * config.num_buckets, dim) if num_hashes else None
+        num_rows = num_hashes * config.num_buckets
+        self.ngrams = nn.EmbeddingBag(num_rows, dim, mode="sum") if num_hashes else None
 
     @property
     def context(self) -> int:
-        """Number of ids before one that its embedding depends on."""
+        """Number of preceding ids that an embedding depends on."""
         return max(self.sizes, default=1) - 1
 
     def forward(
@@ -86,21 +87,21 @@ class HashEmbedding(nn.Module):
         embedded = self.ids(ids)
         if self.ngrams is None:
             return embedded
-        rows = self.ngram_rows(ids, positions)
-        grams = functional.embedding_bag(rows.flatten(0, 1), self.ngrams.weight, mode="sum")
+        buckets = self.buckets(ids, positions)
+        grams = self.ngrams(buckets.flatten(0, 1))
         return (embedded + grams.unflatten(0, ids.shape)) * self.scale
 
     def last(self, ids: Int[Tensor, "batch ids"]) -> Float[Tensor, "batch 1 dim"]:
-        """Return the embeddings of the last of some ids, which are all that they depend on."""
+        """Return the embeddings of the last ids, given all ids that these depend on."""
         if self.ngrams is None:
             return self.ids(ids[:, -1:])
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self(ids, positions)[:, -1:]
 
-    def ngram_rows(
+    def buckets(
         self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
     ) -> Int[Tensor, "batch bytes hashes"]:
-        """Return the rows of the n-gram matrix that each id reads."""
+        """Return the buckets, as rows of the embedding matrix, that each id reads."""
         hashes = torch.cat(
             [ngram_hashes(ids, positions, self.sizes, prime) for prime in self.primes], dim=-1
         )

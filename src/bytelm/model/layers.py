@@ -1,11 +1,11 @@
-"""The layers every model here is made of: blocks, and cross-attention of bytes and patches.
+"""Layers of all models: transformer blocks, and cross-attention between bytes and patches.
 
 Blocks are pre-norm (paper section 4.7)::
 
     x = x + SelfAttention(RMSNorm(x))
     x = x + FeedForward(RMSNorm(x))
 
-Modules know nothing of masks, caches or devices: self-attention is handed a
+Modules do not depend on masks, caches or devices: self-attention receives a
 :class:`~bytelm.model.attention.LayerContext`, the rest are plain functions of tensors.
 """
 
@@ -24,7 +24,7 @@ Residual = Literal["single", "doubled"]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, gate and up in one matrix: ``down(silu(gate(x)) * up(x))``."""
+    """SwiGLU feed-forward, ``down(silu(gate(x)) * up(x))``, with gate and up in one matrix."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def build_blocks(config: StackConfig) -> nn.ModuleList:
 
 
 class CrossAttention(nn.Module):
-    """What the two cross-attentions between bytes and slots share (paper equations 5-8).
+    """Base class of the two cross-attentions between bytes and slots (paper equations 5-8).
 
     Queries and keys are normalised separately and carry no positions. The inner width is
     ``num_heads * (dim // num_heads)``, which is below ``dim`` where heads do not divide it, as in
@@ -100,7 +100,7 @@ class CrossAttention(nn.Module):
 
 
 class EncoderCrossAttention(CrossAttention):
-    """The slots of each patch attend to the patch's bytes."""
+    """Cross-attention of the slots of each patch to the patch's bytes."""
 
     def forward(
         self,
@@ -115,7 +115,7 @@ class EncoderCrossAttention(CrossAttention):
 
 
 class DecoderCrossAttention(CrossAttention):
-    """Each byte attends to the slots of the one latent it may read."""
+    """Cross-attention of each byte to the slots of the one latent it may read."""
 
     def forward(
         self,
@@ -124,21 +124,28 @@ class DecoderCrossAttention(CrossAttention):
         values: Float[Tensor, "batch patches slots heads head_dim"],
         decoder_ids: Int[Tensor, "batch bytes"],
     ) -> Float[Tensor, "batch bytes dim"]:
-        """Return the states after reading; keys and values are :meth:`project_keys_values`'s."""
+        """Return the updated byte states.
+
+        Args:
+            states: byte states.
+            keys: from :meth:`project_keys_values`.
+            values: from the same.
+            decoder_ids: patch whose latent each byte reads.
+        """
         queries = self.project_queries(states)
         out = kernels.decoder_cross_attention(queries, keys, values, decoder_ids)
         return self.add_residual(states, out)
 
 
 def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise every matrix as :func:`init_linear` does, but branches' outputs to 0.
+    """Initialise every matrix as :func:`init_linear` does, except residual outputs, which are 0.
 
-    Norms are 1 and biases 0. Blocks and cross-attentions begin as the identity: a branch adds
-    nothing before it has learned something. The paper is silent; small models of every kind gain by
-    it (docs/log.md).
+    Norms are 1 and biases 0. A residual branch adds nothing before it has been trained, so blocks
+    begin as the identity. The paper does not specify this; it improves small models of every kind
+    (docs/log.md).
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
             init_linear(module.weight, generator)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -152,6 +159,6 @@ def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> No
 
 
 def init_linear(weight: Tensor, generator: torch.Generator | None = None) -> None:
-    """Draw from a normal truncated at 3 sigma, sigma = fan-in ** -0.5 (official code)."""
+    """Initialise from a normal truncated at 3 sigma, sigma = fan-in ** -0.5 (official code)."""
     std = weight.shape[1] ** -0.5
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)

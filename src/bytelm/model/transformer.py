@@ -1,4 +1,4 @@
-"""The plain transformer: entropy model and both baselines are this one class."""
+"""The plain transformer, used as entropy model and for the byte and token baselines."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from bytelm.patching import row_positions
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm, output matrix; ids in, logits of the next id out."""
+    """Decoder-only transformer: ids in, logits of the next id out."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: packed rows.
-            documents: document of each byte; ``None`` for one document a row.
+            documents: document of each id; ``None`` for one document per row.
         """
         if documents is None:
             documents = torch.zeros_like(ids)
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
     def run(
         self, x: Float[Tensor, "batch bytes dim"], context: StackContext
     ) -> Float[Tensor, "batch bytes vocab"]:
-        """Return the logits of embedded ids in any context: packed rows, or a growing cache."""
+        """Return the logits of embedded ids in a context of packed rows or of a cache."""
         for layer, block in enumerate(self.blocks):
             x = block(x, context[layer])
         return self.logits(x)

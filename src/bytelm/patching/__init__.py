@@ -1,4 +1,4 @@
-"""Patching: rules, the :class:`Patches` they make, and thresholds for a wanted patch size."""
+"""Patching rules, the :class:`Patches` of a batch, and calibration of thresholds."""
 
 from bytelm.patching.boundaries import PADDING, Patches, build_patches, row_positions
 from bytelm.patching.calibration import (

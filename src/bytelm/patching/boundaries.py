@@ -1,7 +1,7 @@
-"""The :class:`Patches` of a batch: one value, made in one place, that every later stage reads.
+"""The :class:`Patches` of a batch: the alignment of bytes and patches that all stages use.
 
 A *boundary* is a position that starts a patch. Byte ``i`` carries ``next_boundary[i]``: whether
-byte ``i + 1`` is one. That single bit, a function of bytes ``<= i``, fixes the whole alignment::
+byte ``i + 1`` is one. That single bit, a function of bytes ``<= i``, determines the alignment::
 
     encoder_ids[i] = number of patches begun at or before byte i, less one
     decoder_ids[i] = encoder_ids[i] if next_boundary[i] else encoder_ids[i] - 1
@@ -23,9 +23,9 @@ PADDING = -1
 
 
 class Patches(NamedTuple):
-    """How the bytes of a batch of packed rows fall into documents and patches.
+    """Documents and patches of the bytes of packed rows.
 
-    Rows hold whole documents (or pieces treated as such) one after another, then padding.
+    Rows hold documents (or parts treated as documents) one after another, then padding.
     """
 
     documents: Int[Tensor, "batch bytes"]
@@ -45,19 +45,19 @@ class Patches(NamedTuple):
 
     @property
     def num_patches(self) -> int:
-        """Patches a row has room for."""
+        """Number of patches that a row has room for."""
         return self.lengths.shape[1]
 
     @property
     def counts(self) -> Int[Tensor, " batch"]:
-        """Patches in use in each row."""
+        """Number of patches in use in each row."""
         return (self.lengths > 0).sum(1)
 
 
 def row_positions(
     documents: Int[Tensor, "batch length"],
 ) -> Int[Tensor, "batch length"]:
-    """Index of each element within its run of equal ``documents``."""
+    """Return the index of each element within its run of equal ``documents``."""
     index = torch.arange(documents.shape[1], device=documents.device)
     is_first = torch.ones_like(documents, dtype=torch.bool)
     is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -69,18 +69,16 @@ def build_patches(
     documents: Int[Tensor, "batch bytes"] | None = None,
     num_patches: int | None = None,
 ) -> Patches:
-    """Turn boundary decisions into :class:`Patches`, without a loop or a host synchronisation.
+    """Return the :class:`Patches` that follow from boundaries, without a loop over patches.
 
     Args:
-        next_boundary: whether the byte after each byte starts a patch. The value at the first
-            byte of a document is taken as true, and nothing reaches past a document's last byte.
-        documents: document of each byte, ``PADDING`` on padding; ``None`` for one document a row.
-        num_patches: patches to make room for, at least as many as any row has (the caller's
-            promise: checking it here would wait for the device). ``None`` counts them, which does
-            wait.
-
-    Returns:
-        The batch's :class:`Patches`.
+        next_boundary: whether the byte after each byte starts a patch. The value at the first byte
+            of a document is taken as true; the value at the last byte does not affect the next
+            document.
+        documents: document of each byte, ``PADDING`` on padding; ``None`` for one document per row.
+        num_patches: patches to make room for. It must be at least as many as any row has, which is
+            not checked, since that would synchronise with the device. ``None`` counts them, which
+            does synchronise.
     """
     if documents is None:
         documents = torch.zeros_like(next_boundary, dtype=torch.long)

@@ -1,7 +1,8 @@
-"""Calibration: the threshold that gives a wanted mean patch size (paper section 4.3).
+"""Calibrate a threshold for a wanted mean patch size (paper section 4.3).
 
-The mean patch size is the number of positions (BOS and bytes) over the number of patches. It does
-not decrease as the threshold rises, so bisection over the values in a sample finds it.
+The mean patch size is the number of positions (BOS and bytes) divided by the number of patches. It
+does not decrease as the threshold rises, so bisection over the values in a sample finds the
+threshold.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +18,16 @@ from bytelm.patching.boundaries import build_patches
 from bytelm.patching.patcher import Patcher, build_patcher
 
 TOLERANCE = 0.02
-"""How far, relatively, the mean patch size found may be from the one wanted."""
+"""Largest relative deviation of the mean patch size from the one wanted."""
 _GAP_SEARCH = 2000
-"""The threshold goes into the widest gap among this fraction (one over it) of the values,"""
+"""The threshold is put into the widest gap between values near the one found: at most the
+``1 / _GAP_SEARCH``-th part of all values to either side,"""
 _GAP_MARGIN = 0.005
-"""as long as the mean patch size stays this close, relatively, to the one wanted."""
+"""as long as the mean patch size deviates by no more than this share from the one wanted."""
 
 
 class PatchSample(NamedTuple):
-    """Whole documents, one after another."""
+    """Sample of documents, packed in one row."""
 
     ids: Int[Tensor, "1 bytes"]
     entropies: Float[Tensor, "1 bytes"] | None
@@ -33,13 +35,13 @@ class PatchSample(NamedTuple):
 
     @classmethod
     def join(cls, documents: Sequence[tuple[Tensor, Tensor | None]]) -> "PatchSample":
-        """A sample of (ids, entropies) pairs; all have entropies or none has.
+        """Return the sample of (ids, entropies) pairs, of which all or none have entropies.
 
         Raises:
-            PatchingError: there are none.
+            PatchingError: there are no documents.
         """
         if not documents:
-            raise PatchingError("there is no text to calibrate on")
+            raise PatchingError("there is no text to calibrate on: prepare more")
         lengths = torch.tensor([len(ids) for ids, _ in documents])
         numbers = torch.arange(len(documents)).repeat_interleave(lengths)
         scores = [entropies for _, entropies in documents if entropies is not None]
@@ -48,13 +50,13 @@ class PatchSample(NamedTuple):
 
 
 class PatchStatistics(NamedTuple):
-    """Patches of some documents."""
+    """Statistics of the patches of a sample."""
 
     num_positions: int
-    """Bytes, and a BOS for each document."""
+    """Number of bytes, and of a BOS for each document."""
     num_patches: int
     longest: int
-    """In bytes."""
+    """Longest patch, in bytes."""
 
     @property
     def mean_size(self) -> float:
@@ -71,20 +73,19 @@ def patch_statistics(patcher: Patcher, sample: PatchSample) -> PatchStatistics:
 
 
 def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) -> CalibratedPatching:
-    """The rule with the threshold (or increase) that gives a mean patch size on a sample.
+    """Return a rule with the threshold (or increase) that gives a mean patch size on a sample.
+
+    The threshold lies in a wide gap between two values of the sample, so that rounding moves no
+    boundary.
 
     Args:
-        config: a calibrated kind of rule; a threshold it already has is replaced.
+        config: configuration of a rule with a threshold, which is replaced if it is set.
         sample: documents with their entropies.
         patch_size: wanted mean bytes per patch.
 
-    Returns:
-        The rule with its threshold set, in a wide gap between two values of the sample, so that
-        rounding moves no boundary.
-
     Raises:
-        PatchingError: the rule has no threshold, or none gives a mean within 2% of the one wanted;
-            the message names what can be reached.
+        PatchingError: the rule has no threshold, or no threshold gives a mean within 2% of the one
+            wanted; the message names what can be reached.
     """
     if not isinstance(config, CalibratedPatching):
         raise PatchingError(
@@ -96,7 +97,8 @@ def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) ->
     if config.compares_rises:
         values = values.diff()
     values = values.unique()
-    # Threshold i lies between values i and i + 1 of these; the outermost let all or none through.
+    # Threshold i lies between edges i and i + 1; the outermost ones make every byte a boundary, or
+    # none.
     edges = torch.cat((values[:1] - 1.0, values, values[-1:] + 1.0))
 
     def at(index: int) -> CalibratedPatching:
@@ -115,7 +117,8 @@ def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) ->
         limit = "" if config.max_length is None else f" with max_length {config.max_length}"
         raise PatchingError(
             f"a mean patch size of {patch_size:g} cannot be reached on this text: the "
-            f"{config.kind} rule{limit} gives {smallest:.2f} to {largest:.2f} bytes per patch"
+            f"{config.kind} rule{limit} gives {smallest:.2f} to {largest:.2f} bytes per patch; ask "
+            "for a size in this range, or use more text"
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -141,7 +144,7 @@ def calibrate(config: PatchingConfig, sample: PatchSample, patch_size: float) ->
 
 
 def _farthest(found: int, limit: int, is_close: Callable[[int], bool]) -> int:
-    """The index nearest to ``limit`` that is close, all between it and ``found`` being close."""
+    """Return the index farthest from ``found``, up to ``limit``, that is close, by bisection."""
     close, far = found, limit
     while close != far:
         # Rounds towards the far end, so that the interval always shrinks.

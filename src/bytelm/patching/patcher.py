@@ -1,12 +1,14 @@
-"""A rule at work: over packed rows, and over documents as they arrive."""
+"""Apply patching rules to packed rows, and to documents as they arrive."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from bytelm.config import PatchingConfig
 from bytelm.patching.boundaries import row_positions
@@ -16,11 +18,11 @@ from bytelm.slots import CompoundState, Slots, SlotTensors, assign, select
 
 @dataclass(frozen=True)
 class Patcher:
-    """A rule and, optionally, a longest patch.
+    """A patching rule with an optional maximum patch length.
 
-    A patch that the rule leaves longer than ``max_length`` is cut, from its start, into pieces of
-    ``max_length`` and a remainder, which keeps the patching incremental. The first byte of a
-    document is always a patch of its own.
+    A patch longer than ``max_length`` is cut, from its start, into patches of ``max_length`` and a
+    remainder, so patching stays incremental. The first byte of a document is always a patch by
+    itself.
     """
 
     rule: Rule | StatefulRule
@@ -40,6 +42,22 @@ class Patcher:
         """Whether :meth:`next_boundary` must be given the encoder's states."""
         return needs_states(self.rule)
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether patches must be found in the forward pass.
+
+        That is so if the rule reads the encoder's states, or has tensors of its own, which change
+        in training and are on the model's device.
+        """
+        if not isinstance(self.rule, nn.Module):
+            return self.needs_states
+        return self.needs_states or any(True for _ in _tensors(self.rule))
+
+    @cached_property
+    def _is_stateful(self) -> bool:
+        # Checking for a protocol takes longer than patching a short document.
+        return isinstance(self.rule, StatefulRule)
+
     def next_boundary(
         self,
         ids: Int[Tensor, "batch bytes"],
@@ -51,19 +69,18 @@ class Patcher:
 
         Args:
             ids: packed rows; every document begins in its row.
-            entropies: entropy of the prediction of the byte after each, where the rule needs it.
-            documents: document of each byte; ``None`` for one document a row.
-            states: the encoder's, where the rule needs them.
+            entropies: entropy, in nats, of the prediction of the byte after each, if the rule needs
+                it.
+            documents: document of each byte; ``None`` for one document per row.
+            states: the encoder's states, if the rule needs them.
         """
         if documents is None:
             documents = torch.zeros_like(ids)
         positions = row_positions(documents)
         previous = None if entropies is None else entropies.roll(1, 1)
         seen = Seen(positions, ids, ids.roll(1, 1), entropies, previous, states)
-        if isinstance(self.rule, StatefulRule):
-            decision = _by_document(self.rule, seen)
-        else:
-            decision = self.rule(seen)
+        rule: Any = self.rule
+        decision = _by_document(rule, seen) if self._is_stateful else rule(seen)
         decision = decision | (positions == 0)
         if self.max_length is None:
             return decision
@@ -71,12 +88,12 @@ class Patcher:
         return _limit_lengths(decision, starts, self.max_length, positions.new_zeros(()))[0]
 
     def new_state(self, num_slots: int = 1, device: torch.device | None = None) -> "PatcherState":
-        """Return the state of ``num_slots`` empty documents."""
+        """Return a state with ``num_slots`` empty documents."""
         return PatcherState(self, num_slots, device or torch.device("cpu"))
 
 
 def build_patcher(config: PatchingConfig) -> Patcher:
-    """Return the patcher that a configuration describes.
+    """Return the patcher of a configuration.
 
     Raises:
         PatchingError: a threshold has not been calibrated yet.
@@ -85,10 +102,10 @@ def build_patcher(config: PatchingConfig) -> Patcher:
 
 
 class PatcherState(CompoundState):
-    """A rule at work on the documents of some slots.
+    """State of a patcher over slots.
 
-    What :meth:`prefill` and :meth:`decode` return for a document, one after another, is
-    :meth:`Patcher.next_boundary` of the whole.
+    The results of :meth:`prefill` and :meth:`decode` for a document, concatenated, are those of
+    :meth:`Patcher.next_boundary` for the whole document.
     """
 
     def __init__(self, patcher: Patcher, num_slots: int, device: torch.device) -> None:
@@ -156,7 +173,7 @@ class PatcherState(CompoundState):
 
 
 class _Memory:
-    """What a rule remembers of each slot's document: nothing, if it is pointwise."""
+    """Memory of a stateful rule for each slot's document; ``None`` for pointwise rules."""
 
     def __init__(self, rule: Rule | StatefulRule, num_slots: int) -> None:
         self._pointwise = None if isinstance(rule, StatefulRule) else rule
@@ -186,7 +203,7 @@ class _Memory:
         self._memories[slot] = self._start()
 
     def snapshot(self, slot: int) -> Any:
-        # Rules do not change a memory in place, so it needs no copy.
+        # Rules must not change a memory in place, so it needs no copy.
         return self._memories[slot]
 
     def rollback(self, slot: int, snapshot: Any) -> None:
@@ -207,6 +224,11 @@ def _by_document(rule: StatefulRule, seen: Seen) -> Bool[Tensor, "batch bytes"]:
     return decision
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
 def _part(seen: Seen, at: tuple[Any, ...]) -> Seen:
     return seen._replace(**{k: x[at] for k, x in seen._asdict().items() if x is not None})
 
@@ -224,7 +246,7 @@ def _limit_lengths(
     max_length: int,
     carried: Int[Tensor, ""],
 ) -> tuple[Bool[Tensor, "*batch bytes"], Int[Tensor, "*batch"]]:
-    """Also end a patch at every ``max_length`` bytes since the rule last started one.
+    """Also start a patch after every ``max_length`` bytes since the rule last started one.
 
     For ``max_length`` 3, a rule that starts patches at bytes 0 and 5, and no bytes carried::
 

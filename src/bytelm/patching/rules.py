@@ -1,11 +1,11 @@
-"""Patching rules: where patches begin.
+"""Patching rules, which decide where patches begin.
 
-A rule answers one question at one byte: does the *next* byte start a patch? Most rules are
-pointwise: the answer depends on that byte, the byte before it, their entropies, the encoder's state
-and the position (:class:`Seen` in, boolean out). Applying one to a whole batch or to one byte at a
-time is then the same computation on tensors of different shapes. A :class:`StatefulRule` also
-remembers something of the document so far. Either way the patching of a prefix is the prefix of the
-patching (paper section 2.4), by construction.
+A rule decides at each byte whether the *next* byte starts a patch. Most rules are pointwise: the
+decision depends on that byte, the byte before it, their entropies, the encoder's state and the
+position (:class:`Seen`). Applying such a rule to a whole batch or to one byte at a time is the same
+computation on tensors of different shapes. A :class:`StatefulRule` also has a memory of the
+document so far. Either way the patching of a prefix is the prefix of the patching (paper section
+2.4), by construction.
 
 The entropy at byte ``i`` is that of the model's prediction of byte ``i + 1``, in nats, so
 "``entropy[i] > threshold``" reads "byte ``i + 1`` starts a patch".
@@ -37,7 +37,7 @@ ConfigT = TypeVar("ConfigT", bound=PatchingConfig)
 
 
 class Seen(NamedTuple):
-    """What a rule may look at to decide whether the byte after each byte starts a patch."""
+    """Inputs of a rule's decisions at some bytes."""
 
     positions: Int[Tensor, "*shape"]
     """Index of the byte in its document."""
@@ -54,9 +54,9 @@ class Seen(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """A pointwise patching rule.
+    """Pointwise patching rule.
 
-    It may be a module with weights of its own: these are trained and saved with the model.
+    It may be a module with weights of its own, which are trained and saved with the model.
     """
 
     needs_entropies: ClassVar[bool]
@@ -69,21 +69,21 @@ class Rule(Protocol):
 
 @runtime_checkable
 class StatefulRule(Protocol):
-    """A patching rule that remembers something of the document so far."""
+    """Patching rule with a memory of the document so far."""
 
     needs_entropies: ClassVar[bool]
     """Whether :class:`Seen` must carry entropies."""
 
     def start(self) -> Any:
-        """Return what is remembered of an empty document."""
+        """Return the memory of an empty document."""
         ...
 
     def advance(self, seen: Seen, memory: Any) -> tuple[Bool[Tensor, " bytes"], Any]:
         """Decide for the next bytes of a document.
 
         Args:
-            seen: of consecutive bytes, at least one.
-            memory: of the bytes before; it must not be changed in place.
+            seen: inputs at consecutive bytes, at least one.
+            memory: memory of the bytes before; it must not be changed in place.
 
         Returns:
             Whether the byte after each byte starts a patch, and the memory after the last of them.
@@ -92,7 +92,7 @@ class StatefulRule(Protocol):
 
 
 def needs_states(rule: Rule | StatefulRule) -> bool:
-    """Whether a rule looks at the encoder's states: an attribute of that name, if it has one."""
+    """Whether a rule reads the encoder's states; rules may declare it as an attribute."""
     return bool(getattr(rule, "needs_states", False))
 
 
@@ -167,7 +167,7 @@ class EntropyRule:
 
 
 def is_space_like(ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-    """Neither a Latin letter nor a digit nor a UTF-8 continuation byte (special ids are)."""
+    """Whether ids are neither Latin letters, digits nor UTF-8 continuation bytes."""
     byte = ids - codec.OFFSET
     lower = byte | 0x20
     is_letter = (lower >= ord("a")) & (lower <= ord("z"))
@@ -178,7 +178,7 @@ def is_space_like(ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
 
 @singledispatch
 def build_rule(config: PatchingConfig) -> Rule | StatefulRule:
-    """Return the rule that a configuration describes.
+    """Return the rule of a configuration.
 
     Raises:
         PatchingError: a threshold has not been calibrated yet.
@@ -187,11 +187,11 @@ def build_rule(config: PatchingConfig) -> Rule | StatefulRule:
 
 
 def register_rule(config: type[ConfigT], build: Callable[[ConfigT], Rule | StatefulRule]) -> None:
-    """Make a patching rule known: to recipes, checkpoints, commands and ``LanguageModel.patch``.
+    """Register a patching rule for recipes, checkpoints, commands and ``LanguageModel.patch``.
 
     Args:
-        config: its configuration, with a ``kind`` of its own.
-        build: makes the rule of a configuration.
+        config: class of its configuration, with a ``kind`` of its own.
+        build: returns the rule of a configuration.
 
     Raises:
         ConfigError: the kind is taken.

@@ -1,8 +1,8 @@
-"""Scorers: anything that yields the entropy of the next byte, in nats, at every byte.
+"""The protocol of scorers, which compute the entropy of the next byte, in nats, at every byte.
 
 A scorer scores packed rows (:meth:`Scorer.entropies`) or documents as they arrive
-(:meth:`Scorer.new_state`), with the same result: scoring a document of any length takes linear
-time, and memory that does not grow with it.
+(:meth:`Scorer.new_state`), with the same result. The time to score a document is linear in its
+length, and the memory is independent of it.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from bytelm.slots import Slots, SlotState
 
 @runtime_checkable
 class ScorerState(SlotState, Protocol):
-    """A scorer at work on the documents of some slots."""
+    """State of a scorer over slots."""
 
     def prefill(self, slot: int, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
         """Return the entropies at the next bytes of one slot's document."""
@@ -28,7 +28,7 @@ class ScorerState(SlotState, Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Anything that yields next-byte entropies."""
+    """Model that computes next-byte entropies."""
 
     def entropies(
         self,
@@ -39,10 +39,10 @@ class Scorer(Protocol):
         ...
 
     def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> ScorerState:
-        """Return the state of ``num_slots`` empty documents.
+        """Return a state with ``num_slots`` empty documents.
 
         Args:
-            num_slots: documents at once.
+            num_slots: number of documents to score at once.
             strategy: how single bytes are run, for scorers that are networks; see
                 :data:`bytelm.inference.Strategy`.
         """
@@ -50,6 +50,6 @@ class Scorer(Protocol):
 
 
 def entropy(logits: Float[Tensor, "*shape vocab"]) -> Float[Tensor, "*shape"]:
-    """Return ``-sum p ln p`` of ``softmax(logits)``, in nats, in fp32."""
+    """Return the entropy ``-sum p ln p`` of ``p = softmax(logits)``, in nats, in fp32."""
     log_probabilities = logits.float().log_softmax(-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1)

@@ -1,4 +1,4 @@
-"""Scorers: what yields the entropies that patching rules compare."""
+"""Scorers, which compute the next-byte entropies that patching rules compare."""
 
 from bytelm.scoring.building import build_scorer, register_scorer
 from bytelm.scoring.context import ContextScorer

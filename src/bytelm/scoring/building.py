@@ -1,4 +1,4 @@
-"""Scorers from their configuration."""
+"""Build scorers from their configuration, and register further kinds."""
 
 from collections.abc import Callable
 from functools import singledispatch
@@ -20,17 +20,17 @@ def _build(config: Node, reset_at_newline: bool) -> nn.Module:
 
 
 def build_scorer(config: ScorerConfig) -> Any:
-    """Return a scorer, a module that is a :class:`~bytelm.patching.Scorer`, without its weights."""
+    """Return a scorer (a module and :class:`~bytelm.patching.Scorer`) without its weights."""
     return _build(config.model, config.reset_at_newline)
 
 
 def register_scorer(config: type[ConfigT], build: Callable[[ConfigT, bool], nn.Module]) -> None:
-    """Make a kind of scorer known: to checkpoints, and wherever one serves as a scorer.
+    """Register a kind of scorer for checkpoints and patching rules.
 
     Args:
-        config: its configuration, with a ``kind`` of its own.
-        build: makes the scorer, a module, of a configuration and of whether a newline begins a new
-            context; its state dict is what a checkpoint keeps of it.
+        config: class of its configuration, with a ``kind`` of its own.
+        build: returns the scorer, a module whose state dict is saved in checkpoints. Its arguments
+            are a configuration, and whether a newline begins a new context.
 
     Raises:
         ConfigError: the kind is taken.

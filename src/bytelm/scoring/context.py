@@ -1,4 +1,4 @@
-"""Scorers whose entropies depend on the last few ids alone."""
+"""Scorers whose entropies depend only on the last few ids."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from bytelm.slots import Slots, SlotTensors, assign, select
 
 
 class ContextScorer(nn.Module):
-    """Base of scorers that look at no more than ``context`` ids before a byte.
+    """Base class of scorers that read no more than ``context`` ids before a byte.
 
-    A subclass says how :meth:`score` follows from ids and positions; packed rows and documents that
-    arrive piece by piece are taken care of here.
+    A subclass implements :meth:`score`; this class handles packed rows, and documents that arrive
+    in parts.
     """
 
     context: int
-    """Number of ids before a byte that its entropy depends on."""
+    """Number of preceding ids that an entropy depends on."""
 
     def score(
         self, ids: Int[Tensor, "batch bytes"], positions: Int[Tensor, "batch bytes"]
@@ -27,21 +27,21 @@ class ContextScorer(nn.Module):
 
         Args:
             ids: rows of bytes.
-            positions: of the bytes in their documents: byte ``i`` may depend on ids
-                ``i - min(context, positions[i])`` to ``i``, and on no other.
+            positions: position of each byte in its document. The entropy at byte ``i`` may depend
+                only on ids ``i - min(context, positions[i])`` to ``i``.
         """
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where the scorer's tensors are."""
+        """Device of the scorer's tensors."""
         tensors = [*self.parameters(), *self.buffers()]
         return tensors[0].device if tensors else torch.device("cpu")
 
     def document_starts(
         self, ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"]
     ) -> Int[Tensor, "batch bytes"]:
-        """Return numbers that change wherever the scorer starts afresh."""
+        """Return numbers that change wherever the scorer's context is reset."""
         return documents
 
     def entropies(
@@ -49,18 +49,18 @@ class ContextScorer(nn.Module):
         ids: Int[Tensor, "batch bytes"],
         documents: Int[Tensor, "batch bytes"] | None = None,
     ) -> Float[Tensor, "batch bytes"]:
-        """Return the entropies of packed rows."""
+        """Return the entropies, in nats, of packed rows."""
         if documents is None:
             documents = torch.zeros_like(ids)
         return self.score(ids, row_positions(self.document_starts(ids, documents)))
 
     def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> "ContextScorerState":
-        """Return the state of ``num_slots`` empty documents."""
+        """Return a state with ``num_slots`` empty documents."""
         return ContextScorerState(self, num_slots)
 
 
 class ContextScorerState(SlotTensors):
-    """A :class:`ContextScorer` at work: it remembers the last ids of each document."""
+    """State of a :class:`ContextScorer`: the last ids of each document."""
 
     def __init__(self, scorer: ContextScorer, num_slots: int) -> None:
         self._scorer = scorer
@@ -82,6 +82,6 @@ class ContextScorerState(SlotTensors):
     ) -> Float[Tensor, "slots bytes"]:
         joined = torch.cat((select(self["recent"], slots), ids), 1)
         assign(self["recent"], slots, joined[:, ids.shape[1] :])
-        # What precedes a document is -1: a document of its own.
+        # Ids before a document's start are -1: give them a document of their own.
         entropies = self._scorer.entropies(joined.clamp(min=0), (joined >= 0).long())
         return entropies[:, self._scorer.context :]

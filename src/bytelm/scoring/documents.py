@@ -1,4 +1,4 @@
-"""Scoring whole documents of any lengths."""
+"""Score whole documents of any lengths."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -10,7 +10,7 @@ from torch import Tensor
 from bytelm.patching import Scorer
 
 CHUNK = 8192
-"""Bytes scored at once: of a long document, and of short ones that share a row."""
+"""Bytes scored at once: a part of a long document, or several short ones in a row."""
 ItemT = TypeVar("ItemT")
 
 
@@ -20,8 +20,9 @@ def score_document(
 ) -> Iterator[Float[Tensor, " bytes"]]:
     """Yield the entropies of one document of any length, ``chunk`` bytes at a time."""
     state = scorer.new_state()
-    for piece in ids.split(chunk):
-        yield state.prefill(0, piece)
+    for index, part in enumerate(ids.split(chunk)):
+        is_single = index > 0 and len(part) == 1  # decoding is faster than a prompt of one
+        yield state.decode(part) if is_single else state.prefill(0, part)
 
 
 @torch.inference_mode()
@@ -46,7 +47,7 @@ def score_documents(
 def group_by_size(
     items: Iterable[ItemT], size: Callable[[ItemT], int], max_size: int
 ) -> Iterator[list[ItemT]]:
-    """Yield consecutive items whose sizes add up to no more than a limit; a larger one is alone."""
+    """Yield groups of consecutive items of a limited total size; a larger item is a group."""
     group: list[ItemT] = []
     total = 0
     for item in items:

@@ -1,7 +1,7 @@
 """The n-gram scorer: next-byte entropies by context, found by counting.
 
 The paper notes that an entropy model with a small receptive field can be tabulated (section 4.2).
-Here the model is an interpolated n-gram (Witten-Bell)::
+This one is an n-gram model with Witten-Bell interpolation::
 
     p_k(b | c) = (count(c, b) + kinds(c) p_{k-1}(b | c')) / (count(c) + kinds(c))
 
@@ -30,14 +30,14 @@ _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 
 
 class NgramScorer(ContextScorer):
-    """Entropy of each byte's longest known context."""
+    """Scorer that returns the entropy of each byte's longest known context."""
 
     keys: Int[Tensor, " contexts"]
     """Hashes of the known contexts of every order, sorted."""
     values: Float[Tensor, " contexts"]
     """Their entropies, in nats."""
     default: Float[Tensor, ""]
-    """Entropy without context."""
+    """Entropy without context, in nats."""
 
     def __init__(
         self, *, max_order: int, num_contexts: int, reset_at_newline: bool = False
@@ -53,7 +53,7 @@ class NgramScorer(ContextScorer):
     def document_starts(
         self, ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"]
     ) -> Int[Tensor, "batch bytes"]:
-        """Return numbers that change at documents and, if it resets there, at newlines."""
+        """Return numbers that change at documents and, with ``reset_at_newline``, at newlines."""
         return split_at_newlines(ids, documents) if self.reset_at_newline else documents
 
     def score(
@@ -64,16 +64,16 @@ class NgramScorer(ContextScorer):
         if not len(self.keys):
             return entropies
         for order, keys in enumerate(context_keys(ids, self.max_order), start=1):
-            slots = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-            known = (self.keys[slots] == keys) & (positions >= order - 1)
-            entropies = torch.where(known, self.values[slots], entropies)
+            index = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+            known = (self.keys[index] == keys) & (positions >= order - 1)
+            entropies = torch.where(known, self.values[index], entropies)
         return entropies
 
 
 def context_keys(
     ids: Int[Tensor, "*batch bytes"], max_order: int
 ) -> list[Int[Tensor, "*batch bytes"]]:
-    """Hash of the last ``k`` ids at each byte, for ``k = 1 .. max_order``, modulo 2^64.
+    """Return hashes of the last ``k`` ids at each byte, for ``k = 1 .. max_order``, modulo 2^64.
 
     ``key_k[i] = sum_{j<k} (ids[i-j] + 1) M**(j+1)``; meaningless where fewer ids precede.
     """
@@ -86,15 +86,19 @@ def context_keys(
 
 
 def _wrap(value: int) -> int:
-    """Signed 64-bit value of an integer."""
+    """Return an integer wrapped to a signed 64-bit value."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 def fit_ngram_scorer(sequences: Sequence[NDArray[np.int64]], config: NgramConfig) -> NgramScorer:
-    """Count contexts in ``sequences`` of ids and keep their entropies.
+    """Fit an n-gram scorer to sequences of ids by counting contexts.
 
-    Memory peaks at about ``max_contexts * 260 * 40`` bytes, and 60 for each byte of text. A context
-    whose own shorter context was not kept takes that of all text as its prior.
+    Memory peaks at about ``max_contexts * 260 * 40`` bytes, plus 60 per byte of text. A context
+    whose own shorter context was not kept takes the distribution of all text as its prior.
+
+    Args:
+        sequences: ids of documents, or of spans of documents.
+        config: order and limits.
     """
     ids = np.concatenate([*sequences, np.zeros(0, np.int64)])
     numbers = np.repeat(np.arange(len(sequences)), [len(x) for x in sequences])
@@ -128,21 +132,21 @@ def fit_ngram_scorer(sequences: Sequence[NDArray[np.int64]], config: NgramConfig
 
 
 class _Order:
-    """Distributions of one order: row 0 for unknown contexts, row ``r + 1`` for ``keys[r]``."""
+    """Distributions of one order: index 0 for unknown contexts, ``r + 1`` for ``keys[r]``."""
 
     def __init__(self, keys: NDArray[np.int64], probabilities: NDArray[np.float32]) -> None:
         self.keys = keys
         self.probabilities = probabilities
 
     def rows(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row of each key."""
+        """Return the index of each key's distribution."""
         if not len(self.keys):
             return np.zeros(len(keys), np.int64)
-        slots = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[slots] == keys, slots + 1, 0)
+        index = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[index] == keys, index + 1, 0)
 
     def entropies(self) -> NDArray[np.float32]:
-        """Entropy of every row, in nats."""
+        """Return the entropy of every distribution, in nats."""
         p = self.probabilities
         return -(p * np.log(p)).sum(1, dtype=np.float32)
 
@@ -154,7 +158,7 @@ def _next_order(
     following: NDArray[np.int64],
     config: NgramConfig,
 ) -> _Order:
-    """Distributions of the contexts one id longer that were seen often enough."""
+    """Return the distributions of the contexts one id longer that were seen often enough."""
     contexts, example, counts = np.unique(keys, return_index=True, return_counts=True)
     frequent = np.flatnonzero(counts >= config.min_count)
     if len(frequent) > config.max_contexts:
@@ -174,7 +178,7 @@ def _next_order(
 
 
 def _interpolate(counts: NDArray[np.int64], prior: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Witten-Bell: as much weight on the prior as there are different continuations."""
+    """Interpolate counts with a prior, weighted by the number of distinct continuations."""
     kinds = (counts > 0).sum(1, keepdims=True)
     totals = counts.sum(1, keepdims=True) + kinds
     mixed = (counts + kinds * prior) / np.maximum(totals, 1)

@@ -1,4 +1,4 @@
-"""Entropies of a plain transformer's predictions."""
+"""Scorer that computes the entropies of a plain transformer's predictions."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ from bytelm.slots import CompoundState, Slots
 
 
 class TransformerScorer(nn.Module):
-    """Entropies of a plain transformer's predictions (paper section 4.2).
+    """Scorer that computes the entropies of a plain transformer's predictions (section 4.2).
 
-    With ``reset_at_newline`` a newline byte begins a new context, as the paper does for large runs
-    (section 4.4): the model sees it in place of BOS, so repeated lines do not lose their entropy.
+    With ``reset_at_newline`` a newline byte begins a new context, as in the paper's large runs
+    (section 4.4): the newline replaces BOS, so the entropy of repeated lines does not drop.
     """
 
     def __init__(self, transformer: Transformer, *, reset_at_newline: bool = False) -> None:
@@ -30,18 +30,18 @@ class TransformerScorer(nn.Module):
         ids: Int[Tensor, "batch bytes"],
         documents: Int[Tensor, "batch bytes"] | None = None,
     ) -> Float[Tensor, "batch bytes"]:
-        """Return the entropies of packed rows."""
+        """Return the entropies, in nats, of packed rows."""
         if self.reset_at_newline:
             documents = split_at_newlines(ids, documents)
         return entropy(self.transformer(ids, documents))
 
     def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> "TransformerScorerState":
-        """Return the state of ``num_slots`` empty documents."""
+        """Return a state with ``num_slots`` empty documents."""
         return TransformerScorerState(self, num_slots, strategy)
 
 
 class TransformerScorerState(CompoundState):
-    """A :class:`TransformerScorer` at work: ring buffers of its window."""
+    """State of a :class:`TransformerScorer`: key-value caches of its window."""
 
     def __init__(self, scorer: TransformerScorer, num_slots: int, strategy: Any) -> None:
         self._scorer = scorer
@@ -56,14 +56,14 @@ class TransformerScorerState(CompoundState):
         newlines = (ids == codec.NEWLINE).nonzero().flatten().tolist()
         if not newlines:
             return entropy(self._state.prefill(slot, ids))
-        # Whole lines need no cache; only the line in progress and the last one touch it.
+        # Whole lines need no cache; only the line in progress and the last one use it.
         first, last = newlines[0], newlines[-1]
-        pieces = [entropy(self._state.prefill(slot, ids[:first]))] if first else []
+        parts = [entropy(self._state.prefill(slot, ids[:first]))] if first else []
         if first < last:
-            pieces.append(self._scorer.entropies(ids[None, first:last])[0])
+            parts.append(self._scorer.entropies(ids[None, first:last])[0])
         self._state.reset(slot)
-        pieces.append(entropy(self._state.prefill(slot, ids[last:])))
-        return torch.cat(pieces)
+        parts.append(entropy(self._state.prefill(slot, ids[last:])))
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def decode(self, ids: Int[Tensor, " slots"], slots: Slots = None) -> Float[Tensor, " slots"]:
@@ -76,7 +76,7 @@ class TransformerScorerState(CompoundState):
 def split_at_newlines(
     ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"] | None
 ) -> Int[Tensor, "batch bytes"]:
-    """Return document numbers in which every newline begins a new document as well."""
+    """Return document numbers that also change at every newline."""
     starts = ids == codec.NEWLINE
     starts[:, :1] = True
     if documents is not None:

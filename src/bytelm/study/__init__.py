@@ -1,4 +1,4 @@
-"""Studies: families of models compared at equal FLOPs, planned, run in slices, fitted and drawn."""
+"""Studies, which compare families of models at equal FLOPs."""
 
 from bytelm.study.costs import Cost, run_costs
 from bytelm.study.loading import load_plan, parse_plan, plan_names

@@ -1,4 +1,4 @@
-"""Comparisons: curves, power laws and crossovers, made from the table."""
+"""Comparisons of families: curves, power laws and crossovers, made from the table."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from bytelm.study.table import budget
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of several families, and what the fit makes of them."""
+    """Runs of several families, and the curves fitted to them."""
 
     name: str
     config: ComparisonConfig
     rows: list[int]
-    """Rows of the table that take part."""
+    """Rows of the table in the comparison."""
     curves: list[Curve]
     """A curve for each member that has a run; empty for a plain table."""
     baseline: Curve | None
     """The baseline's curve."""
     crossovers: list[Crossover]
     left_out: list[str]
-    """Members that are missing, and why."""
+    """Reasons why members are missing."""
     baseline_rows: dict[int, list[int]]
     """Rows of the baseline at the budget of each other row."""
     budget_name: str

@@ -19,8 +19,9 @@ class Cost:
 
     name: str
     parameters: int
-    """Parameters without look-up tables, which are embeddings of bytes, n-grams and tokens."""
-    table_parameters: int
+    """Parameters outside embeddings."""
+    embedding_parameters: int
+    """Parameters in embeddings of bytes, tokens and n-grams."""
     inference_flops: float
     """Forward FLOPs per byte, without the entropy model's."""
     steps: int
@@ -30,7 +31,7 @@ class Cost:
     deviation: float | None
     """Relative deviation from a budget in FLOPs."""
     scorer_flops: float
-    """FLOPs of scoring all the text that is read, as if its entropies were not kept."""
+    """FLOPs of scoring all the text that is read, as if its entropies were not stored."""
     seconds: float
     disk_bytes: int
 
@@ -59,7 +60,7 @@ def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
 
     Args:
         recipe: a complete recipe.
-        unit_bytes: mean bytes per patch or token; ``None`` for models of bytes.
+        unit_bytes: mean bytes per patch or token; ``None`` for byte models.
     """
     row = recipe.data.row_bytes
     units = round(row / unit_bytes) if unit_bytes else 0
@@ -70,13 +71,13 @@ def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
 
 def _cost(resolved: Resolved, text_bytes: int | None, speed: float) -> Cost:
     run, data = resolved.run, resolved.recipe.data
-    parameters, tables = resolved.parameters()
+    parameters, embedding_parameters = resolved.parameters()
     units = PatchUnits if data.tokenizer is None else TokenUnits
     unit = units.margin * data.row_bytes / data.row_patches if data.row_patches else None
     return Cost(
         name=run.name,
         parameters=parameters,
-        table_parameters=tables,
+        embedding_parameters=embedding_parameters,
         inference_flops=inference_flops(resolved.recipe, unit),
         steps=resolved.steps,
         train_bytes=resolved.row_bytes,
@@ -86,5 +87,5 @@ def _cost(resolved: Resolved, text_bytes: int | None, speed: float) -> Cost:
         scorer_flops=resolved.steps * resolved.scorer_step_flops,
         seconds=resolved.flops / speed,
         # Weights and two moments in fp32, twice while a checkpoint replaces another.
-        disk_bytes=4 * 3 * 2 * (parameters + tables),
+        disk_bytes=4 * 3 * 2 * (parameters + embedding_parameters),
     )

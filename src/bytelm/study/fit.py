@@ -1,4 +1,4 @@
-"""Power laws with intervals, and where they cross.
+"""Power laws with confidence intervals, and their crossovers.
 
 ::
 

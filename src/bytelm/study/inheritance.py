@@ -1,7 +1,8 @@
-"""Inheritance: one mapping laid over another that it names.
+"""Inheritance of mappings from others that they name.
 
 A plan names another plan, a family another family of its plan, and a recipe a shipped recipe, all
-in the same way. With ``b`` as below, ``{like: b, model: {dim: 32}}`` is what stands on the right::
+in the same way. With ``b`` on the left, ``{like: b, model: {dim: 32}}`` gives the result on the
+right::
 
     model: {dim: 64, num_layers: 2}         model: {dim: 32, num_layers: 2}
     data: {row_bytes: 512}                  data: {row_bytes: 512}

@@ -1,4 +1,4 @@
-"""Loading plans: from YAML to a plan, and from a plan to the recipes of its runs.
+"""Load plans from YAML, and build the recipes of their runs.
 
 The recipe of a run is the plan's base, with its family's recipe, its size and its settings laid
 over it in this order. Where one of them says ``like: NAME``, that shipped recipe lies below all of
@@ -37,7 +37,7 @@ NOT_INHERITED = (*((section, key) for section, key, _ in GIVEN), ("optimizer", "
 
 
 def plan_names() -> list[str]:
-    """Names of the shipped plans."""
+    """Return the names of the shipped plans."""
     return shipped_names("plans")
 
 
@@ -95,11 +95,14 @@ def run_recipe(plan: Plan, run: Run) -> Recipe:
     """
     family = plan.families[run.family]
     where = f"run {run.name!r} of plan {plan.name!r}"
-    data = merge(merge(plan.base, family.recipe), family.sizes[run.size])
+    size = dict(family.sizes[run.size])
+    if isinstance(size.get("recipe"), str):  # the earlier name of the key
+        size = {LIKE: size.pop("recipe"), **size}
+    data = merge(merge(plan.base, family.recipe), size)
     if family.vocab_size is not None:
         data = merge(data, {"model": {"vocab_size": family.vocab_size}})
     for path, value in run.settings:
-        for key in reversed(modern_path(path).split(".")):
+        for key in reversed(modern_path(path, data).split(".")):
             value = {key: value}
         data = merge(data, value)
     for section, key, source in GIVEN:

@@ -1,4 +1,4 @@
-"""Measuring a trained run: the likelihood of the held-out documents, and what the run took."""
+"""Measure a trained run: likelihood of the held-out documents, time and memory."""
 
 import hashlib
 import json
@@ -99,8 +99,8 @@ def held_out_likelihood(
 
 
 def read_slices(folder: Path) -> list[dict[str, Any]]:
-    """Return the record of each time a run was worked on, without one that a kill cut short."""
-    # Earlier versions appended to a line that was cut short: the last record in it is whole.
+    """Return the record of each slice of a run, without one that a kill cut short."""
+    # Earlier versions appended to a line that was cut short; its last record is complete.
     lines = read_lines(folder / SLICES)
     return [json.loads(line[line.rfind(BEGIN) :]) for line in lines]
 
@@ -110,7 +110,7 @@ def describe(plan: Plan, resolved: Resolved, out: Path) -> dict[str, Any]:
     family = plan.families[resolved.run.family]
     text_bytes = int(Dataset(out / "text", "train").lengths.sum())
     scorer_training = scorer_training_flops(out, family.scorer) if family.scorer else 0.0
-    parameters, tables = resolved.parameters()
+    parameters, embedding_parameters = resolved.parameters()
     return {
         "run": asdict(resolved.run),
         "label": family.label,
@@ -119,7 +119,7 @@ def describe(plan: Plan, resolved: Resolved, out: Path) -> dict[str, Any]:
         "scorer_flops": resolved.steps * resolved.scorer_step_flops,
         "scorer_training_flops": scorer_training,
         "parameters": parameters,
-        "table_parameters": tables,
+        "table_parameters": embedding_parameters,
         "text_bytes": text_bytes,
         "recipe": resolved.recipe.model_dump(mode="json"),
         **identity(plan, resolved.run, out),
@@ -128,7 +128,7 @@ def describe(plan: Plan, resolved: Resolved, out: Path) -> dict[str, Any]:
 
 @cache
 def source_hash() -> str:
-    """Return a short hash of the package's code, by which a table shows what made its runs."""
+    """Return a short hash of the package's code, which tables record for each run."""
     root = Path(bytelm.__file__).parent
     parts = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]

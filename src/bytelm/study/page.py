@@ -1,4 +1,4 @@
-"""Page of a study: tables, fits, crossovers and figures, made from the table alone."""
+"""Page of a study: tables, fits, crossovers and figures, made only from the stored tables."""
 
 import json
 from collections import Counter
@@ -28,7 +28,7 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
         out: folder of the page and its figures.
 
     Raises:
-        DataError: there is no table, or it holds no run of the plan.
+        DataError: the tables are missing, or hold no run of the plan.
         ConfigError: matplotlib is missing.
     """
     results = read_table(tables, plan)
@@ -73,17 +73,18 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     spread = (
         f"Seeds of one configuration differ by {bootstrap.seed_noise:.2%} (standard deviation)."
         if bootstrap.seed_noise
-        else "No configuration has several seeds, so intervals hold no noise of seeds."
+        else "No configuration has several seeds, so intervals do not include the noise of seeds."
     )
     return [
         f"Plan `{plan.name}`: {len(rows)} runs, {sum(r['flops'] for r in rows):.3g} training FLOPs "
-        f"in all.{met} Padding is paid for; scoring of what is read by the entropy model is "
-        f"{counted} a run's FLOPs and given beside, as is what its training took. Measured on "
+        f"in all.{met} FLOPs include padding. Scoring the training text with the entropy model is "
+        f"{counted} a run's FLOPs; the table of time and memory lists it in a column of its own, "
+        f"and the training of the entropy model in another. Measured on "
         f"{int(bootstrap.results.num_bytes.sum()):,} bytes of {len(bootstrap.results.num_bytes):,} "
         f"held-out documents, none of which is in the training text. {spread}",
         "",
         f"Machines: {machines}.",
-        "Brackets are 95% intervals, of held-out documents drawn anew and of seeds.",
+        "Brackets are 95% bootstrap intervals over held-out documents and seeds.",
     ]
 
 
@@ -105,7 +106,7 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _summary(comparison: Comparison) -> list[str]:
-    """Table of families by budgets: bits per byte of the best size, as the mean over its seeds."""
+    """Return a table of bits per byte by family and budget, for the best size at each."""
     budgets = sorted({float(b) for curve in comparison.curves for b in curve.budgets})
 
     def line(curve: Curve) -> list[str]:
@@ -134,7 +135,7 @@ def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
                 "seed": str(row["seed"]),
                 "training FLOPs": f"{row['flops']:.3g}",
                 "parameters": f"{row['parameters']:,}",
-                "in tables": f"{row['table_parameters']:,}",
+                "embedding parameters": f"{row['table_parameters']:,}",
                 "FLOPs/byte": f"{row['inference_flops']:.3g}",
                 "bytes/unit": f"{row['unit_bytes']:.2f}" if row["unit_bytes"] else "1",
                 "MB read": f"{row['train_bytes'] / 1e6:.2f}",
@@ -207,7 +208,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _sources(bootstrap: Bootstrap) -> list[str]:
-    """Table of bits per byte by source, for the run of each family at its largest budget."""
+    """Return a table of bits per byte by source, for each family's best run at its top budget."""
     largest: dict[str, int] = {}
     rows = bootstrap.results.rows
     for number, row in enumerate(rows):

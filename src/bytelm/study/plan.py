@@ -1,8 +1,8 @@
-"""Plans: what a study compares, written in YAML.
+"""Plans of studies, written in YAML.
 
 ::
 
-    text        what is read, and what is held out
+    text        training text and held-out text
     scorers     entropy models by name, each from a recipe
     base        the part of a recipe that all runs share
     families    a label, a recipe over the base, and sizes: recipes over that
@@ -13,8 +13,8 @@ A plan may be ``like`` another, a family like another of its plan, and the recip
 a size like a shipped one: see :mod:`bytelm.study.inheritance`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 
 from bytelm.config import Node, nearest
 from bytelm.config.model import Positive
+from bytelm.config.names import earlier_path, modern_path
 from bytelm.config.recipe import Fraction, Seed
 from bytelm.errors import ConfigError
 
@@ -31,11 +32,11 @@ Partial = dict[str, Any]
 """Part of a recipe: some of its sections, and some keys of each; ``like: NAME`` puts a shipped
 recipe below them."""
 STDLIB = "{stdlib}"
-"""Stands for the sources of the running Python's standard library in a plan's texts."""
+"""Placeholder in a plan's texts for the sources of the running Python's standard library."""
 
 
 class TextConfig(Node):
-    """The text of a study: what is trained on, and what is held out."""
+    """Training text and held-out text of a study."""
 
     train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     """Files, folders and globs, as ``bytelm data prepare`` takes them; ``{stdlib}`` stands for the
@@ -45,10 +46,9 @@ class TextConfig(Node):
     validation_share: Fraction | None = None
     """Share of the other documents that is held out, chosen by the hash of their content."""
     evaluated_bytes: Positive = 1_000_000
-    """Held-out text that every run is measured on."""
+    """Bytes of held-out text that every run is measured on."""
     skipped_bytes: Annotated[int, Field(ge=0)] = 0
-    """Held-out text to leave out first, so that runs are not measured on what rates were tuned
-    on."""
+    """Bytes of held-out text to skip first, for example those that learning rates were tuned on."""
 
 
 class ScorerPlan(Node):
@@ -210,7 +210,7 @@ def plan_runs(plan: Plan) -> list[Run]:
             budgets += [(None, num_bytes) for num_bytes in grid.bytes]
             for budget, seed, settings in product(budgets, grid.seeds, product(*values)):
                 runs.append(_run(family, size, seed, *budget, settings))
-    names = [run.name for run in runs]
+    names = [_name(run, modern_path) for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ConfigError(f"two entries of runs make the same run {twice!r}: remove one")
@@ -225,10 +225,20 @@ def _run(
     num_bytes: float | None,
     settings: tuple[tuple[str, Any], ...],
 ) -> Run:
-    budget = f"{flops:.3g}flops" if flops is not None else f"{num_bytes:.3g}bytes"
-    parts = [family, size, budget.replace("+", "")]
-    parts += [f"{path}={value}".replace("/", "-") for path, value in settings]
-    return Run("_".join([*parts, f"s{seed}"]), family, size, seed, flops, num_bytes, settings)
+    run = Run("", family, size, seed, flops, num_bytes, settings)
+    return replace(run, name=_name(run, str))
+
+
+def alternative_names(run: Run) -> list[str]:
+    """Return the names of a run with the present and the earlier names of its settings."""
+    return [_name(run, modern_path), _name(run, earlier_path)]
+
+
+def _name(run: Run, rename: Callable[[str], str]) -> str:
+    budget = f"{run.flops:.3g}flops" if run.flops is not None else f"{run.bytes:.3g}bytes"
+    parts = [run.family, run.size, budget.replace("+", "")]
+    parts += [f"{rename(path)}={value}".replace("/", "-") for path, value in run.settings]
+    return "_".join([*parts, f"s{run.seed}"])
 
 
 def _check(name: str, valid: Iterable[str], where: str) -> None:

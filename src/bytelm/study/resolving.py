@@ -1,4 +1,4 @@
-"""Resolving runs: thresholds, room in rows and steps, before anything is trained."""
+"""Resolve the recipes of runs: thresholds, units in a row, and steps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ class Resolved:
     scorer_step_flops: float
     """FLOPs of scoring the rows of a step with the entropy model."""
     counts_scorer: bool
-    """Whether the budget includes them."""
+    """Whether the budget includes the FLOPs of scoring."""
 
     @property
     def steps(self) -> int:
@@ -53,7 +53,7 @@ class Resolved:
         return float(self.steps * data.rows_per_step * data.row_bytes)
 
     def parameters(self) -> tuple[int, int]:
-        """Return the number of parameters in matrices and gains, and in look-up tables."""
+        """Return the numbers of parameters outside and inside embeddings."""
         return parameter_counts(self.recipe.model)
 
 
@@ -164,7 +164,7 @@ def scorer_flops(plan: Plan, family: str, num_bytes: int) -> float:
 
 
 def _steps(run: Run, budget: float, step: float) -> int:
-    """Return the number of steps of so many FLOPs that meets a budget."""
+    """Return the number of steps that meets a budget, given the FLOPs of a step."""
     steps = round(budget / step)
     if not steps or abs(steps * step / budget - 1) > TOLERANCE:
         raise ConfigError(

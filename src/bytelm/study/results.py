@@ -1,4 +1,4 @@
-"""Results of runs on disk, and whether they are results of a plan.
+"""Results of runs on disk, and their comparison with a plan.
 
 ::
 
@@ -17,7 +17,7 @@ from bytelm.data import Dataset
 from bytelm.errors import ConfigError
 from bytelm.storage import read_json, write_json
 from bytelm.study.loading import run_recipe
-from bytelm.study.plan import Plan, Run
+from bytelm.study.plan import Plan, Run, alternative_names
 from bytelm.study.resolving import with_steps
 from bytelm.study.text import text_folder, tokenizer_path
 from bytelm.tokens import load_tokenizer
@@ -27,12 +27,13 @@ RESULT = "result.json"
 
 
 def run_folder(out: Path, run: Run) -> Path:
-    """Folder of a run."""
-    return out / "runs" / run.name
+    """Return the folder of a run: one that exists under another name of its settings, if any."""
+    folders = [out / "runs" / name for name in (run.name, *alternative_names(run))]
+    return next((folder for folder in folders if folder.exists()), folders[0])
 
 
 def write_result(out: Path, run: Run, result: dict[str, Any]) -> None:
-    """Write the result of a run, whole or not at all."""
+    """Write the result of a run atomically."""
     write_json(run_folder(out, run) / RESULT, result)
 
 
@@ -60,7 +61,7 @@ def finished_result(plan: Plan, run: Run, out: Path) -> dict[str, Any] | None:
 
 
 def identity(plan: Plan, run: Run, out: Path) -> dict[str, Any]:
-    """Return what a result must share with a run, besides the recipe and the budget."""
+    """Return the values that a result and a run must share, besides recipe and budget."""
     vocab_size = plan.families[run.family].vocab_size
     tokenizer = None
     if vocab_size is not None:

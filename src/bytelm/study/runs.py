@@ -1,4 +1,4 @@
-"""Running a study: runs are trained in slices and measured, several at once.
+"""Train and measure the runs of a study in slices, several runs at once.
 
 ::
 
@@ -59,7 +59,7 @@ def run_all(
         out: folder of the study, with its text prepared.
         workers: number of processes; they share the threads of this one and, with CUDA, are spread
             over the devices.
-        progress: told how it goes on.
+        progress: receives the progress.
         deadline: time, as ``time.time()`` gives it, after which no step begins.
 
     Returns:
@@ -235,7 +235,7 @@ def _problem(out: Path, run: Run, exit_code: int) -> str:
     if exit_code > 0 and path.exists():
         return path.read_text("utf-8")
     how = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"status {exit_code}"
-    return f"its process ended early ({how}); run the same command again to resume it"
+    return f"its process ended early ({how}): run the same command again to resume it"
 
 
 def _news(result: dict[str, Any]) -> str:

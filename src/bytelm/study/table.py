@@ -1,4 +1,4 @@
-"""Tables of a study: one with a row for each run, and one for each run and held-out document.
+"""Tables of a study: one row for each run, and one for each run and held-out document.
 
 Figures and pages are made from these two Parquet files alone::
 
@@ -133,7 +133,7 @@ def write_table(plan: Plan, out: Path) -> tuple[int, int]:
 
 
 def table_folder(plan: Plan, out: Path) -> Path:
-    """Folder of the tables, figures and page of a plan; several plans may share a study's."""
+    """Return the folder of a plan's tables, figures and page within that of a study."""
     return out / plan.name
 
 

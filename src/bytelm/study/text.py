@@ -1,4 +1,4 @@
-"""Text of a study: prepared once, scored with each entropy model, tokenized for the token models.
+"""Prepare the text of a study, its entropies and its tokenizers.
 
 ::
 
@@ -30,7 +30,7 @@ from bytelm.training import fit_ngrams, train
 
 TEXT = "text.json"
 SMALL_TEXT = 4_000_000
-"""Text up to this size is scored in this process, in less time than starting others takes."""
+"""Bytes of text up to which scoring in this process is faster than starting others."""
 TOKENIZER_BYTES = 16_000_000
 """Bytes of training text whose pairs are counted for a tokenizer."""
 
@@ -48,7 +48,7 @@ def prepare_text(
         plan: the plan of the study.
         runs: the runs.
         out: folder of the study.
-        progress: told how it goes on.
+        progress: receives the progress.
         deadline: time, as ``time.time()`` gives it, at which the training of an entropy model stops
             with a checkpoint.
 
@@ -90,13 +90,13 @@ def prepare_text(
 
 
 def text_folder(plan: Plan, family: str, out: Path) -> Path:
-    """Folder of the prepared text of a family."""
+    """Return the folder of the prepared text of a family."""
     scorer = plan.families[family].scorer
     return out / "text" if scorer is None else out / "scored" / scorer
 
 
 def scorer_folder(out: Path, name: str) -> Path:
-    """Folder of an entropy model."""
+    """Return the folder of an entropy model."""
     return out / "scorers" / name
 
 
@@ -110,7 +110,7 @@ def scorer_training_flops(out: Path, name: str) -> float:
 
 
 def tokenizer_path(out: Path, vocab_size: int) -> Path:
-    """File of a tokenizer."""
+    """Return the file of a tokenizer."""
     return out / "tokenizers" / f"{vocab_size}.json"
 
 
@@ -158,7 +158,7 @@ def _prepare(text: TextConfig, out: Path, progress: Progress) -> None:
 
 
 def _expand(arguments: Iterable[str]) -> list[str]:
-    """Replace the mark of the standard library with the paths of its sources."""
+    """Replace the placeholder of the standard library with the paths of its sources."""
     expanded: list[str] = []
     for one in arguments:
         paths = _stdlib_sources() if STDLIB in one else []

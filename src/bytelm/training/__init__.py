@@ -1,4 +1,4 @@
-"""Training."""
+"""Training of language models and n-gram scorers."""
 
 from bytelm.training.counting import fit_ngrams
 from bytelm.training.objective import (

@@ -1,4 +1,4 @@
-"""Fitting an n-gram scorer: it is trained by counting."""
+"""Fit n-gram scorers by counting."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from bytelm.scoring import NgramScorer, fit_ngram_scorer
 
 
 def fit_ngrams(recipe: NgramRecipe, folder: Path) -> NgramScorer:
-    """Count the n-grams of (a sample of) prepared data and save the scorer as a checkpoint.
+    """Fit an n-gram scorer on prepared data, or a sample of it, and save it as a checkpoint.
 
-    Ends of documents are not counted. A scorer that is there already, of the same recipe and data,
-    is returned.
+    Ends of documents are not counted. If the folder holds a scorer of the same recipe and data,
+    that one is returned.
 
     Raises:
         ConfigError: the recipe names no data.

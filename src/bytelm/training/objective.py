@@ -1,12 +1,12 @@
-"""The objective: how well a model predicts rows, in nats and in bits per byte.
+"""Likelihood of packed rows, in nats and in bits per byte.
 
 ::
 
-    bpb = sum over bytes of -log2 p(byte | what comes before it)  /  number of bytes
+    bpb = sum over bytes of -log2 p(byte | bytes before it)  /  number of bytes
 
-Training, validation and evaluation all measure by these functions. The bytes are those of the text,
-whatever a model reads: a token's nats are those of all its bytes. Predicting the end of a document
-is trained and not counted.
+Training, validation and evaluation all use these functions. The bytes are those of the text,
+whatever units a model reads: the nats of a token are those of all its bytes. The end of a document
+is a training target, but is not counted in bits per byte.
 """
 
 import math
@@ -39,28 +39,29 @@ def position_nats(lm: CausalLM, batch: Batch) -> Float[Tensor, "batch ids"]:
 
 @dataclass
 class Likelihood:
-    """Totals over some text."""
+    """Likelihood of some text under a model."""
 
     nats: float = 0.0
     """Negative log-likelihood of the bytes."""
     num_bytes: int = 0
     num_units: int = 0
-    """Patches, or tokens, overlaps of spans not counted twice; 0 for models of bytes."""
+    """Patches or tokens, without counting overlaps of spans twice; 0 for byte models and learned
+    patching rules."""
     num_positions: int = 0
     """Positions that make up the units: bytes, and a BOS for each document."""
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte; not a number for no text."""
+        """Bits per byte; NaN if there is no text."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
     @property
     def unit_bytes(self) -> float:
-        """Mean bytes per patch or token; not a number for models of bytes."""
+        """Mean bytes per patch or token; NaN if they are not counted."""
         return self.num_positions / self.num_units if self.num_units else math.nan
 
     def add(self, other: "Likelihood") -> None:
-        """Add other text's totals."""
+        """Add the likelihood of other text."""
         self.nats += other.nats
         self.num_bytes += other.num_bytes
         self.num_units += other.num_units
@@ -68,7 +69,7 @@ class Likelihood:
 
 
 def total(likelihoods: Iterable[Likelihood]) -> Likelihood:
-    """Return the totals of several texts together."""
+    """Return the likelihood of several texts together."""
     result = Likelihood()
     for one in likelihoods:
         result.add(one)
@@ -76,7 +77,7 @@ def total(likelihoods: Iterable[Likelihood]) -> Likelihood:
 
 
 class LabelledSpan(NamedTuple):
-    """A span to measure, of which the first ``num_seen`` positions were measured before."""
+    """Span to measure, except its first ``num_seen`` positions, which were measured before."""
 
     label: str
     span: Span
@@ -87,7 +88,13 @@ class LabelledSpan(NamedTuple):
 def measure_spans(
     lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int
 ) -> dict[str, Likelihood]:
-    """Return the likelihood of spans, none longer than the context, totalled by label."""
+    """Return the likelihood of spans, summed by label.
+
+    Args:
+        lm: language model.
+        spans: spans no longer than the context.
+        context_bytes: bytes in a row.
+    """
     totals: dict[str, Likelihood] = {}
     for rows in _pack(spans, lm, context_bytes):
         batch = make_batch([row for row, _ in rows]).to(lm.device)
@@ -96,7 +103,7 @@ def measure_spans(
             begin = 0
             for segment, one in zip(row.segments, contents, strict=True):
                 end = begin + len(segment.targets)
-                # Exact for tokens too: none stands for positions on both sides of the seam.
+                # Exact for tokens too: no token extends across ``num_seen``.
                 seen = np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right")
                 num_bytes = segment.target_bytes[seen:]
                 likelihood = Likelihood(
@@ -113,7 +120,7 @@ def measure_spans(
 def _pack(
     spans: Iterable[LabelledSpan], lm: CausalLM, context_bytes: int
 ) -> Iterator[list[tuple[Row, list[LabelledSpan]]]]:
-    """Yield whole spans in rows, rows in groups no longer than they need; a span is never cut."""
+    """Yield groups of rows with whole spans; rows are as long as the longest of their group."""
     rows: list[tuple[Row, list[LabelledSpan]]] = []
     for one in spans:
         if not rows or rows[-1][0].num_bytes + one.span.num_positions > context_bytes:

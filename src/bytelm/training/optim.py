@@ -9,12 +9,13 @@ from bytelm.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW; weight decay is on matrices only, not on norms and embeddings.
+    """Return AdamW with weight decay on matrices, but not on norms, biases and embeddings.
 
-    A hash embedding is read rarely: decay would erase it between readings. Parameter groups hold,
-    as ``lr_multiplier``, what their learning rate is to be multiplied by.
+    A hash embedding is read rarely, and weight decay would erase it in between. The parameter
+    groups have an ``lr_multiplier``, by which their learning rate is multiplied.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds = nn.Embedding | nn.EmbeddingBag
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_embedding = id(parameter) in embeddings
@@ -40,7 +41,7 @@ def _part(name: str) -> str:
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to ``final_ratio``.
+    """Return the learning rate of a step: linear warm-up, then cosine decay to ``final_ratio``.
 
     ::
 

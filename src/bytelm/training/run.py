@@ -1,14 +1,14 @@
-"""A training run: a folder with a recipe, metrics and checkpoints, that can be left and resumed."""
+"""Training runs: folders with a recipe, metrics and checkpoints, which can be resumed."""
 
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bytelm.checkpoint import saved_steps
+from bytelm.checkpoint import read_config, saved_steps
 from bytelm.config import Recipe, differences, dump_yaml, load_recipe
 from bytelm.errors import CheckpointError, ConfigError, TrainingError
 from bytelm.progress import Callback, StopTraining
@@ -20,9 +20,9 @@ from bytelm.training.trainer import Trainer
 
 RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
 RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
-"""Advice when the disk refuses; see :func:`bytelm.storage.disk_errors`."""
+"""Advice after a disk error; see :func:`bytelm.storage.disk_errors`."""
 
-# Settings that may change when a run is resumed: they do not change what is computed (though
+# Settings that may change when a run is resumed: they do not affect the result (except that
 # another device rounds differently).
 RESUME_FREELY = {
     "data.path",
@@ -41,13 +41,13 @@ RESUME_FREELY = {
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended."""
+    """Outcome of a run."""
 
     step: int
     finished: bool
-    """False where it was stopped before its last step."""
+    """False if the run was stopped before its last step."""
     validation: dict[str, Likelihood]
-    """Held-out text by source, at the last step; empty where the run stopped early."""
+    """Likelihood of held-out text by source at the last step; empty if the run was stopped."""
     flops: float
     bytes_seen: int
 
@@ -59,29 +59,32 @@ def train(
     callbacks: Sequence[Callback] = (),
     time_limit: float | None = None,
 ) -> TrainingResult:
-    """Train a recipe in a folder, or go on with the run that is there.
+    """Train a recipe in a folder, or resume the run in that folder.
 
     SIGINT and SIGTERM end the run after the step in progress, with a checkpoint.
 
     Args:
-        recipe: of a transformer or a BLT.
-        folder: of the run; made if need be.
-        callbacks: told how the run goes on, in this order.
-        time_limit: seconds after which to stop as if by a signal.
+        recipe: recipe of a transformer or a BLT.
+        folder: folder of the run, created if it does not exist.
+        callbacks: receivers of the run's events, called in this order.
+        time_limit: seconds after which to stop, as after a signal.
 
     Raises:
-        ConfigError: the recipe lacks something, or differs from that of the run in the folder.
-        DataError: the data is missing, damaged or unfit.
+        ConfigError: the recipe is incomplete, or differs from that of the run in the folder.
+        DataError: the data is missing, damaged or unsuitable.
+        PatchingError: the wanted patch size cannot be reached.
         CheckpointError: a checkpoint is damaged or cannot be written.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss or a weight is not finite.
     """
     _check_folder(recipe, folder)
-    trainer = Trainer(recipe)
-    with disk_errors(folder, CheckpointError, RESUME), locked(folder):
-        # Only now: a recipe that cannot be used must not keep the folder from one that can.
-        _write_recipe(recipe, folder)
-        metrics_bytes = _resume(folder, trainer)
-        run = _Run(folder, trainer, metrics_bytes, callbacks)
+    trainer = Trainer(_with_recorded_room(recipe, folder))
+    with ExitStack() as stack:
+        with _writing(folder):
+            stack.enter_context(locked(folder))
+            # Only now, so that an invalid recipe does not occupy the folder.
+            _write_recipe(recipe, folder)
+            metrics_bytes = _resume(folder, trainer)
+            run = _Run(folder, trainer, metrics_bytes, callbacks)
         try:
             return run.train(time_limit)
         finally:
@@ -89,40 +92,39 @@ def train(
 
 
 class _Run:
-    """A trainer and the folder that keeps what it does."""
+    """A trainer, and the folder of its metrics and checkpoints."""
 
     def __init__(
         self, folder: Path, trainer: Trainer, metrics_bytes: int, callbacks: Sequence[Callback]
     ) -> None:
-        self.folder, self.trainer = folder, trainer
+        self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
         self.jsonl = JsonlMetrics(folder / METRICS, metrics_bytes)
-        self.callbacks: list[Callback] = [self.jsonl]
+        self.writers: list[Callback] = [self.jsonl]
         if trainer.recipe.train.tensorboard:
-            self.callbacks.append(TensorBoardMetrics(folder / TENSORBOARD, trainer.num_steps))
-        self.callbacks += callbacks
+            self.writers.append(TensorBoardMetrics(folder / TENSORBOARD, trainer.num_steps))
+        self.stop: list[str] = []
+        """Requests to stop."""
 
     def train(self, time_limit: float | None) -> TrainingResult:
-        """Take steps to the last, or until told to stop."""
+        """Train to the last step, or until a request to stop."""
         trainer, config, began = self.trainer, self.trainer.recipe.train, time.monotonic()
-        for callback in self.callbacks:
-            callback.on_begin(trainer.num_steps, config.steps)
         validation: dict[str, Likelihood] = {}
-        with _stop_signals() as stop:
-            while trainer.num_steps < config.steps and not stop:
+        with _stop_signals(self.stop):
+            self._call(lambda callback: callback.on_begin(trainer.num_steps, config.steps))
+            while trainer.num_steps < config.steps and not self.stop:
                 self._step()
                 step = trainer.num_steps
                 is_last = step == config.steps
-                try:
-                    if step % config.log_every == 0 or is_last:
-                        self._write(trainer.report())
-                    if step % config.validate_every == 0 or is_last:
-                        validation = self._validate()
-                except StopTraining:
-                    stop.append("callback")
+                if step % config.log_every == 0 or is_last:
+                    self._report(trainer.report())
+                if step % config.validate_every == 0 or is_last:
+                    validation = self._validate()
                 if time_limit is not None and time.monotonic() - began > time_limit:
-                    stop.append("time limit")
-                if step % config.checkpoint_every == 0 or is_last or stop:
+                    self.stop.append("time limit")
+                if step % config.checkpoint_every == 0 or is_last:
                     self._save()
+            if self.stop:
+                self._save()
         finished = trainer.num_steps == config.steps
         if not finished:
             validation = {}
@@ -133,9 +135,19 @@ class _Run:
         )
 
     def end(self) -> None:
-        """Tell the callbacks that the run has ended."""
+        """Call the callbacks' ``on_end``."""
+        self._call(lambda callback: callback.on_end())
+
+    def _call(self, event: Callable[[Callback], None]) -> None:
+        """Report an event to the run's own writers, and then to every callback."""
+        with _writing(self.folder):
+            for writer in self.writers:
+                event(writer)
         for callback in self.callbacks:
-            callback.on_end()
+            try:
+                event(callback)
+            except StopTraining:
+                self.stop.append("callback")
 
     def _step(self) -> None:
         try:
@@ -148,12 +160,11 @@ class _Run:
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved yet"
         return TrainingError(
             f"{what}; {kept}. Start again in another folder with a lower optimizer.learning_rate "
-            "or more optimizer.warmup_steps, or look at the data around this step"
+            "or more optimizer.warmup_steps, or check the data around this step"
         )
 
-    def _write(self, metrics: dict[str, float]) -> None:
-        for callback in self.callbacks:
-            callback.on_metrics(self.trainer.num_steps, metrics)
+    def _report(self, metrics: dict[str, float]) -> None:
+        self._call(lambda callback: callback.on_metrics(self.trainer.num_steps, metrics))
 
     def _validate(self) -> dict[str, Likelihood]:
         by_source = self.trainer.evaluate()
@@ -172,7 +183,7 @@ class _Run:
             metrics["validation_patch_size"] = everything.unit_bytes
         for name, likelihood in sorted(by_source.items()):
             metrics[f"validation_bpb/{name}"] = likelihood.bits_per_byte
-        self._write(metrics)
+        self._report(metrics)
         return by_source
 
     def _save(self) -> None:
@@ -187,19 +198,24 @@ class _Run:
             "flops": trainer.flops,
             "recipe": trainer.recipe.model_dump(mode="json"),
         }
-        save_step(
-            self.folder,
-            trainer.setup,
-            trainer.optimizer,
-            trainer.state(self.jsonl.position()),
-            training,
-        )
-        for callback in self.callbacks:
-            callback.on_checkpoint(trainer.num_steps, folder)
+        with _writing(self.folder):
+            save_step(
+                self.folder,
+                trainer.setup,
+                trainer.optimizer,
+                trainer.state(self.jsonl.position()),
+                training,
+            )
+        self._call(lambda callback: callback.on_checkpoint(trainer.num_steps, folder))
+
+
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    """Explain errors of writing a run; those of callbacks are left as they are."""
+    return disk_errors(folder, CheckpointError, RESUME)
 
 
 def _check_folder(recipe: Recipe, folder: Path) -> None:
-    """The folder is new, or holds a run of the same recipe, or one that saved nothing."""
+    """Check that a folder is vacant, or holds a run of the same recipe or without checkpoints."""
     path = folder / RECIPE
     if saved_steps(folder):
         old = load_recipe(str(path)).model_dump(mode="json")
@@ -214,21 +230,36 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
 
 
+def _with_recorded_room(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe with the units in a row that the newest checkpoint was trained with."""
+    saved = saved_steps(folder)
+    if not saved or recipe.data.row_patches is not None:
+        return recipe
+    try:
+        recorded = read_config(saved[-1]).training or {}
+    except CheckpointError:
+        # Explained when the checkpoint is loaded.
+        return recipe
+    row_patches = recorded.get("recipe", {}).get("data", {}).get("row_patches")
+    data = recipe.data.model_copy(update={"row_patches": row_patches})
+    return recipe.model_copy(update={"data": data})
+
+
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe, whole or not at all; one that has saved a checkpoint stays as it is."""
+    """Write the recipe atomically, unless the run has checkpoints already."""
     if not saved_steps(folder):
         write_text(folder / RECIPE, dump_yaml(recipe))
 
 
 def _resume(folder: Path, trainer: Trainer) -> int:
-    """Go on from the newest checkpoint, if there is one; where its metrics ended."""
+    """Resume from the newest checkpoint, if any; return the size of the metrics file then."""
     saved = saved_steps(folder)
     if not saved:
         return 0
     state = load_step(saved[-1], trainer.lm.trained, trainer.optimizer, trainer.device)
     if state.data_fingerprint != trainer.data_fingerprint:
         raise ConfigError(
-            f"{folder} was trained on other data than {trainer.setup.dataset.folder} holds now: "
+            f"{folder} was trained on other data than {trainer.setup.dataset.folder} now holds: "
             "restore that data, or start in another folder"
         )
     trainer.restore(state)
@@ -236,9 +267,8 @@ def _resume(folder: Path, trainer: Trainer) -> int:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """A list that fills when the process is asked to stop."""
-    asked: list[str] = []
+def _stop_signals(asked: list[str]) -> Iterator[None]:
+    """Add the signals that ask the process to stop to a list."""
 
     def ask(number: int, frame: object) -> None:
         asked.append(signal.Signals(number).name)
@@ -247,10 +277,10 @@ def _stop_signals() -> Iterator[list[str]]:
     try:
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
-        yield asked
+        yield
         return
     try:
-        yield asked
+        yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

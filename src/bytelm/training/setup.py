@@ -1,41 +1,50 @@
-"""From a recipe and prepared data to what is trained: thresholds, budgets, devices, weights."""
+"""Resolve a recipe with its data, and build the model to train."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bytelm import cpu
-from bytelm.checkpoint import load_scorer
-from bytelm.config import CalibratedPatching, DataConfig, ModelDescription, Recipe, TrainConfig
+from bytelm.checkpoint import load_scorer, read_config
+from bytelm.config import (
+    CalibratedPatching,
+    DataConfig,
+    ModelDescription,
+    Recipe,
+    ScorerConfig,
+    TrainConfig,
+)
 from bytelm.data import Dataset, all_documents, calibrate_sample, sample_dataset
-from bytelm.data.dataset import SCORER
+from bytelm.data.dataset import SCORER, ScorerRecord
 from bytelm.errors import ConfigError, DataError, PatchingError
 from bytelm.lm import CausalLM, build_lm
 from bytelm.patching import build_patcher
 from bytelm.tokens import Tokenizer, load_tokenizer
 from bytelm.training.parallel import parallelize
-from bytelm.units import ByteUnits, PatchUnits, TokenUnits, Units
+from bytelm.units import Units
 
 
 class Setup(NamedTuple):
-    """All that a run needs, resolved."""
+    """Resolved recipe, data and model of a run."""
 
     recipe: Recipe
-    """The recipe with its threshold and budget filled in."""
+    """The recipe with its threshold and budget of units filled in."""
     description: ModelDescription
     dataset: Dataset
     lm: CausalLM
-    """The language model, initialised, on its device."""
+    """The initialised language model, on its device."""
 
 
 def set_up(recipe: Recipe, device: torch.device) -> Setup:
     """Resolve a recipe and initialise its model.
 
     Raises:
-        ConfigError: the recipe lacks something.
-        DataError: the data is missing, damaged or unfit.
+        ConfigError: the recipe is incomplete, or the tokenizer does not fit the model.
+        DataError: the data is missing, damaged or unsuitable.
         PatchingError: the wanted patch size cannot be reached.
     """
     if recipe.data.path is None:
@@ -44,69 +53,116 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
         )
     dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
     tokenizer = _load_tokenizer(recipe)
-    recipe = _resolve(recipe, dataset, tokenizer)
+    recipe = _with_threshold(recipe, dataset)
     scorer = scorer_config = None
-    if recipe.patching is not None and build_patcher(recipe.patching).needs_entropies:
-        _check_entropies(dataset, recipe.patching.kind)
-        record = dataset.manifest.scorer
-        assert record is not None
+    record = _scorer_record(recipe, dataset)
+    if record is not None:
         scorer, scorer_config = load_scorer(
             dataset.folder / SCORER, reset_at_newline=record.reset_at_newline, device=device
         )
-    description = ModelDescription(
-        model=recipe.model,
-        patching=recipe.patching,
-        scorer=scorer_config,
-        tokens=tokenizer is not None,
-        context_bytes=recipe.data.row_bytes,
-    )
-    lm = build_lm(description, scorer=scorer, tokenizer=tokenizer)
-    init_weights = getattr(lm.trained, "init_weights", None)
-    if init_weights is not None:
-        init_weights(torch.Generator().manual_seed(recipe.train.seed))
+    description = _describe(recipe, scorer_config, tokenizer)
+    seed = recipe.train.seed
+    with _seeded(seed):
+        lm = build_lm(description, scorer=scorer, tokenizer=tokenizer)
+        init_weights = getattr(lm.trained, "init_weights", None)
+        if init_weights is not None:
+            init_weights(torch.Generator().manual_seed(seed))
+    recipe = _with_units(recipe, dataset, lm.units)
     cpu.fuse(lm.trained.to(device))
     parallelize(lm.trained, recipe.train)
     return Setup(recipe, description, dataset, lm)
 
 
 def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Fill in what a recipe leaves to its data: the threshold, and the units in a row.
+    """Return a recipe with the values that depend on its data: threshold, and units in a row.
 
     Raises:
         ConfigError: the tokenizer does not fit the model.
-        DataError: the data, or the tokenizer, is damaged or unfit.
+        DataError: the data or the tokenizer is damaged or unsuitable.
         PatchingError: the wanted patch size cannot be reached.
     """
-    return _resolve(recipe, dataset, _load_tokenizer(recipe))
+    tokenizer = _load_tokenizer(recipe)
+    recipe = _with_threshold(recipe, dataset)
+    if recipe.data.row_patches is not None:
+        return recipe
+    config = None
+    record = _scorer_record(recipe, dataset)
+    if record is not None:
+        scorer = read_config(dataset.folder / SCORER).model
+        config = ScorerConfig(model=scorer, reset_at_newline=record.reset_at_newline)
+    # Only its units are needed, so the model gets no memory.
+    with _seeded(recipe.train.seed), torch.device("meta"):
+        lm = build_lm(_describe(recipe, config, tokenizer), tokenizer=tokenizer)
+    return _with_units(recipe, dataset, lm.units)
 
 
-def _resolve(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer | None) -> Recipe:
-    patching, data = recipe.patching, recipe.data
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's global generator for modules that initialise themselves when they are built.
+
+    Afterwards the generator continues as if it had not been used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _scorer_record(recipe: Recipe, dataset: Dataset) -> ScorerRecord | None:
+    """Return the record of the data's scorer, or ``None`` if the rule needs no entropies."""
+    if recipe.patching is None:
+        return None
+    with _seeded(recipe.train.seed):
+        needs_entropies = build_patcher(recipe.patching).needs_entropies
+    if not needs_entropies:
+        return None
+    _check_entropies(dataset, recipe.patching.kind)
+    record = dataset.manifest.scorer
+    assert record is not None
+    return record
+
+
+def _describe(
+    recipe: Recipe, scorer: ScorerConfig | None, tokenizer: Tokenizer | None
+) -> ModelDescription:
+    return ModelDescription(
+        model=recipe.model,
+        patching=recipe.patching,
+        scorer=scorer,
+        tokens=tokenizer is not None,
+        context_bytes=recipe.data.row_bytes,
+    )
+
+
+def _with_threshold(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return a recipe whose patching rule is calibrated."""
+    patching = recipe.patching
     if isinstance(patching, CalibratedPatching):
         _check_entropies(dataset, patching.kind)
     if isinstance(patching, CalibratedPatching) and patching.needs_calibration:
         if patching.patch_size is None:
             raise PatchingError(
-                f"the {patching.kind} rule needs a threshold or a patch_size to find one for"
+                f"the {patching.kind} rule has no threshold: set "
+                f"patching.{patching.threshold_name}, or patching.patch_size to calibrate it"
             )
         patching = calibrate_sample(patching, sample_dataset(dataset), patching.patch_size)
-    units: Units = ByteUnits()
-    if tokenizer is not None:
-        units = TokenUnits(tokenizer)
-    elif patching is not None:
-        units = PatchUnits(build_patcher(patching))
+    return recipe.model_copy(update={"patching": patching})
+
+
+def _with_units(recipe: Recipe, dataset: Dataset, units: Units) -> Recipe:
+    """Return a recipe with the number of units in a row, if they have a budget."""
+    data = recipe.data
     if units.has_budget and data.row_patches is None:
         sample = sample_dataset(dataset, units.sample_bytes)
         mean_bytes = units.mean_bytes(all_documents(sample))
         data = with_room(data, mean_bytes, units.margin)
-    return recipe.model_copy(update={"patching": patching, "data": data})
+    return recipe.model_copy(update={"data": data})
 
 
 def choose_device(config: TrainConfig) -> torch.device:
     """Return the device that a recipe asks for.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the device is not available.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device is cuda, but no CUDA device is available: use auto or cpu")
@@ -122,8 +178,8 @@ def with_room(data: DataConfig, unit_bytes: float, margin: float) -> DataConfig:
     Args:
         data: the configuration.
         unit_bytes: mean bytes per patch or token.
-        margin: room over what the bytes of a row need on average. Rows of tokens close on their
-            tokens and need none: they are equal in bytes on average.
+        margin: ratio of the room to the units that the bytes of a row need on average. It is 1 for
+            tokens, whose rows are closed by the number of tokens.
     """
     # No row holds more units than bytes.
     wanted = min(math.ceil(margin * data.row_bytes / unit_bytes), data.row_bytes)
@@ -131,7 +187,7 @@ def with_room(data: DataConfig, unit_bytes: float, margin: float) -> DataConfig:
 
 
 def _load_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """Return the tokenizer of a recipe, whose model must be of its size."""
+    """Return the tokenizer of a recipe, after checking that the model has its vocabulary size."""
     if recipe.data.tokenizer is None:
         return None
     path = Path(recipe.data.tokenizer)

@@ -1,15 +1,15 @@
-"""Saving and resuming a run: what a step's checkpoint holds beside the model.
+"""Save and load the state of a run: model, optimiser moments, and position.
 
 ::
 
-    RUN/recipe.yaml                      what was asked for
+    RUN/recipe.yaml                      the recipe of the run
     RUN/metrics.jsonl
     RUN/checkpoints/step-00000500/       a complete model checkpoint, and
         optimizer.safetensors            moments by parameter name
         trainer.json                     step, data position, metrics position
 
-Restoring gives the same bits as never having stopped: nothing random is drawn while training
-except the order of the data, which is a function of its position.
+A resumed run is bitwise equal to an uninterrupted one: the order of the data is the only randomness
+in training, and is a function of the position.
 """
 
 import shutil
@@ -38,21 +38,21 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainerState:
-    """Everything but tensors."""
+    """State of a trainer, except tensors."""
 
     step: int
-    """Steps done."""
+    """Steps completed."""
     data: LoaderState
     data_fingerprint: str
     metrics_bytes: int
     """Size of ``metrics.jsonl`` at this step."""
     bytes_seen: int
     interval: dict[str, Any]
-    """Totals of the report in progress."""
+    """Totals since the last report."""
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -68,12 +68,12 @@ def save_step(
     Args:
         run: folder of the run.
         setup: model and description.
-        optimizer: of the run.
-        state: everything else.
-        training: for people, into the model's configuration.
+        optimizer: optimiser of the run.
+        state: state of the trainer.
+        training: record of the training for the model's configuration.
 
     Raises:
-        CheckpointError: the disk refused; earlier checkpoints are untouched.
+        CheckpointError: the checkpoint cannot be written; earlier ones are unchanged.
     """
     folder = step_folder(run, state.step)
     remove_unfinished(folder.parent)
@@ -88,10 +88,10 @@ def save_step(
 def load_step(
     folder: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> TrainerState:
-    """Restore parameters and moments, and return the rest.
+    """Restore parameters and moments, and return the rest of the state.
 
     Raises:
-        CheckpointError: the folder is damaged or of another model.
+        CheckpointError: the checkpoint is damaged.
     """
     try:
         check_checkpoint(folder)
@@ -105,7 +105,7 @@ def load_step(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             keys = {key: f"{names[id(parameter)]}/{key}" for key in MOMENTS}
-            # One that has had no gradient yet has none.
+            # A parameter without a gradient so far has no moments.
             if keys["step"] in moments:
                 optimizer.state[parameter] = {key: moments[name] for key, name in keys.items()}
     data = read_json(folder / TRAINER)
@@ -114,7 +114,7 @@ def load_step(
 
 
 _INTERVAL = {"num_patches": "num_units", "room_patches": "room_units"}
-"""Names that totals had in earlier versions, and their present ones."""
+"""Names of totals in earlier versions, and their present names."""
 
 
 def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a step of a recipe costs on this computer, found by taking a few."""
+"""Measure the cost of a recipe's optimiser step on this computer."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ class StepCost(NamedTuple):
 
 
 def step_cost(recipe: Recipe) -> StepCost:
-    """Take a few steps of a recipe, thrown away, and time them.
+    """Return the cost of an optimiser step, measured on a few steps that are discarded.
 
     Raises:
         ConfigError, DataError, PatchingError: as :func:`bytelm.training.train`.

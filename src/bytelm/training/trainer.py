@@ -1,11 +1,13 @@
-"""The optimiser step: the same for entropy models, BLTs and plain byte transformers."""
+"""The training step of all models: data, model and optimiser, without files."""
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from bytelm.accounting import training_flops
@@ -21,7 +23,7 @@ from bytelm.training.validation import held_out_spans
 
 @dataclass
 class _Interval:
-    """Totals since the last report; part of a checkpoint, so that reports survive a stop."""
+    """Totals since the last report; saved in checkpoints, so that resumed reports are the same."""
 
     byte_nats: float = 0.0
     target_nats: float = 0.0
@@ -34,7 +36,7 @@ class _Interval:
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures of the interval."""
+        """Return the metrics of the interval."""
         figures = {
             "loss": self.target_nats / self.num_targets,
             "bpb": self.byte_nats / math.log(2) / max(self.num_bytes, 1),
@@ -48,7 +50,7 @@ class _Interval:
 
 
 class Trainer:
-    """A recipe at work: data, model and optimiser, and nothing of folders or screens.
+    """Data, model and optimiser of a recipe; independent of run folders and displays.
 
     Raises:
         ConfigError, DataError, PatchingError: as :func:`bytelm.training.setup.set_up`.
@@ -84,14 +86,14 @@ class Trainer:
 
     @property
     def flops(self) -> float:
-        """Spent on all steps taken, by :mod:`bytelm.accounting`."""
+        """Training FLOPs of all steps taken, as :mod:`bytelm.accounting` counts them."""
         return self.step_flops * self.num_steps
 
     def step(self) -> None:
-        """One optimiser step: accumulate, clip, update.
+        """Take one optimiser step: accumulate gradients, clip, update.
 
         Raises:
-            TrainingError: the gradient is not finite; parameters are as they were before the step.
+            TrainingError: the gradient is not finite; the parameters are unchanged.
         """
         began = time.monotonic()
         batch = self.loader.next_batch()
@@ -101,7 +103,7 @@ class Trainer:
             micro = micro.to(self.device)
             with self._precision():
                 nats = position_nats(self.lm, micro)
-            # Divided by the targets of the whole step: k micro-batches equal one large batch.
+            # Divide by the targets of the whole step, so that micro-batches equal one large batch.
             (nats.sum() / num_targets).backward()
             with torch.no_grad():
                 all_nats += nats.sum()
@@ -129,7 +131,7 @@ class Trainer:
         interval.num_bytes += num_bytes
         interval.num_targets += num_targets
         interval.num_positions += int(batch.byte_counts.sum())
-        # A row of tokens has room for tokens only.
+        # Rows of tokens have no fixed room for bytes.
         has_bytes = self.lm.units.byte_room == 1.0
         interval.room_bytes += batch.ids.numel() if has_bytes else int(batch.byte_counts.sum())
         if batch.unit_counts is not None and batch.budget is not None:
@@ -139,7 +141,7 @@ class Trainer:
         self.bytes_seen += num_bytes
 
     def report(self) -> dict[str, float]:
-        """Return the metrics since the last report, and begin the next."""
+        """Return the metrics since the last report, and begin a new interval."""
         interval, self.interval = self.interval, _Interval()
         return {
             **interval.metrics(),
@@ -151,7 +153,7 @@ class Trainer:
         }
 
     def evaluate(self) -> dict[str, Likelihood]:
-        """Return the likelihood of held-out text by source; empty where there is none."""
+        """Return the likelihood of held-out text by source; empty if nothing is held out."""
         if not len(self.held_out):
             return {}
         context_bytes = self.recipe.data.row_bytes
@@ -160,12 +162,13 @@ class Trainer:
             max_bytes=self.recipe.train.validation_bytes,
             context_bytes=context_bytes,
         )
-        # Held-out rows come in many shapes: compiling each would take longer than running it.
-        with self._precision(), torch.compiler.set_stance("force_eager"):
+        # Held-out rows have many shapes: compiling each would take longer than running it.
+        stance = torch.compiler.set_stance("force_eager")
+        with _evaluating(self.lm), self._precision(), stance:
             return measure_spans(self.lm, spans, context_bytes=context_bytes)
 
     def state(self, metrics_bytes: int) -> TrainerState:
-        """Return everything but tensors that it takes to go on from here."""
+        """Return the state to resume from, except tensors."""
         return TrainerState(
             step=self.num_steps,
             data=self.loader.state(),
@@ -176,7 +179,7 @@ class Trainer:
         )
 
     def restore(self, state: TrainerState) -> None:
-        """Go on from a state; parameters and moments are restored apart."""
+        """Resume from a state; parameters and moments are restored separately."""
         self.num_steps = state.step
         self.bytes_seen = state.bytes_seen
         self.loader.restore(state.data)
@@ -189,6 +192,21 @@ class Trainer:
         if wanted == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+@contextmanager
+def _evaluating(lm: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation mode, and each back into its own mode afterwards.
+
+    A scorer is in evaluation mode all the time.
+    """
+    training = [module for module in lm.modules() if module.training]
+    lm.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def step_flops(recipe: Recipe) -> float:

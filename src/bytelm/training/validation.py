@@ -1,4 +1,4 @@
-"""Held-out text of prepared data: the same spans at every validation."""
+"""Held-out spans of prepared data for validation."""
 
 from collections.abc import Iterator
 
@@ -11,25 +11,25 @@ from bytelm.training.objective import LabelledSpan
 from bytelm.units import Span
 
 SLACK = 64
-"""Bytes in which the end of a word is looked for."""
+"""Bytes that are searched for the end of a word."""
 WHITE_SPACE = codec.encode(" \n\t\r", bos=False)
 
 
 def held_out_spans(
     dataset: Dataset, *, max_bytes: int, context_bytes: int, seed: int = 0, skip_bytes: int = 0
 ) -> Iterator[LabelledSpan]:
-    """Yield random spans of prepared documents, labelled by source, always the same ones.
+    """Yield reproducible random spans of prepared documents, labelled by source.
 
-    They are up to ``context_bytes`` long, begin and end where a word does if there is one within
-    :data:`SLACK` of that (so that no token is cut in two), and cover a document without overlap.
+    They are up to ``context_bytes`` long and cover a document without overlap. They begin and end
+    at the end of a word if there is one within :data:`SLACK` bytes, so that no token is cut in two.
 
     Args:
-        dataset: with held-out documents.
-        max_bytes: about how much.
+        dataset: held-out documents.
+        max_bytes: approximate number of bytes.
         context_bytes: longest span.
-        seed: of the choice.
-        skip_bytes: about how much of the choice to leave out first, for text that has not served
-            before.
+        seed: seed of the sample.
+        skip_bytes: approximate number of bytes of the sample to skip first, to get text that has
+            not been used before.
 
     Raises:
         DataError: the split holds no documents.

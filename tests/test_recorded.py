@@ -1,0 +1,111 @@
+"""Small trainings whose losses were recorded: a change of the code must not change them.
+
+The recipes keep the configuration keys of the version that recorded them, 0.1.0 of 2026-11-24.
+Where numbers are meant to change, `python tests/test_recorded.py` records them again, and the log
+says why.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bytelm.config import Recipe, parse
+from bytelm.data import PrepareOptions, prepare
+from bytelm.tokens import train_tokenizer
+from bytelm.training import train
+
+RECORD = Path(__file__).with_name("recorded_losses.json")
+WORDS = ["the", "patch", "of", "bytes", "ends", "where", "entropy", "rises", "caf\u00e9", "\n"]
+LOCAL = {"dim": 32, "num_heads": 2, "ffn_dim": 64, "window": 16}
+GLOBAL = {"dim": 48, "num_layers": 2, "num_heads": 4, "ffn_dim": 96}
+BLT = {
+    "kind": "blt",
+    "local": {**LOCAL, "encoder_layers": 1, "decoder_layers": 2},
+    "global_model": GLOBAL,
+    "cross_attention": {"slots": 2, "num_heads": 2},
+}
+TRANSFORMER = {"kind": "transformer", **GLOBAL}
+RUNS = {
+    "entropy model": ("text", {"model": {**TRANSFORMER, "window": 16}}),
+    "BLT, entropy patches": (
+        "scored",
+        {
+            "model": {**BLT, "ngrams": {"sizes": [3, 5], "rows": 512}},
+            "patching": {"kind": "entropy", "threshold": 4.0, "max_length": 8},
+            "optimizer": {"rates": {"embeddings": 4, "global": 0.5}},
+        },
+    ),
+    "BLT, space patches": (
+        "text",
+        {"model": BLT, "patching": {"kind": "space", "max_length": 6}},
+    ),
+    "transformer over tokens": (
+        "text",
+        {"model": {**TRANSFORMER, "vocab_size": 296}, "data": {"tokenizer": "tokenizer"}},
+    ),
+}
+
+
+def prepare_text(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(5, 90))) for _ in range(60)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "text.jsonl").write_text("\n".join(lines), "utf-8")
+    prepare_as(folder, "text")
+    train_tokenizer([text.encode() for text in texts], 296).save(folder / "tokenizer")
+
+
+def prepare_as(folder: Path, name: str, scorer: Path | None = None) -> None:
+    options = PrepareOptions(scorer=scorer, workers=1, validation_share=0.1)
+    prepare([str(folder / "text.jsonl")], folder / name, options)
+
+
+def losses_of(name: str, folder: Path) -> list[float]:
+    """Train a model by its recipe."""
+    data, changes = RUNS[name]
+    values = {
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "train": {"steps": 12, "log_every": 1},
+        **changes,
+    }
+    own = dict(changes.get("data", {}))
+    if "tokenizer" in own:
+        own["tokenizer"] = str(folder / own["tokenizer"])
+    values["data"] = {"path": str(folder / data), "row_bytes": 192, "rows_per_step": 4, **own}
+    run = folder / name.replace(" ", "-")
+    train(parse(Recipe, values, name), run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def all_losses(folder: Path) -> dict[str, list[float]]:
+    prepare_text(folder)
+    losses = {}
+    for name in RUNS:
+        losses[name] = losses_of(name, folder)
+        if name == "entropy model":
+            prepare_as(folder, "scored", folder / "entropy-model")
+    return losses
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return all_losses(tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_those_recorded(trained, name):
+    recorded = json.loads(RECORD.read_text("utf-8"))[name]
+    assert len(recorded) == 12
+    assert all(map(math.isfinite, recorded))
+    # Processors add up in other orders; the same one gives the same bits.
+    assert trained[name] == pytest.approx(recorded, rel=1e-6)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        RECORD.write_text(json.dumps(all_losses(Path(made)), indent=1) + "\n", "utf-8")
