@@ -70,7 +70,7 @@ def test_the_tour_on_a_folder_and_again(tmp_path):
     assert rows == results["rows"]
     other = quickstart("--data", data, "--seed", "5", cwd=tmp_path)
     assert other.returncode == 1
-    assert "holds a quickstart of other settings" in other.stderr
+    assert "holds a quickstart with other settings" in other.stderr
 
 
 @pytest.mark.parametrize(
