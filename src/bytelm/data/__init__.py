@@ -6,11 +6,12 @@ from bytelm.data.calibration import (
     sample_dataset,
     train_dataset_tokenizer,
 )
-from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
+from bytelm.data.corpus import Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import Dataset, Manifest, read_manifest
 from bytelm.data.loader import Loader, LoaderState, SpanOrder
 from bytelm.data.packing import IGNORED, Batch, Row, make_batch
 from bytelm.data.preparation import PreparationState, PrepareOptions, prepare
+from bytelm.data.records import Document
 
 __all__ = [
     "IGNORED",

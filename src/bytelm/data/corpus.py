@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, Literal, Protocol, cast, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bytelm.codec import to_bytes
 from bytelm.data.dataset import MANIFEST, Dataset, Split, read_manifest
+from bytelm.data.records import Document, Fields, InvalidRecord, valid_name
 from bytelm.errors import DataError
 from bytelm.storage import FILES
 
@@ -60,15 +60,6 @@ _DECOMPRESSORS: dict[str, Callable[[BinaryIO], _Bytes]] = {
     ".zst": partial(_arrow_stream, "zstd"),
 }
 """Readers of compressed files, by suffix."""
-
-
-class Document(NamedTuple):
-    """One document."""
-
-    data: bytes
-    source: str
-    split: Split | None = None
-    """``None`` if preparation decides it."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +172,11 @@ def _inputs_at(path: Path, source: str, options: ReadOptions, skip: set[Path]) -
             f"{path} holds several splits: name one of {', '.join(splits)}, as PATH/SPLIT"
         )
     if (path / "state.json").exists() and (path / "dataset_info.json").exists():
-        return [Input(path, source or _label(path.resolve().name), "datasets")]
+        return [Input(path, source or valid_name(path.resolve().name), "datasets")]
     found = []
     for file in _files_below(path, options.include, skip):
         is_record = _suffixes(file)[0] in _RECORDS
-        name = source or (_source_name(file) if is_record else _label(path.resolve().name))
+        name = source or (_source_name(file) if is_record else valid_name(path.resolve().name))
         if is_record or options.binary or not _looks_binary(file):
             found.append(_file_input(file, name, options))
         else:
@@ -232,12 +223,7 @@ def _source_name(path: Path) -> str:
     name = path.name
     for suffix in reversed(_suffixes(path)):
         name = name[: len(name) - len(suffix)] if suffix else name
-    return _label(re.sub(r"[-_.]\d+(-of-\d+)?$", "", name) or name)
-
-
-def _label(name: str) -> str:
-    """Return a source's name as valid Unicode; file systems and records allow other names."""
-    return name.encode("utf-8", "replace").decode("utf-8")
+    return valid_name(re.sub(r"[-_.]\d+(-of-\d+)?$", "", name) or name)
 
 
 def _looks_binary(path: Path) -> bool:
@@ -252,6 +238,7 @@ class Reader:
 
     def __init__(self, options: ReadOptions) -> None:
         self.options = options
+        self._fields = Fields(options.field, options.source_field)
         self.num_empty = 0
         """Documents without a byte."""
         self.num_invalid = 0
@@ -336,9 +323,9 @@ class Reader:
         assert source.path is not None
         self._file = source.path.open("rb")
         table = pq.ParquetFile(self._file)
-        self._check_columns(table.schema_arrow.names, source)
+        self._fields.check_columns(table.schema_arrow.names, source.name)
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=self._columns()):
+        for batch in table.iter_batches(batch_size=1024, columns=self._fields.columns):
             for record in batch.to_pylist():
                 yield from self._document(record, f"{source.name}, row {row}", source)
                 row += 1
@@ -365,37 +352,15 @@ class Reader:
             dataset = datasets.load_from_disk(str(source.path))
         except (ValueError, LookupError, TypeError) as error:
             raise DataError(f"cannot read {source.name}: {error!r}; save it again") from None
-        self._check_columns(dataset.column_names, source)
-        for row, record in enumerate(dataset.select_columns(self._columns())):
+        self._fields.check_columns(dataset.column_names, source.name)
+        for row, record in enumerate(dataset.select_columns(self._fields.columns)):
             yield from self._document(dict(record), f"{source.name}, row {row}", source)
 
-    def _columns(self) -> list[str]:
-        field, source_field = self.options.field, self.options.source_field
-        return [field, source_field] if source_field else [field]
-
-    def _check_columns(self, names: Iterable[str], source: Input) -> None:
-        missing = [c for c in self._columns() if c not in names]
-        if missing:
-            raise DataError(
-                f"{source.name} has no column {missing[0]!r}; it has {', '.join(names)}: "
-                "choose one with --field (or --source-field)"
-            )
-
     def _document(self, record: dict[str, Any], where: str, source: Input) -> Iterator[Document]:
-        for name in self._columns():
-            if name not in record:
-                self._invalid(
-                    f"{where} has no field {name!r}; it has {', '.join(map(repr, record))}: choose "
-                    "one with --field (or --source-field)"
-                )
-                return
-        text = record[self.options.field]
-        if not isinstance(text, str | bytes):
-            self._invalid(f"{where}: field {self.options.field!r} holds {text!r:.60}, not text")
-            return
-        named = record[self.options.source_field] if self.options.source_field else None
-        label = source.source if named is None else _label(str(named))
-        yield Document(to_bytes(text), label)
+        try:
+            yield self._fields.document(record, where, source.source)
+        except InvalidRecord as error:
+            self._invalid(str(error))
 
     def _invalid(self, message: str) -> None:
         if not self.options.skip_invalid:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.checkpoint import check_checkpoint, find_checkpoint, fingerprint, load_scorer
-from bytelm.data.corpus import Document, Input, Reader, ReadOptions, find_inputs
+from bytelm.data.corpus import Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import (
     MANIFEST,
     RESUME,
@@ -36,6 +36,7 @@ from bytelm.data.dataset import (
     read_manifest,
     write_manifest,
 )
+from bytelm.data.records import Document
 from bytelm.data.writing import Shard, writers
 from bytelm.errors import DataError
 from bytelm.storage import (

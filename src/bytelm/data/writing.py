@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from bytelm import codec
 from bytelm.checkpoint import load_scorer
-from bytelm.data.corpus import Document
 from bytelm.data.dataset import (
     SCHEMA,
     SCORED_SCHEMA,
@@ -27,6 +26,7 @@ from bytelm.data.dataset import (
     SourceTotal,
     Split,
 )
+from bytelm.data.records import Document
 from bytelm.errors import DataError
 from bytelm.patching import Scorer
 from bytelm.scoring import group_by_size, score_documents
