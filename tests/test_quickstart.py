@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelm.quickstart import equal_flops
+from bytelm.errors import ConfigError, DataError
+from bytelm.progress import Progress
+from bytelm.quickstart import equal_flops, run_quickstart
 from bytelm.training import StepCost
 
 positive = st.floats(1e-3, 1e3)
@@ -86,3 +88,34 @@ def test_too_little_text_is_said_at_once(tmp_path, content, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_failed_quickstart_does_not_claim_its_folder(tmp_path):
+    (tmp_path / "small.txt").write_bytes(b"a few words\n" * 20)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="needs at least 100,000 bytes"):
+        run_quickstart(tmp_path / "small.txt", out)
+    assert not out.exists()
+    with pytest.raises(DataError, match="nope"):
+        run_quickstart(tmp_path / "nope", out, seed=1)
+    assert not out.exists()
+    # A folder that the user made stays, with what was in it.
+    out.mkdir()
+    (out / ".DS_Store").touch()
+    with pytest.raises(DataError, match="nope"):
+        run_quickstart(tmp_path / "nope", out)
+    assert [path.name for path in out.iterdir()] == [".DS_Store"]
+
+
+def test_an_interrupted_quickstart_keeps_its_folder(tmp_path):
+    class Interrupted(Progress):
+        def stage(self, title):
+            if title.startswith("scoring"):
+                raise KeyboardInterrupt
+
+    data = source(tmp_path / "text")
+    with pytest.raises(KeyboardInterrupt):
+        run_quickstart(data, tmp_path / "out", progress=Interrupted())
+    assert (tmp_path / "out" / "text" / "manifest.json").exists()
+    with pytest.raises(ConfigError, match="holds a quickstart with other settings"):
+        run_quickstart(data, tmp_path / "out", seed=1)

@@ -592,6 +592,14 @@ def test_only_what_is_unfinished_is_removed(tmp_path):
     assert not is_vacant(tmp_path / "writing-a")
 
 
+@pytest.mark.parametrize("name", [".git/config", ".gitignore", ".hidden", ".lock.txt"])
+def test_a_folder_with_hidden_entries_of_others_is_not_vacant(tmp_path, name):
+    fill(tmp_path, {".DS_Store": b"", ".lock": b""})
+    assert is_vacant(tmp_path)
+    fill(tmp_path, {name: b""})
+    assert not is_vacant(tmp_path)
+
+
 # Locks
 
 HOLD = """

@@ -8,8 +8,11 @@ that the package writes. Each step can be interrupted; the same command resumes 
 import lzma
 import os
 import platform
+import shutil
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,16 +103,16 @@ def run_quickstart(
     """
     began = time.monotonic()
     check_matplotlib()
-    _claim(out, data, seed)
     progress = progress or Progress()
-    progress.stage("reading text")
-    text = _prepare_text(data, out, progress)
-    progress.stage("counting n-grams, for a scorer")
-    counted = load_recipe("quickstart-entropy", [f"data.path={out / 'text'}", f"seed={seed}"])
-    assert isinstance(counted, NgramRecipe)
-    fit_ngrams(counted, out / "entropy")
-    progress.stage(f"scoring the text, and finding the threshold for {PATCH_SIZE} bytes per patch")
-    threshold = _score(out, progress)
+    with _claimed(out, data, seed):
+        progress.stage("reading text")
+        text = _prepare_text(data, out, progress)
+        progress.stage("counting n-grams, for a scorer")
+        counted = load_recipe("quickstart-entropy", [f"data.path={out / 'text'}", f"seed={seed}"])
+        assert isinstance(counted, NgramRecipe)
+        fit_ngrams(counted, out / "entropy")
+        progress.stage(f"scoring the text; finding a threshold for {PATCH_SIZE} bytes per patch")
+        threshold = _score(out, progress)
     progress.note(f"threshold {threshold:.3f} nats")
 
     left = 60 * minutes * (1 - RESERVED_SHARE) - (time.monotonic() - began)
@@ -184,6 +187,28 @@ def _training_recipe(name: str, out: Path, seed: int, steps: int) -> Recipe:
     recipe = load_recipe(f"quickstart-{name}", overrides)
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+@contextmanager
+def _claimed(out: Path, data: Path | None, seed: int) -> Iterator[None]:
+    """Claim the folder, and give it back if the block fails before anything was trained.
+
+    So another text can be tried after one that cannot be used. An interruption keeps the claim:
+    the same command resumes.
+    """
+    is_new = not out.exists()
+    _claim(out, data, seed)
+    try:
+        yield
+    except Exception:
+        if read_json(out / PLAN)["steps"] is None:
+            for name in ("text", "entropy", "scored"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            (out / PLAN).unlink()
+            if is_new:
+                with suppress(OSError):
+                    out.rmdir()
+        raise
 
 
 def _claim(out: Path, data: Path | None, seed: int) -> None:

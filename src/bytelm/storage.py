@@ -237,10 +237,17 @@ def check_absent(target: Path) -> None:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a folder is absent, or holds only the hidden files that killed processes leave."""
+    """Whether a folder is absent, or holds only what killed writers and file managers leave.
+
+    Other hidden entries, such as the ``.git`` of a repository, belong to someone.
+    """
     if not folder.exists():
         return True
-    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    return folder.is_dir() and all(_is_leftover(path.name) for path in folder.iterdir())
+
+
+def _is_leftover(name: str) -> bool:
+    return name in (LOCK, ".DS_Store") or name.startswith(_UNFINISHED)
 
 
 def remove_unfinished(parent: Path) -> None:
