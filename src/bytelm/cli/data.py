@@ -52,9 +52,12 @@ def data_prepare(
         Literal["auto", "text", "lines", "jsonl", "parquet"],
         typer.Option(help="auto: by name; text: each file is a document; lines: each line is."),
     ] = "auto",
-    field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
+    field: Annotated[
+        str, typer.Option(help="Field or column with the text; doc.text is a nested one.")
+    ] = "text",
     source_field: Annotated[
-        str | None, typer.Option(help="Field or column that names the source.")
+        str | None,
+        typer.Option(help="Field or column that names the source; labels give their names."),
     ] = None,
     include: Annotated[
         str | None, typer.Option(help="Glob for files in folders, such as '*.py'.")

@@ -9,7 +9,6 @@ import fnmatch
 import glob
 import gzip
 import io
-import json
 import lzma
 import os
 import re
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast, runtime_checkable
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bytelm.data.dataset import MANIFEST, Dataset, Split, read_manifest
-from bytelm.data.records import Document, Fields, InvalidRecord, valid_name
+from bytelm.data.records import Document, Fields, InvalidRecord, parse_record, valid_name
+from bytelm.data.tables import dataset_records, parquet_records
 from bytelm.errors import DataError
 from bytelm.storage import FILES
 
@@ -69,7 +68,7 @@ class ReadOptions:
     format: Format = "auto"
     """``auto``: by the file's name; ``text``: each file is a document; ``lines``: each line is."""
     field: str = "text"
-    """Field or column that holds the text of a record."""
+    """Field or column that holds the text of a record; ``doc.text`` is a nested one."""
     source_field: str | None = None
     """Field or column that names a record's source; by default the file's name does."""
     include: str | None = None
@@ -310,25 +309,17 @@ class Reader:
                 continue
             where = f"{source.name}, line {number}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                self._invalid(f"{where} is not JSON: {error}")
-                continue
-            if not isinstance(record, dict):
-                self._invalid(f"{where} holds {type(record).__name__}, not an object")
+                record = parse_record(line)
+            except ValueError as error:
+                self._invalid(f"{where} {error}")
                 continue
             yield from self._document(record, where, source)
 
     def _parquet(self, source: Input) -> Iterator[Document]:
         assert source.path is not None
         self._file = source.path.open("rb")
-        table = pq.ParquetFile(self._file)
-        self._fields.check_columns(table.schema_arrow.names, source.name)
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=self._fields.columns):
-            for record in batch.to_pylist():
-                yield from self._document(record, f"{source.name}, row {row}", source)
-                row += 1
+        for row, record in enumerate(parquet_records(self._file, self._fields, source.name)):
+            yield from self._document(record, f"{source.name}, row {row}", source)
 
     def _prepared(self, source: Input) -> Iterator[Document]:
         assert source.path is not None
@@ -342,19 +333,9 @@ class Reader:
                 yield Document(dataset.document(index), name, split)
 
     def _datasets(self, source: Input) -> Iterator[Document]:
-        try:
-            import datasets
-        except ImportError:
-            raise DataError(
-                f"{source.name} was saved by the `datasets` library: install bytelm[hub] to read it"
-            ) from None
-        try:
-            dataset = datasets.load_from_disk(str(source.path))
-        except (ValueError, LookupError, TypeError) as error:
-            raise DataError(f"cannot read {source.name}: {error!r}; save it again") from None
-        self._fields.check_columns(dataset.column_names, source.name)
-        for row, record in enumerate(dataset.select_columns(self._fields.columns)):
-            yield from self._document(dict(record), f"{source.name}, row {row}", source)
+        assert source.path is not None
+        for row, record in enumerate(dataset_records(source.path, self._fields)):
+            yield from self._document(record, f"{source.name}, row {row}", source)
 
     def _document(self, record: dict[str, Any], where: str, source: Input) -> Iterator[Document]:
         try:

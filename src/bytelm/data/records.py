@@ -1,6 +1,7 @@
 """Convert records, such as JSON objects and rows of tables, to documents."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,25 +25,32 @@ class InvalidRecord(DataError):
 
 @dataclass(frozen=True)
 class Fields:
-    """Fields of a record, or columns of a table, that make a document."""
+    """Fields of a record, or columns of a table, that make a document.
+
+    ``doc.text`` is the field ``text`` of the object in ``doc``, unless the record has a field that
+    is itself called ``doc.text``.
+    """
 
     text: str
     """Field that holds the text."""
     source: str | None = None
     """Field that names the source."""
 
-    @property
-    def columns(self) -> list[str]:
-        """Columns to read of a table."""
+    def columns(self, known: Container[str]) -> list[str]:
+        """Return the names of the fields, if a record or table has ``known`` ones."""
         return [self.text, self.source] if self.source else [self.text]
 
-    def check_columns(self, names: Iterable[str], where: str) -> None:
+    def check_columns(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns.
+
+        Args:
+            names: columns of the table, nested fields included.
+            where: name of the table, for messages.
 
         Raises:
             DataError: a column is missing.
         """
-        missing = [c for c in self.columns if c not in names]
+        missing = [c for c in self.columns(names) if c not in names]
         if missing:
             raise DataError(
                 f"{where} has no column {missing[0]!r}; it has {', '.join(names)}: "
@@ -60,17 +68,62 @@ class Fields:
         Raises:
             InvalidRecord: a field is missing or holds no text.
         """
-        for name in self.columns:
-            if name not in record:
-                raise InvalidRecord(
-                    f"{where} has no field {name!r}; it has {', '.join(map(repr, record))}: choose "
-                    "one with --field (or --source-field)"
-                )
-        text = record[self.text]
+        named = _find(record, self.source, where) if self.source else None
+        text = _find(record, self.text, where)
         if not isinstance(text, str | bytes):
             raise InvalidRecord(f"{where}: field {self.text!r} holds {text!r:.60}, not text")
-        named = record[self.source] if self.source else None
-        return Document(to_bytes(text), source if named is None else valid_name(str(named)))
+        return Document(to_bytes(text), source if named is None else _source_name(named))
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """Parse a JSON object; bytes that are not valid UTF-8 are escaped as surrogates.
+
+    Raises:
+        ValueError: the line is not a JSON object.
+    """
+    try:
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            record = json.loads(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"holds {type(record).__name__}, not an object")
+    return record
+
+
+def _find(record: Mapping[str, Any], path: str, where: str) -> Any:
+    """Return the value of a field, which may be nested.
+
+    Raises:
+        InvalidRecord: there is no such field.
+    """
+    found = _lookup(record, path)
+    if not found:
+        raise InvalidRecord(
+            f"{where} has no field {path!r}; it has {', '.join(map(repr, record))}: choose "
+            "one with --field (or --source-field)"
+        )
+    return found[0]
+
+
+def _lookup(record: Any, path: str) -> list[Any]:
+    """Return a list of the value at a path, or an empty one."""
+    if not isinstance(record, Mapping):
+        return []
+    if path in record:
+        return [record[path]]
+    for at, character in reversed(list(enumerate(path))):
+        if character == "." and path[:at] in record:
+            found = _lookup(record[path[:at]], path[at + 1 :])
+            if found:
+                return found
+    return []
+
+
+def _source_name(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else valid_name(str(value))
 
 
 def valid_name(name: str) -> str:
