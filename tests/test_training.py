@@ -446,6 +446,7 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
     train(recipe(data, "transformer", steps=1), tmp_path / "transformer")
     scaled = TransformerConfig(**{**SMALL, "rope_scaling": RopeScaling(kind="llama3", factor=2.0)})
     Trainer(recipe(data, "transformer").model_copy(update={"model": scaled})).step()
+    Trainer(changed(recipe(data), "optimizer", schedule="wsd")).step()
     table = {"model": {"kind": "ngram"}, "data": {"path": data}}
     fit_ngrams(parse(NgramRecipe, table, "test"), tmp_path / "table")
     for rule in (StaticPatching(length=3), MonotonicPatching(increase=0.001),

@@ -20,10 +20,25 @@ class StopTraining(Exception):
     """
 
 
+class BeginCooldown(Exception):
+    """Raised by a callback to begin the cooldown of a wsd schedule, or to change its end.
+
+    Checkpoints record it, so that their recipe is that of the run as it was.
+
+    Args:
+        steps: steps that remain, all of the cooldown.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"{steps} steps remain")
+        self.steps = steps
+
+
 class Callback:
     """Receiver of the events of a training run; every method does nothing unless overridden.
 
-    A method may raise :class:`StopTraining` to end the run.
+    A method may raise :class:`StopTraining` to end the run, or :class:`BeginCooldown` to end it
+    after a cooldown.
 
     ::
 

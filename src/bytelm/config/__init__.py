@@ -41,6 +41,7 @@ from bytelm.config.reading import (
     shipped_text,
 )
 from bytelm.config.recipe import (
+    Cooldown,
     DataConfig,
     ModelDescription,
     NgramDataConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "BytePatching",
     "CalibratedPatching",
     "CombinedPatching",
+    "Cooldown",
     "CrossAttentionConfig",
     "DataConfig",
     "EntropyPatching",

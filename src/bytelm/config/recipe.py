@@ -46,8 +46,21 @@ class DataConfig(Node):
     """Check the hash of every shard before training."""
 
 
+class Cooldown(Node):
+    """Steps of a cooldown: the learning rate falls from step ``start`` until training ends."""
+
+    start: Annotated[int, Field(ge=0)]
+    """Number of steps before the cooldown."""
+    end: Positive
+    """Number of steps of the run."""
+
+
 class OptimizerConfig(Node):
-    """AdamW with linear warm-up and cosine decay (paper section 4.8)."""
+    """AdamW with linear warm-up and then cosine decay (paper section 4.8), or wsd.
+
+    wsd (warm-up, stable, decay) keeps the peak learning rate until the cooldown, so that its end
+    can be decided while the run is in progress (:func:`bytelm.training.optim.learning_rate`).
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -55,12 +68,28 @@ class OptimizerConfig(Node):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    cooldown: Literal["1-sqrt", "linear"] = "1-sqrt"
+    """Shape of the cooldown of wsd."""
+    cooldown_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps in the cooldown of wsd, unless ``cooldowns`` says."""
+    cooldowns: list[Cooldown] | None = None
+    """Cooldown of wsd as decided during a run and recorded in its checkpoints; a later one replaces
+    the end of the one before it."""
     final_ratio: Fraction = 0.0
     """Learning rate of the last step, relative to the peak."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     lr_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Learning rate of a part relative to ``learning_rate``, such as ``{global: 0.1}``; 1 for parts
     that are not named."""
+
+    @model_validator(mode="after")
+    def _has_the_cooldown_that_it_sets(self) -> "OptimizerConfig":
+        for name in ("cooldown", "cooldown_fraction", "cooldowns"):
+            default = type(self).model_fields[name].default
+            if self.schedule != "wsd" and getattr(self, name) != default:
+                raise ValueError(f"{name} needs optimizer.schedule=wsd: set both or neither")
+        return self
 
 
 class TrainConfig(Node):
@@ -99,6 +128,23 @@ class Recipe(Node):
         """Ids in a padded row: bytes, or the budget of tokens."""
         data = self.data
         return data.row_bytes if data.tokenizer is None else data.row_patches or 0
+
+    @model_validator(mode="after")
+    def _cooldowns_fit(self) -> "Recipe":
+        cooldowns = self.optimizer.cooldowns
+        if cooldowns is None:
+            return self
+        starts = [cooldown.start for cooldown in cooldowns]
+        if not starts or starts != sorted(set(starts)) or any(c.end <= c.start for c in cooldowns):
+            raise ValueError(
+                "optimizer.cooldowns must start one after the other, and each end after its start"
+            )
+        if cooldowns[-1].end != self.train.steps:
+            raise ValueError(
+                f"optimizer.cooldowns ends at step {cooldowns[-1].end}, but train.steps is "
+                f"{self.train.steps}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from bytelm.config import OptimizerConfig
+from bytelm.config import Cooldown, OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -41,15 +41,51 @@ def _part(name: str) -> str:
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of a step: linear warm-up, then cosine decay to ``final_ratio``.
+    """Return the learning rate of a step: linear warm-up, then cosine decay or wsd.
 
-    ::
+    Both end at ``final_ratio``, here r::
 
         warm-up  peak (step + 1) / warmup_steps
-        then     peak (r + (1 - r) (1 + cos(pi t)) / 2),  t from 0 to 1 at the last step
+        cosine   peak (r + (1 - r) (1 + cos(pi t)) / 2),  t from 0 to 1 at the last step
+        wsd      peak (r + (1 - r) (1 - t)),              t from 0 to 1 after the last step,
+              or peak (r + (1 - r) (1 - sqrt(t)))         and 0 before the cooldown
+
+    Args:
+        step: steps before this one.
+        steps: steps of the run.
+        config: the schedule.
     """
+    warm_up = min((step + 1) / max(config.warmup_steps, 1), 1.0)
+    if config.schedule == "wsd":
+        t = cooldown_progress(step, steps, config)
+        left = 1 - (t if config.cooldown == "linear" else math.sqrt(t))
+        ratio = config.final_ratio + (1 - config.final_ratio) * left
+        return config.learning_rate * min(warm_up, ratio)
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     t = (step - config.warmup_steps) / max(steps - 1 - config.warmup_steps, 1)
     cosine = (1 + math.cos(math.pi * min(t, 1.0))) / 2
     return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * cosine)
+
+
+def planned_cooldown(steps: int, config: OptimizerConfig) -> Cooldown:
+    """Return the cooldown of a run whose end is not decided while it is in progress."""
+    return Cooldown(start=steps - max(round(config.cooldown_fraction * steps), 1), end=steps)
+
+
+def cooldown_progress(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Return the share of the cooldown before a step: 0 until it starts, 1 when training ends.
+
+    ::
+
+        cooldowns                start 4, end 8       start 4, end 8; from step 6 on, end 7
+        steps before             0 to 4  5    6  7    0 to 4  5    6
+        share of the cooldown    0       1/4 1/2 3/4  0       1/4  1/2
+    """
+    cooldowns = config.cooldowns or [planned_cooldown(steps, config)]
+    progress = 0.0
+    for number, (start, end) in enumerate((c.start, c.end) for c in cooldowns):
+        until = cooldowns[number + 1].start if number + 1 < len(cooldowns) else end
+        covered = (min(step, until, end) - start) / (end - start)
+        progress += (1 - progress) * max(covered, 0.0)
+    return progress

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bytelm.checkpoint import read_config, saved_steps
-from bytelm.config import Recipe, differences, dump_yaml, load_recipe
+from bytelm.config import Cooldown, Recipe, differences, dump_yaml, load_recipe
 from bytelm.errors import CheckpointError, ConfigError, TrainingError
-from bytelm.progress import Callback, StopTraining
+from bytelm.progress import BeginCooldown, Callback, StopTraining
 from bytelm.storage import disk_errors, is_vacant, locked, write_text
 from bytelm.tracking import JsonlMetrics, TensorBoardMetrics
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.state import load_step, save_step, step_folder
-from bytelm.training.trainer import Trainer
+from bytelm.training.trainer import Trainer, with_cooldowns
 
 RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
 RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
@@ -77,7 +77,7 @@ def train(
         TrainingError: the loss or a weight is not finite.
     """
     _check_folder(recipe, folder)
-    trainer = Trainer(_with_recorded_room(recipe, folder))
+    trainer = Trainer(_as_recorded(recipe, folder))
     with ExitStack() as stack:
         with _writing(folder):
             stack.enter_context(locked(folder))
@@ -110,11 +110,11 @@ class _Run:
         trainer, config, began = self.trainer, self.trainer.recipe.train, time.monotonic()
         validation: dict[str, Likelihood] = {}
         with _stop_signals(self.stop):
-            self._call(lambda callback: callback.on_begin(trainer.num_steps, config.steps))
-            while trainer.num_steps < config.steps and not self.stop:
+            self._call(lambda callback: callback.on_begin(trainer.num_steps, trainer.last_step))
+            while trainer.num_steps < trainer.last_step and not self.stop:
                 self._step()
                 step = trainer.num_steps
-                is_last = step == config.steps
+                is_last = step == trainer.last_step
                 if step % config.log_every == 0 or is_last:
                     self._report(trainer.report())
                 if step % config.validate_every == 0 or is_last:
@@ -125,7 +125,7 @@ class _Run:
                     self._save()
             if self.stop:
                 self._save()
-        finished = trainer.num_steps == config.steps
+        finished = trainer.num_steps == trainer.last_step
         if not finished:
             validation = {}
         elif not validation:
@@ -148,6 +148,8 @@ class _Run:
                 event(callback)
             except StopTraining:
                 self.stop.append("callback")
+            except BeginCooldown as request:
+                self.trainer.cool_down(request.steps)
 
     def _step(self) -> None:
         try:
@@ -230,19 +232,26 @@ def _check_folder(recipe: Recipe, folder: Path) -> None:
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
 
 
-def _with_recorded_room(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe with the units in a row that the newest checkpoint was trained with."""
+def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe with what the newest checkpoint's run decided: units in a row, cooldowns."""
     saved = saved_steps(folder)
-    if not saved or recipe.data.row_patches is not None:
+    if not saved:
         return recipe
     try:
         recorded = read_config(saved[-1]).training or {}
     except CheckpointError:
         # Explained when the checkpoint is loaded.
         return recipe
-    row_patches = recorded.get("recipe", {}).get("data", {}).get("row_patches")
-    data = recipe.data.model_copy(update={"row_patches": row_patches})
-    return recipe.model_copy(update={"data": data})
+    old = recorded.get("recipe", {})
+    if recipe.data.row_patches is None:
+        row_patches = old.get("data", {}).get("row_patches")
+        data = recipe.data.model_copy(update={"row_patches": row_patches})
+        recipe = recipe.model_copy(update={"data": data})
+    if recipe.optimizer.cooldowns is None:
+        cooldowns = old.get("optimizer", {}).get("cooldowns") or []
+        if cooldowns:
+            recipe = with_cooldowns(recipe, [Cooldown(**cooldown) for cooldown in cooldowns])
+    return recipe
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from bytelm.accounting import training_flops
-from bytelm.config import Recipe
+from bytelm.config import Cooldown, Recipe
 from bytelm.data import IGNORED, Batch, Dataset, Loader
-from bytelm.errors import TrainingError
+from bytelm.errors import ConfigError, TrainingError
 from bytelm.training.objective import Likelihood, measure_spans, position_nats
-from bytelm.training.optim import build_optimizer, learning_rate
+from bytelm.training.optim import build_optimizer, learning_rate, planned_cooldown
 from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
 from bytelm.training.validation import held_out_spans
@@ -89,6 +89,11 @@ class Trainer:
         """Training FLOPs of all steps taken, as :mod:`bytelm.accounting` counts them."""
         return self.step_flops * self.num_steps
 
+    @property
+    def last_step(self) -> int:
+        """Steps of the run; a cooldown that begins during the run changes them."""
+        return self.recipe.train.steps
+
     def step(self) -> None:
         """Take one optimiser step: accumulate gradients, clip, update.
 
@@ -139,6 +144,28 @@ class Trainer:
             interval.room_units += batch.budget * len(batch.ids)
         self.num_steps += 1
         self.bytes_seen += num_bytes
+
+    def cool_down(self, steps: int) -> None:
+        """Begin the cooldown of a wsd schedule now, or change its end, which the recipe records.
+
+        Args:
+            steps: steps that remain.
+
+        Raises:
+            ConfigError: the schedule is not wsd.
+        """
+        if self.recipe.optimizer.schedule != "wsd":
+            raise ConfigError("only optimizer.schedule=wsd can begin its cooldown at any time")
+        now = Cooldown(start=self.num_steps, end=self.num_steps + max(steps, 1))
+        earlier = [c for c in self.cooldowns if c.start < now.start]
+        self.recipe = with_cooldowns(self.recipe, [*earlier, now])
+
+    @property
+    def cooldowns(self) -> list[Cooldown]:
+        """Cooldowns of the schedule that have begun."""
+        optimizer, steps = self.recipe.optimizer, self.recipe.train.steps
+        cooldowns = optimizer.cooldowns or [planned_cooldown(steps, optimizer)]
+        return [c for c in cooldowns if c.start < self.num_steps]
 
     def report(self) -> dict[str, float]:
         """Return the metrics since the last report, and begin a new interval."""
@@ -207,6 +234,13 @@ def _evaluating(lm: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def with_cooldowns(recipe: Recipe, cooldowns: list[Cooldown]) -> Recipe:
+    """Return a recipe with a wsd schedule that was decided during its run."""
+    optimizer = recipe.optimizer.model_copy(update={"cooldowns": cooldowns})
+    train = recipe.train.model_copy(update={"steps": cooldowns[-1].end})
+    return recipe.model_copy(update={"optimizer": optimizer, "train": train})
 
 
 def step_flops(recipe: Recipe) -> float:
