@@ -109,6 +109,25 @@ def test_globs_and_names(tmp_path):
     assert len(read(f"{tmp_path}/**/*.txt")) == 4
 
 
+def test_a_source_is_named_only_if_the_whole_argument_matches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, text in (("data/lang=en", "english"), ("en", "wrong")):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "p.txt").write_text(text)
+    english, wrong = ("p", b"english"), ("p", b"wrong")
+    for argument in ("data/lang=en/*.txt", "data/lang=en/p.txt", "data/lang=*/p.txt"):
+        assert read(argument) == [english]
+        assert read(f"~/{argument}") == [english]
+        assert read(f"mine=~/{argument}") == [("mine", b"english")]
+    assert read("data/lang=en") == [("lang=en", b"english")]
+    assert read("en/*.txt") == [wrong]
+    # A mistyped pattern must not match files elsewhere.
+    (tmp_path / "en" / "q.md").write_text("wrong")
+    with pytest.raises(DataError, match=r"'data/lang=en/\*.md' matches no file"):
+        read("data/lang=en/*.md")
+
+
 def test_include_matches_names_and_paths(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.py", "b.md", "sub/c.py"):

@@ -3,12 +3,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builders import random_byte_lm
 from bytelm import codec
@@ -76,6 +80,86 @@ def test_held_out_inputs_are_held_out_with_all_copies_of_their_documents(tmp_pat
     assert documents(tmp_path / "d", "train") == [f"text {i}".encode() for i in range(90)]
     held_out = documents(tmp_path / "d", "validation")
     assert sorted(set(held_out)) == sorted(f"text {i}".encode() for i in range(90, 120))
+
+
+LINES = [f"line {i}" for i in range(12)]
+
+
+@st.composite
+def merges(draw):
+    """Inputs of overlapping lines: plain ones, and ones that are prepared with their own splits."""
+    texts = st.lists(st.sampled_from(LINES), min_size=1, max_size=20)
+    shares = st.sampled_from([0.0, 0.1, 0.3, 0.6])
+    made = st.tuples(texts, shares, st.none() | texts)
+    prepared = draw(st.lists(made, min_size=1, max_size=3))
+    plain = draw(st.lists(texts, max_size=2))
+    whole = draw(st.none() | texts)
+    order = draw(st.permutations(range(len(prepared) + len(plain))))
+    return prepared, plain, whole, draw(shares), order
+
+
+@given(merge=merges())
+@settings(max_examples=25, deadline=None)
+def test_what_any_input_holds_out_stays_held_out_in_any_order(merge):
+    prepared, plain, whole, share, order = merge
+    with tempfile.TemporaryDirectory() as name:
+        folder, arguments, given, before = Path(name), [], [], set()
+
+        def text(lines):
+            path = folder / f"{len(list(folder.iterdir()))}.txt"
+            path.write_text("\n".join(lines))
+            return str(path)
+
+        def options(share, lines):
+            held_out = () if lines is None else (text(lines),)
+            return PrepareOptions(
+                read=ReadOptions(format="lines"), validation=held_out, validation_share=share
+            )
+
+        for lines, own_share, own_held_out in prepared:
+            out = folder / f"prepared-{len(arguments)}"
+            prepare([text(lines)], out, options(own_share, own_held_out))
+            arguments.append(str(out))
+            given += lines + (own_held_out or [])
+            before |= set(documents(out, "validation"))
+        for lines in plain:
+            arguments.append(text(lines))
+            given += lines
+        made = options(share, whole)
+        prepare(arguments, folder / "m", made)
+        prepare([arguments[i] for i in order], folder / "n", made)
+        train, held_out = (documents(folder / "m", s) for s in ("train", "validation"))
+        assert not set(train) & set(held_out)
+        assert before | {line.encode() for line in whole or ()} <= set(held_out)
+        assert sorted(train + held_out) == sorted(t.encode() for t in given + (whole or []))
+        for split, found in (("train", train), ("validation", held_out)):
+            assert sorted(documents(folder / "n", split)) == sorted(found)
+
+
+def test_prepared_folders_of_other_shares_are_merged_without_a_leak(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"document {i}" for i in range(400)))
+    lines = ReadOptions(format="lines")
+    for name, share in (("c1", 0.02), ("c2", 0.2)):
+        options = PrepareOptions(read=lines, validation_share=share)
+        prepare([str(tmp_path / "a.txt")], tmp_path / name, options)
+    kept = set(documents(tmp_path / "c2", "validation"))
+    for number, order in enumerate((["c1", "c2"], ["c2", "c1"])):
+        out = tmp_path / f"m{number}"
+        prepare([str(tmp_path / name) for name in order], out, PrepareOptions())
+        assert set(documents(out, "validation")) == kept
+        assert not set(documents(out, "train")) & kept
+
+
+def test_held_out_documents_stay_held_out_when_both_are_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n" * 9)
+    (tmp_path / "b.txt").write_text("other")
+    text, plain = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    prepare([plain], tmp_path / "d", PrepareOptions(validation=(text,)))
+    for order in ([str(tmp_path / "d"), text], [text, str(tmp_path / "d")]):
+        out = tmp_path / f"m{order.index(text)}"
+        prepare(order, out, PrepareOptions(read=ReadOptions(cut_bytes=8), validation_share=0.0))
+        assert documents(out, "train") == [b"other"]
+        assert set(documents(out, "validation")) == {b"one\ntwo\n"}
 
 
 def test_prepared_data_keeps_its_split(corpus, scorer, tmp_path):

@@ -137,19 +137,15 @@ def find_inputs(
     for argument in arguments:
         if not argument:
             raise DataError("an input is empty: name a file or a folder (. for this one)")
-        source, separator, rest = argument.partition("=")
-        if not separator or Path(argument).exists():
-            source, rest = "", argument
-        if rest == STDIN:
+        source, named, paths = _expand(argument)
+        if not paths:
+            raise DataError(f"{named!r} matches no file: check the path")
+        if named == STDIN:
             kind = "text" if options.format == "auto" else options.format
             if kind == "parquet":
                 raise DataError("Parquet cannot be read from standard input: name a file")
             inputs.append(Input(None, source or "stdin", kind))
             continue
-        found = [rest] if Path(rest).exists() else sorted(glob.glob(rest, recursive=True))
-        paths = [Path(name) for name in found]
-        if not paths:
-            raise DataError(f"{rest!r} matches no file: check the path")
         for path in paths:
             inputs += _inputs_at(path, source, options, skip)
     if all(one.kind == "binary" for one in inputs):
@@ -158,6 +154,25 @@ def find_inputs(
             f"{len(inputs)} binary ones, which --binary reads)"
         )
     return inputs
+
+
+def _expand(argument: str) -> tuple[str, str, list[Path]]:
+    """Return the source that an argument names (or ""), the path or glob, and what matches it."""
+    paths = _matches(argument)
+    name, separator, rest = argument.partition("=")
+    # Text before "=" in the middle of an existing path, as in data/lang=en/*.txt, is no name.
+    is_path = os.sep in name and Path(name).expanduser().parent.is_dir()
+    if paths or not separator or is_path:
+        return "", argument, paths
+    return name, rest, _matches(rest)
+
+
+def _matches(named: str) -> list[Path]:
+    """Return the files and folders at a path or glob, sorted; standard input matches itself."""
+    path = Path(named).expanduser()
+    if named == STDIN or path.exists():
+        return [path]
+    return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
 
 
 def _inputs_at(path: Path, source: str, options: ReadOptions, skip: set[Path]) -> list[Input]:
@@ -269,7 +284,7 @@ class Reader:
                 if source.split:
                     document = document._replace(split=source.split)
                 if document.data:
-                    yield from _cut(document, self.options.cut_bytes)
+                    yield from cut(document, self.options.cut_bytes)
                 else:
                     self.num_empty += 1
         except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
@@ -349,7 +364,7 @@ class Reader:
         self.num_invalid += 1
 
 
-def _cut(document: Document, cut_bytes: int | None) -> Iterator[Document]:
+def cut(document: Document, cut_bytes: int | None) -> Iterator[Document]:
     """Yield a document in parts of at most ``cut_bytes``."""
     data, begin = document.data, 0
     if cut_bytes is None or len(data) <= cut_bytes:

@@ -8,7 +8,6 @@ file under a temporary name first. A journal lists the finished shards; after a 
 command reads the inputs again and skips them.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from bytelm.data.dataset import (
     write_manifest,
 )
 from bytelm.data.records import Document
+from bytelm.data.splitting import Splitter
 from bytelm.data.writing import Shard, writers
 from bytelm.errors import DataError
 from bytelm.storage import (
@@ -262,6 +262,7 @@ def _run(
     records = dict[str, ShardRecord]()
     progress = PreparationState(0, sum(i.num_bytes for i in inputs), 0, 0)
     reading = _Reading(inputs, reader, progress, report)
+    splitter = Splitter(inputs, options.hashed_share, options.read.cut_bytes)
     # Bytes of input read between a shard and the one before it.
     spans = dict[str, int]()
 
@@ -279,7 +280,7 @@ def _run(
         out, scorer, reset_at_newline=options.reset_at_newline, num_workers=num_workers
     ) as submit:
         pending: set[Future[ShardRecord]] = set()
-        for shard in _deal(iter(reading), options):
+        for shard in _deal(iter(reading), splitter, options.shard_bytes):
             spans[shard.name] = reading.take_span()
             if shard.name in finished:
                 done(finished[shard.name])
@@ -330,7 +331,7 @@ class _Reading:
         return span
 
 
-def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[Shard]:
+def _deal(documents: Iterator[Document], splitter: Splitter, shard_bytes: int) -> Iterator[Shard]:
     """Distribute documents, in reading order, over shards of each split; yield full shards."""
     open_shards: dict[Split, list[Document]] = {"train": [], "validation": []}
     sizes, numbers = Counter[Split](), Counter[Split]()
@@ -342,24 +343,12 @@ def _deal(documents: Iterator[Document], options: PrepareOptions) -> Iterator[Sh
         open_shards[split] = []
         return shard
 
-    held_out = set[bytes]()
     for document in documents:
-        split = _split(document, options.hashed_share, held_out)
+        split = splitter.split(document)
         open_shards[split].append(document)
         sizes[split] += len(document.data)
-        if sizes[split] >= options.shard_bytes:
+        if sizes[split] >= shard_bytes:
             yield close(split)
     for split in ("train", "validation"):
         if open_shards[split]:
             yield close(split)
-
-
-def _split(document: Document, hashed_share: float, held_out: set[bytes]) -> Split:
-    """Return the split of a document; ``held_out`` collects the hashes of held-out inputs."""
-    digest = hashlib.sha256(document.data).digest()[:8]
-    if document.split == "validation":
-        held_out.add(digest)
-    if document.split is not None and digest not in held_out:
-        return document.split
-    is_held_out = digest in held_out or int.from_bytes(digest, "big") < hashed_share * 2**64
-    return "validation" if is_held_out else "train"

@@ -1,0 +1,77 @@
+"""Decide which documents are held out.
+
+The decision depends on a document's bytes and on all inputs, not on the order of the inputs:
+
+* a document that any input holds out is held out;
+* else a document that prepared data trains on is trained on;
+* else a hash of its bytes decides.
+
+So prepared data keeps its split, and no copy of a held-out document is trained on.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bytelm.data.corpus import Input, cut
+from bytelm.data.dataset import Dataset, Split
+from bytelm.data.records import Document
+
+
+class Splitter:
+    """Assigns each document to a split.
+
+    Args:
+        inputs: all inputs, those that are held out whole first.
+        hashed_share: share of the documents, of those in no prepared data, to hold out.
+        cut_bytes: as in :class:`~bytelm.data.ReadOptions`.
+
+    Raises:
+        DataError: an input that is prepared data is damaged.
+    """
+
+    def __init__(self, inputs: Sequence[Input], hashed_share: float, cut_bytes: int | None) -> None:
+        self._limit = hashed_share * 2**64
+        prepared = [one.path for one in inputs if one.kind == "prepared" and not one.split]
+        self._held_out = {
+            digest
+            for path in prepared
+            if path is not None
+            for digest in _digests(path, "validation", cut_bytes)
+        }
+        is_mixed = any(one.kind != "prepared" and not one.split for one in inputs)
+        # Only documents whose hash would hold them out need to be known.
+        self._trained = {
+            digest
+            for path in prepared
+            if path is not None and is_mixed and hashed_share
+            for digest in _digests(path, "train", cut_bytes)
+            if digest < self._limit
+        }
+
+    def split(self, document: Document) -> Split:
+        """Return the split of a document.
+
+        Documents of inputs that are held out whole must come first.
+        """
+        digest = _digest(document.data)
+        if document.split == "validation":
+            self._held_out.add(digest)
+        if digest in self._held_out:
+            return "validation"
+        if document.split == "train" or digest in self._trained:
+            return "train"
+        return "validation" if digest < self._limit else "train"
+
+
+def _digests(folder: Path, split: Split, cut_bytes: int | None) -> Iterator[int]:
+    """Yield the digests of the documents, once cut, of one split of prepared data."""
+    dataset = Dataset(folder, split)
+    for index in range(len(dataset)):
+        for part in cut(Document(dataset.document(index), ""), cut_bytes):
+            yield _digest(part.data)
+
+
+def _digest(data: bytes) -> int:
+    """Return 64 bits of the SHA-256 of a document."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
