@@ -24,8 +24,8 @@ from bytelm.study import (
     write_page,
     write_table,
 )
+from bytelm.study.bootstrap import Bootstrap
 from bytelm.study.comparison import compare
-from bytelm.study.fit import Bootstrap
 from bytelm.study.inheritance import merge
 from bytelm.study.measuring import read_slices
 from bytelm.study.results import RESULT, finished_result

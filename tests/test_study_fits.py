@@ -9,28 +9,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelm.errors import DataError
+from bytelm.study import words
+from bytelm.study.bootstrap import Bootstrap, Difference, seed_noise
 from bytelm.study.fit import (
-    Bootstrap,
     PowerLaw,
+    SlopeDifference,
+    compare_slopes,
     find_crossover,
     fit_power_law,
-    seed_spread,
     through,
 )
 from bytelm.study.table import Results
 
 
-def made_up(laws, budgets, seeds=1, noise=0.0, documents=200, seed=0):
-    """A table whose families follow known laws, with documents of uneven length and difficulty."""
+def made_up(laws, budgets, seeds=1, noise=0.0, documents=200, seed=0, shared=0.0):
+    """A table whose families follow known laws, with documents of uneven length and difficulty.
+
+    Runs of one budget and seed have noise ``shared`` in common, besides ``noise`` of their own.
+    """
     rng = np.random.default_rng(seed)
     num_bytes = rng.integers(200, 2000, documents).astype(float)
     hardness = rng.normal(1, 0.2, documents)
     hardness *= num_bytes.sum() / (hardness * num_bytes).sum()
     rows, nats = [], []
+    common = {(b, s): rng.normal(0, shared) if shared else 0.0 for b in budgets for s in range(9)}
     for family, law in laws.items():
         for budget in budgets:
             for number in range(seeds):
                 bpb = float(law(np.array([budget]))[0]) + rng.normal(0, noise)
+                bpb += common[budget, number]
                 rows.append(
                     {
                         "family": family,
@@ -79,9 +86,10 @@ def test_a_floor_is_found_where_there_are_budgets_enough():
 def test_intervals_hold_the_truth_and_the_noise_of_seeds():
     law = PowerLaw(0.0, float(np.log(2.5) + 0.08 * np.log(1e12)), 0.08)
     results = made_up({"a": law}, [1e12, 5e12, 3e13], seeds=3, noise=0.02)
-    spread = seed_spread(results, results.bits_per_byte(np.ones(200)))
-    assert 0.003 < spread[0] < 0.02  # of about 2.2 bits
-    assert spread[1] == 6
+    noise = seed_noise(results.rows, results.bits_per_byte(np.ones(200)))
+    assert 0.003 < noise.total < 0.02  # of about 2.2 bits
+    assert noise.freedom == 6
+    assert (noise.own, noise.own_freedom) == (noise.total, 0)  # one family: nothing to pair with
     (curve,) = curves_of(results, ["a"])
     low, high = curve.exponent_interval()
     assert low < 0.08 < high
@@ -129,9 +137,6 @@ def test_laws_alone_do_not_put_a_curve_below_another():
     (base,) = curves_of(made_up(laws, [1e12, 5e12, 3e13]), ["base"])
     lower = through("lower", base.budgets, base.x, base.bpb - 0.1, base.drawn - 0.1)
     assert "below at all budgets" in find_crossover(lower, base).verdict
-    x, *differences = lower.minus(base)
-    assert list(x) == [1e12, 5e12, 3e13]
-    assert np.array(differences) == pytest.approx(-0.1)
     bump = np.array([-0.1, 0.01, -0.1])
     bumped = through("bumped", base.budgets, base.x, base.bpb + bump, base.drawn + bump)
     grid = np.geomspace(1e12, 3e13)
@@ -209,7 +214,8 @@ def test_the_same_draw_of_documents_serves_all_runs():
     bootstrap = Bootstrap(results, replicates=50)
     assert bootstrap.replicates[:, 0] == pytest.approx(bootstrap.replicates[:, 1])
     assert np.ptp(bootstrap.replicates[:, 0]) > 0
-    assert bootstrap.interval(0, [1]) == pytest.approx((0, 0), abs=1e-9)
+    one = bootstrap.difference([[0]], [[1]])
+    assert (one.value, one.low, one.high) == pytest.approx((0, 0, 0), abs=1e-9)
     low, high = bootstrap.interval(0)
     assert low < high
 
@@ -223,3 +229,110 @@ def test_the_mix_of_sources_is_not_drawn():
     drawn = Bootstrap(alike, replicates=50)
     assert drawn.replicates == pytest.approx(drawn.bpb[0])
     assert np.ptp(Bootstrap(replace(alike, sources=("one",) * 40), replicates=50).replicates) > 0
+
+
+# Seeds in pairs -----------------------------------------------------------------------------------
+
+
+def test_noise_that_runs_of_one_seed_share_is_told_from_their_own():
+    law = crossing_laws()["base"]
+    laws = dict.fromkeys("abcdef", law)
+    results = made_up(laws, [1e12, 5e12], seeds=4, noise=0.004, shared=0.05)
+    noise = seed_noise(results.rows, results.bits_per_byte(np.ones(200)))
+    values = law(np.array([1e12, 5e12]))
+    assert noise.own == pytest.approx(0.004 / values.mean(), rel=0.4)
+    assert noise.shared > 4 * noise.own
+    assert noise.own_freedom == 2 * 5 * 3
+    assert noise.freedom == 2 * 6 * 3
+
+
+def test_noise_that_is_shared_cancels_in_differences_of_one_seed():
+    """Two families 0.01 apart, under noise five times as large that both have in common."""
+    base = crossing_laws()["base"]
+    better = replace(base, floor=-0.01)
+    laws = {**dict.fromkeys("abcd", base), "better": better}
+    results = made_up(laws, [1e12], seeds=2, noise=0.0002, shared=0.05)
+    bootstrap = Bootstrap(results, replicates=300)
+    rows = {
+        family: [n for n, row in enumerate(results.rows) if row["family"] == family]
+        for family in ("a", "better")
+    }
+    paired = bootstrap.difference([rows["better"]], [rows["a"]], ("better", "a"))
+    assert paired.seeds == 2
+    assert paired.value == pytest.approx(-0.01, abs=0.001)
+    assert words.side(paired) == "ahead"
+    assert bootstrap.difference([rows["better"][:1]], [rows["a"]]).seeds == 1
+    # Different seeds: the noise stays.
+    apart = bootstrap.difference([rows["better"][:1]], [rows["a"][1:]])
+    assert apart.seeds == 0
+    assert apart.high - apart.low > 5 * (paired.high - paired.low)
+    # The interval of a value includes it too.
+    low, high = bootstrap.interval(rows["a"][0])
+    assert high - low > 5 * (paired.high - paired.low)
+
+
+def test_a_pair_is_of_the_seeds_that_both_have():
+    law = crossing_laws()["base"]
+    results = made_up({"a": law, "b": law}, [1e12], seeds=3, noise=0.05)
+    bootstrap = Bootstrap(results, replicates=20)
+    bpb = bootstrap.bpb
+    for mine, base, wanted in [
+        ([0, 1, 2], [4, 5], (bpb[1] + bpb[2] - bpb[4] - bpb[5]) / 2),
+        ([0], [3, 4, 5], bpb[0] - bpb[3]),
+        ([0], [4, 5], bpb[0] - (bpb[4] + bpb[5]) / 2),
+    ]:
+        assert bootstrap.difference([mine], [base]).value == pytest.approx(wanted)
+
+
+def test_noise_is_that_of_the_runs_compared_if_they_are_enough():
+    law = crossing_laws()["base"]
+    calm = made_up(dict.fromkeys("abcdef", law), [1e12], seeds=2, noise=0.001)
+    wild = made_up(dict.fromkeys("ghijkl", law), [1e12], seeds=2, noise=0.1, seed=1)
+    both = replace(calm, rows=[*calm.rows, *wild.rows], nats=np.vstack([calm.nats, wild.nats]))
+    bootstrap = Bootstrap(both, replicates=20)
+    assert bootstrap.among(range(12)).noise.own < bootstrap.noise.own / 10
+    assert bootstrap.among(range(4)) is bootstrap
+
+
+# Words --------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1))
+def test_no_sentence_says_more_than_its_interval(value, below, above):
+    low, high = value - below, value + above
+    one = Difference("new", "base", 1e12, value, low, high, 1)
+    law = SlopeDifference("new", "base", value, low, high)
+    if low <= 0 <= high:
+        said = ("cannot be told apart", "the slopes of the two laws cannot be told apart")
+    else:
+        said = ("behind", "its law is steeper") if low > 0 else ("ahead", "its law is flatter")
+    assert (words.side(one), words.slope(law)) == said
+    assert words.position([one]) == f"{said[0]} at 1e+12"
+    assert words.groups([one]) == [f"{said[0]}: new"]
+
+
+def test_sentences_about_several_budgets_and_members():
+    def made(name, budget, low):
+        return Difference(name, "base", budget, low + 0.01, low, low + 0.02, 1)
+
+    a = [made("a", 1e12, 0.1), made("a", 5e12, -0.01), made("a", 3e13, 0.2)]
+    b = [made("b", 1e12, -0.2), made("b", 5e12, -0.01)]
+    assert words.position(a) == "behind at 1e+12 and 3e+13; cannot be told apart at 5e+12"
+    assert words.groups([*a, *b]) == [
+        "ahead: b at 1e+12",
+        "behind: a at 1e+12 and 3e+13",
+        "cannot be told apart: a at 5e+12; b at 5e+12",
+    ]
+
+
+def test_laws_are_compared_in_pairs():
+    """Equal laws under noise of documents that both have: the difference of exponents is exact."""
+    base = crossing_laws()["base"]
+    results = made_up({"a": base, "b": base, "c": crossing_laws()["new"]}, [1e12, 5e12, 3e13])
+    a, b, c = curves_of(results, ["a", "b", "c"])
+    same = compare_slopes(a, b)
+    assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    steeper = compare_slopes(c, b)
+    assert steeper.value == pytest.approx(0.06, abs=1e-6)
+    assert words.slope(steeper) == "its law is steeper"
+    assert compare_slopes(a.at(np.array([1e12])), b) is None

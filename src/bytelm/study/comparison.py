@@ -3,7 +3,8 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from bytelm.study.fit import Bootstrap, Crossover, Curve, find_crossover
+from bytelm.study.bootstrap import Bootstrap, Difference
+from bytelm.study.fit import Crossover, Curve, SlopeDifference, compare_slopes, find_crossover
 from bytelm.study.plan import ComparisonConfig, Plan
 from bytelm.study.table import budget
 
@@ -16,10 +17,16 @@ class Comparison:
     config: ComparisonConfig
     rows: list[int]
     """Rows of the table in the comparison."""
+    bootstrap: Bootstrap
+    """Replicates with the noise of seeds of these runs."""
     curves: list[Curve]
     """A curve for each member that has a run; empty for a plain table."""
     baseline: Curve | None
     """The baseline's curve."""
+    differences: dict[str, list[Difference]]
+    """Differences from the baseline by member, at each budget that both have."""
+    slopes: dict[str, SlopeDifference]
+    """Differences of the laws' exponents by curve."""
     crossovers: list[Crossover]
     left_out: list[str]
     """Reasons why members are missing."""
@@ -40,23 +47,63 @@ def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
         left_out += unlike.values()
         members = {member: rows for member, rows in members.items() if member not in unlike}
     rows = [row for rows in members.values() for row in rows]
+    bootstrap = bootstrap.among(rows) if rows else bootstrap
     base = members.get(config.baseline or "", [])
-    base_rows = {row: _same_budget(bootstrap, row, base) for row in rows if row not in base}
+    plain = _plain(bootstrap, base)
+    base_rows = {row: _same_budget(bootstrap, row, plain) for row in rows if row not in base}
     in_flops = {bootstrap.results.rows[row]["budget_flops"] is not None for row in rows}
     planned = " or ".join({True: "training FLOPs", False: "bytes of rows"}[b] for b in in_flops)
-    if config.kind == "table":
-        return Comparison(name, config, rows, [], None, [], left_out, base_rows, planned)
-    axis = "flops" if config.kind == "training" else "train_bytes"
-    curves = {
-        member: bootstrap.curve(plan.label(member), _by_budget(bootstrap, rows), axis)
-        for member, rows in members.items()
-    }
-    drawn = list(curves.values())
+    differences = _differences(plan, config, bootstrap, members)
+    curves = {}
+    if config.kind != "table":
+        axis = "flops" if config.kind == "training" else "train_bytes"
+        curves = {
+            member: bootstrap.curve(plan.label(member), _by_budget(bootstrap, rows), axis)
+            for member, rows in members.items()
+        }
     baseline = curves.get(config.baseline or "")
-    crossovers = [
-        find_crossover(curve, baseline) for curve in drawn if baseline and curve is not baseline
-    ]
-    return Comparison(name, config, rows, drawn, baseline, crossovers, left_out, base_rows, planned)
+    others = [curve for curve in curves.values() if curve is not baseline]
+    return Comparison(
+        name=name,
+        config=config,
+        rows=rows,
+        bootstrap=bootstrap,
+        curves=list(curves.values()),
+        baseline=baseline,
+        differences=differences,
+        slopes=_slopes(others, baseline) if baseline else {},
+        crossovers=[find_crossover(curve, baseline) for curve in others] if baseline else [],
+        left_out=left_out,
+        baseline_rows=base_rows,
+        budget_name=planned,
+    )
+
+
+def _slopes(curves: list[Curve], baseline: Curve) -> dict[str, SlopeDifference]:
+    found = {curve.name: compare_slopes(curve, baseline) for curve in curves}
+    return {name: slope for name, slope in found.items() if slope is not None}
+
+
+def _differences(
+    plan: Plan, config: ComparisonConfig, bootstrap: Bootstrap, members: dict[str, list[int]]
+) -> dict[str, list[Difference]]:
+    """Return the differences of each member from the baseline, at each budget that both have."""
+    base = config.baseline
+    if base not in members:
+        return {}
+    table = bootstrap.results.rows
+    baseline = _by_budget(bootstrap, _plain(bootstrap, members[base]))
+    by_budget = {budget(table[sizes[0][0]]): sizes for sizes in baseline}
+    found: dict[str, list[Difference]] = defaultdict(list)
+    for member, rows in members.items():
+        if member == base:
+            continue
+        for sizes in _by_budget(bootstrap, _plain(bootstrap, rows)):
+            if (at := budget(table[sizes[0][0]])) in by_budget:
+                names = plan.label(member), plan.label(base)
+                one = bootstrap.difference(sizes, by_budget[at], names)
+                found[plan.label(member)].append(one)
+    return {label: sorted(some, key=lambda one: one.budget) for label, some in found.items()}
 
 
 def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[int]:
@@ -72,6 +119,11 @@ def _rows(bootstrap: Bootstrap, member: str, config: ComparisonConfig) -> list[i
         and size in ("", row["size"])
         and (config.kind == "table" or row["settings"] == "{}")
     ]
+
+
+def _plain(bootstrap: Bootstrap, rows: list[int]) -> list[int]:
+    """Return the rows that have no settings of their own."""
+    return [number for number in rows if bootstrap.results.rows[number]["settings"] == "{}"]
 
 
 def _by_budget(bootstrap: Bootstrap, rows: list[int]) -> list[list[list[int]]]:

@@ -40,12 +40,16 @@ def draw_comparison(comparison: Comparison, path: Path, x_label: str) -> None:
             x = np.geomspace(curve.x[0], curve.x[-1], 100)
             panels[0].plot(x, curve.law(x), color=colour, lw=1.2)
             panels[0].fill_between(x, *curve.band(x), color=colour, alpha=0.12, lw=0)
-        if baseline is not None and curve is not baseline:
-            x, difference, low, high = curve.minus(baseline)
+        differences = comparison.differences.get(curve.name)
+        if differences:
+            x = np.array([one.budget for one in differences])
             # Shift each family a little, so that equal differences do not hide each other.
             x = x * SIDE_STEP ** (number - len(comparison.curves) / 2)
-            errors = np.abs([difference - low, high - difference])
-            panels[1].errorbar(x, difference, errors, lw=0.8, **style)
+            errors = [
+                [d.value - d.low for d in differences],
+                [d.high - d.value for d in differences],
+            ]
+            panels[1].errorbar(x, [d.value for d in differences], np.abs(errors), lw=0.8, **style)
     for crossover in comparison.crossovers:
         if crossover.x is not None:
             panels[0].axvline(crossover.x, color="0.6", lw=0.8, ls=":")

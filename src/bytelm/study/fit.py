@@ -6,27 +6,17 @@
 
 With fewer than five budgets ``E`` and ``alpha`` cannot both be estimated, and ``E`` is 0: the law
 is a straight line in logarithms, valid between the budgets and not beyond. Intervals are 95% of
-bootstrap replicates. Each replicate resamples the held-out documents within each source, in the
-same way for all runs, so that what two runs have in common does not count as a difference. It also
-adds the noise of a seed to each run, with the spread between seeds of one configuration; the noise
-is Student's t because that spread is an estimate. The mix of sources is part of the question and
-stays.
+bootstrap replicates (:mod:`bytelm.study.bootstrap`).
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.errors import DataError
-from bytelm.study.table import Results, budget
-
-REPLICATES = 1000
 MIN_POINTS_FOR_FLOOR = 5
-MAX_T = 30.0
 SAME = 0.1
 """Relative difference up to which two runs count as having spent the same."""
 MIN_SHARE = 0.975
@@ -75,19 +65,6 @@ class Curve:
         """Upper ends of the 95% intervals of ``bpb``."""
         return np.quantile(self.drawn, 0.975, axis=0)
 
-    def minus(self, other: "Curve") -> tuple[Floats, Floats, Floats, Floats]:
-        """Return the differences from another curve at the budgets that both have.
-
-        Returns:
-            ``x`` of the other curve, the differences, and the ends of their 95% intervals. These
-            are narrower than the intervals of the curves, since both are measured on the same
-            documents.
-        """
-        shared = np.intersect1d(self.budgets, other.budgets)
-        mine, others = self.at(shared), other.at(shared)
-        low, high = np.quantile(mine.drawn - others.drawn, (0.025, 0.975), axis=0)
-        return others.x, mine.bpb - others.bpb, low, high
-
     def at(self, budgets: Floats) -> "Curve":
         """Return the curve through some of the budgets alone."""
         kept = np.isin(self.budgets, budgets)
@@ -107,6 +84,19 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class SlopeDifference:
+    """Exponent of a curve's law minus that of the baseline's, at the budgets that both have."""
+
+    name: str
+    baseline: str
+    value: float
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    """Upper end of the 95% interval."""
+
+
+@dataclass(frozen=True)
 class Crossover:
     """Where a curve crosses the baseline, or why that cannot be stated."""
 
@@ -119,109 +109,12 @@ class Crossover:
     """Statement for the page."""
 
 
-class Bootstrap:
-    """Replicates of every run's bits per byte.
-
-    Args:
-        results: results of a study.
-        replicates: number of replicates.
-        seed: seed of the resampling.
-
-    Raises:
-        DataError: there is no run.
-    """
-
-    def __init__(self, results: Results, replicates: int = REPLICATES, seed: int = 0) -> None:
-        if not results.rows:
-            raise DataError("the table holds no run that was trained to its end")
-        self.results = results
-        generator = np.random.default_rng(seed)
-        self.bpb = results.bits_per_byte(np.ones(len(results.num_bytes)))
-        self.seed_noise, freedom = seed_spread(results, self.bpb)
-        weights = _draws(results, replicates, generator)
-        resampled = np.array([results.bits_per_byte(draw) for draw in weights])
-        noise = generator.standard_t(max(freedom, 1), resampled.shape)
-        # With a single pair of seeds the tails of t are so long that figures could not show them.
-        self.replicates = resampled * np.exp(self.seed_noise * noise.clip(-MAX_T, MAX_T))
-        """``[replicate, run]``."""
-
-    def interval(self, row: int, baseline: Sequence[int] = ()) -> tuple[float, float]:
-        """Return the 95% interval of a run's bits per byte, or of a difference.
-
-        Args:
-            row: the run.
-            baseline: runs whose mean is subtracted. All are resampled alike, so the interval of the
-                difference is narrower than the intervals of both suggest.
-        """
-        values = self.replicates[:, row]
-        if baseline:
-            values = values - self.replicates[:, list(baseline)].mean(1)
-        low, high = np.quantile(values, (0.025, 0.975))
-        return float(low), float(high)
-
-    def curve(self, name: str, budgets: Sequence[Sequence[Sequence[int]]], axis: str) -> Curve:
-        """Return the curve through some runs: at each budget the best size, as the mean over seeds.
-
-        Each replicate chooses the best size for itself; otherwise the intervals of a family with
-        several sizes would be too narrow.
-
-        Args:
-            name: name of the curve.
-            budgets: rows of the table by budget, size and seed.
-            axis: column of the table that is ``x``.
-        """
-        means, drawn, x, planned = [], [], [], []
-        for sizes in budgets:
-            by_size = np.array([self.bpb[list(rows)].mean() for rows in sizes])
-            means.append(by_size.min())
-            best = list(sizes[int(by_size.argmin())])
-            x.append(np.mean([self.results.rows[row][axis] for row in best]))
-            planned.append(budget(self.results.rows[best[0]]))
-            each = [self.replicates[:, list(rows)].mean(1) for rows in sizes]
-            drawn.append(np.min(each, axis=0))
-        order = np.argsort(x)
-        planned, at = np.array(planned, float)[order], np.array(x, float)[order]
-        return through(name, planned, at, np.array(means)[order], np.stack(drawn, 1)[:, order])
-
-
 def through(name: str, budgets: Floats, x: Floats, bpb: Floats, drawn: Floats) -> Curve:
     """Return the curve through some points, with a law for them and for each replicate."""
     if len(x) < 2:
         return Curve(name, budgets, x, bpb, drawn, None, ())
     laws = tuple(fit_power_law(x, y) for y in drawn)
     return Curve(name, budgets, x, bpb, drawn, fit_power_law(x, bpb), laws)
-
-
-def _draws(results: Results, replicates: int, generator: np.random.Generator) -> Floats:
-    """Return the weight of each document in each replicate, ``[replicate, document]``.
-
-    Documents are resampled within their source, whose total number of bytes stays.
-    """
-    weights = np.zeros((replicates, len(results.num_bytes)))
-    sources = np.array(results.sources)
-    for source in sorted(set(results.sources)):
-        at = np.flatnonzero(sources == source)
-        drawn = generator.multinomial(len(at), np.full(len(at), 1 / len(at)), size=replicates)
-        num_bytes = results.num_bytes[at]
-        weights[:, at] = drawn * (num_bytes.sum() / (drawn @ num_bytes))[:, None]
-    return weights
-
-
-def seed_spread(results: Results, bpb: Floats) -> tuple[float, int]:
-    """Estimate the relative deviation between seeds, pooled over all configurations with several.
-
-    Returns:
-        The standard deviation of the logarithm of bits per byte, and its degrees of freedom; both
-        are 0 if no configuration has two seeds.
-    """
-    groups: dict[tuple, list[float]] = defaultdict(list)
-    for row, value in zip(results.rows, bpb, strict=True):
-        key = (row["family"], row["size"], row["budget_flops"], row["budget_bytes"])
-        groups[(*key, row["settings"])].append(math.log(value))
-    several = [values for values in groups.values() if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in several)
-    squares = sum(float(np.var(values)) * len(values) for values in several)
-    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
 def fit_power_law(x: Floats, y: Floats) -> PowerLaw:
@@ -242,6 +135,22 @@ def fit_power_law(x: Floats, y: Floats) -> PowerLaw:
 def _fit_line(x: Floats, y: Floats, floor: float) -> PowerLaw:
     slope, intercept = np.polyfit(np.log(x), np.log(y - floor), 1)
     return PowerLaw(floor, float(intercept), -float(slope))
+
+
+def compare_slopes(curve: Curve, baseline: Curve) -> SlopeDifference | None:
+    """Return the difference of two laws' exponents, or ``None`` if they share one budget or none.
+
+    Both are fitted to the same budgets, and in each replicate to the same documents and seeds, so
+    the interval is narrower than those of the two exponents suggest.
+    """
+    shared = np.intersect1d(curve.budgets, baseline.budgets)
+    curve, baseline = curve.at(shared), baseline.at(shared)
+    if curve.law is None or baseline.law is None:
+        return None
+    pairs = zip(curve.replicates, baseline.replicates, strict=True)
+    low, high = _interval([mine.exponent - base.exponent for mine, base in pairs])
+    value = curve.law.exponent - baseline.law.exponent
+    return SlopeDifference(curve.name, baseline.name, value, low, high)
 
 
 def find_crossover(curve: Curve, baseline: Curve) -> Crossover:

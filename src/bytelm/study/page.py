@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 
 from bytelm.storage import write_text
+from bytelm.study import words
+from bytelm.study.bootstrap import Bootstrap, Difference
 from bytelm.study.comparison import Comparison, compare
 from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
-from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Bootstrap, Crossover, Curve
+from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Curve
 from bytelm.study.plan import Plan
 from bytelm.study.table import budget, read_table
 
 PAGE = "results.md"
+UNPAIRED = "\u2020"
+"""Mark of differences of runs that have no seed in common."""
 AXES = {"training": "training FLOPs", "inference": "training bytes"}
 
 
@@ -46,9 +50,10 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
         if comparison.curves:
             draw_comparison(comparison, out / f"{name}.svg", AXES[config.kind])
             lines += [f"![{config.title}]({name}.svg)", "", *_summary(comparison), ""]
-        lines += [*_runs(comparison, bootstrap), ""]
+        lines += [*_words(comparison), *_differences(comparison)]
         if comparison.curves:
-            lines += [*_laws(comparison), *_crossovers(comparison.crossovers), ""]
+            lines += _laws(comparison)
+        lines += [*_runs(comparison), ""]
         lines += [*(f"- left out: {why}" for why in comparison.left_out), ""]
     if results.failures:
         lines += ["## Diverged", "", *(f"- {failure}" for failure in results.failures), ""]
@@ -71,8 +76,8 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     met = f" Each run's FLOPs are within {worst:.2%} of its budget." if off else ""
     counted = "counted in" if plan.include_scorer else "left out of"
     spread = (
-        f"Seeds of one configuration differ by {bootstrap.seed_noise:.2%} (standard deviation)."
-        if bootstrap.seed_noise
+        f"Seeds of one configuration differ by {bootstrap.noise.total:.2%} (standard deviation)."
+        if bootstrap.noise.total
         else "No configuration has several seeds, so intervals do not include the noise of seeds."
     )
     return [
@@ -84,7 +89,9 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
         f"held-out documents, none of which is in the training text. {spread}",
         "",
         f"Machines: {machines}.",
-        "Brackets are 95% bootstrap intervals over held-out documents and seeds.",
+        "Brackets are 95% bootstrap intervals over held-out documents and seeds. Differences are "
+        "those of runs with the same seed; where there are none, of the means of all seeds, marked "
+        f"{UNPAIRED}. Of many intervals, one in twenty excludes 0 by chance.",
     ]
 
 
@@ -119,14 +126,58 @@ def _summary(comparison: Comparison) -> list[str]:
     )
 
 
-def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
+def _words(comparison: Comparison) -> list[str]:
+    """Return what the intervals allow to be said of each member and the baseline."""
+    if not comparison.differences:
+        return []
+    every = [one for some in comparison.differences.values() for one in some]
+    heads = [f"Compared with {every[0].baseline}:", ""]
+    if not comparison.curves:
+        return [*heads, *(f"- {line}" for line in words.groups(every)), ""]
+    crossovers = {one.name: one for one in comparison.crossovers}
+    lines = []
+    for name, differences in comparison.differences.items():
+        parts = [f"- {name}: {words.position(differences)}"]
+        if name in comparison.slopes:
+            parts.append(words.slope(comparison.slopes[name]))
+        if (one := crossovers[name]).x is not None:
+            at = f"{one.x:.3g} [{one.low:.3g}, {one.high:.3g}]"
+            parts.append(f"the laws cross at {at}: {one.verdict}")
+        lines.append("; ".join(parts))
+    return [*heads, *lines, ""]
+
+
+def _differences(comparison: Comparison) -> list[str]:
+    """Return a table of the differences from the baseline by member and budget."""
+    if not comparison.differences:
+        return []
+    every = [one for some in comparison.differences.values() for one in some]
+    budgets = sorted({one.budget for one in every})
+
+    def line(name: str, differences: Sequence[Difference]) -> list[str]:
+        cells = {one.budget: _difference(one) for one in differences}
+        return [name, *(cells.get(b, "-") for b in budgets)]
+
+    noise = comparison.bootstrap.noise
+    own = f"{noise.own:.2%}" if noise.own_freedom else f"{noise.total:.2%}, taken as independent"
+    heads = [comparison.budget_name, *(f"{b:.3g}" for b in budgets)]
+    return [
+        f"Minus {every[0].baseline}; the noise of seeds in each run of a pair is {own}:",
+        "",
+        *_table(heads, [line(*item) for item in comparison.differences.items()]),
+        "",
+    ]
+
+
+def _runs(comparison: Comparison) -> list[str]:
+    bootstrap = comparison.bootstrap
     rows = [bootstrap.results.rows[number] for number in comparison.rows]
     has_settings = any(row["settings"] != "{}" for row in rows)
     lines = []
     for number, row in zip(comparison.rows, rows, strict=True):
         settings = json.loads(row["settings"])
         chosen = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in settings.items())
-        baseline = comparison.baseline_rows.get(number, [])
+        base = comparison.baseline_rows.get(number)
         lines.append(
             {
                 "family": row["label"],
@@ -141,7 +192,9 @@ def _runs(comparison: Comparison, bootstrap: Bootstrap) -> list[str]:
                 "MB read": f"{row['train_bytes'] / 1e6:.2f}",
                 "epochs": f"{row['epochs']:.2f}",
                 "bits per byte": _interval(bootstrap.bpb[number], bootstrap.interval(number)),
-                "minus baseline": _difference(bootstrap, number, baseline),
+                "minus baseline": _difference(bootstrap.difference([[number]], [base]))
+                if base
+                else "-",
             }
         )
     return _table(list(lines[0]), [list(line.values()) for line in lines])
@@ -151,40 +204,35 @@ def _interval(value: float, bounds: tuple[float, float]) -> str:
     return f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
-def _difference(bootstrap: Bootstrap, row: int, base: list[int]) -> str:
-    """Format the difference of a run from the baseline at the same budget, if there is one."""
-    if not base:
-        return "-"
-    value = bootstrap.bpb[row] - bootstrap.bpb[base].mean()
-    return _interval(float(value), bootstrap.interval(row, base))
+def _difference(one: Difference) -> str:
+    mark = "" if one.seeds else UNPAIRED
+    return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]{mark}"
 
 
 def _laws(comparison: Comparison) -> list[str]:
     def line(curve: Curve) -> list[str]:
         if curve.law is None:
-            return [curve.name, str(len(curve.x)), "-", "-", "-"]
+            return [curve.name, str(len(curve.x)), "-", "-", "-", "-"]
         low, high = curve.exponent_interval()
         is_line = len(curve.x) < MIN_POINTS_FOR_FLOOR
+        slope = comparison.slopes.get(curve.name)
         return [
             curve.name,
             str(len(curve.x)),
             f"{np.exp(curve.law.log_scale):.4g}",
             f"{curve.law.exponent:.4f} [{low:.4f}, {high:.4f}]",
+            f"{slope.value:+.4f} [{slope.low:+.4f}, {slope.high:+.4f}]" if slope else "-",
             "0 (too few budgets)" if is_line else f"{curve.law.floor:.3f}",
         ]
 
-    heads = ["family", "budgets", "A", "exponent", "floor"]
-    return ["bpb = floor + A x^-exponent:", "", *_table(heads, map(line, comparison.curves)), ""]
-
-
-def _crossovers(crossovers: Sequence[Crossover]) -> list[str]:
-    lines = []
-    for one in crossovers:
-        where = one.verdict
-        if one.x is not None:
-            where = f"{one.verdict}, at {one.x:.3g} [{one.low:.3g}, {one.high:.3g}]"
-        lines.append(f"- {one.name} and {one.baseline}: {where}")
-    return lines
+    heads = ["family", "budgets", "A", "exponent", "minus baseline's", "floor"]
+    laws = _table(heads, map(line, comparison.curves))
+    verdicts = [
+        f"- {one.name} and {one.baseline}: {one.verdict}"
+        for one in comparison.crossovers
+        if one.x is None
+    ]
+    return ["bpb = floor + A x^-exponent:", "", *laws, "", *verdicts, ""]
 
 
 def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
