@@ -129,3 +129,18 @@ def test_labels_give_the_names_of_their_classes(tmp_path, is_parquet):
     found = read(path, source_field="label")
     assert found == [("pos", b"a"), ("neg", b"b"), ("d", b"c")]
     assert [source for source, _ in read(path, source_field="meta.label")] == ["neg", "pos", "pos"]
+
+
+def test_the_last_of_several_fields_is_trained_on(tmp_path):
+    records = [{"q": "a? ", "in": {"put": "b "}, "r": "c"}, {"q": "", "in": {"put": ""}, "r": "d"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = documents(tmp_path / "a.jsonl", field="q, in.put, r")
+    assert [(d.data, d.ranges) for d in found] == [(b"a? b c", ((5, 6),)), (b"d", ((0, 1),))]
+    with pytest.raises(DataError, match="line 1 has no field 'answer'"):
+        read(tmp_path / "a.jsonl", field="q,answer")
+    pq.write_table(pa.table({"q": ["x"], "r": ["y"], "q,r": ["own"]}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", field="r,q") == [("b", b"yx")]
+    # A field whose own name has a comma comes first.
+    assert documents(tmp_path / "b.parquet", field="q,r")[0][:2] == (b"own", "b")
+    with pytest.raises(DataError, match="has no column 'p'; it has q, r, q,r"):
+        read(tmp_path / "b.parquet", field="p,r")

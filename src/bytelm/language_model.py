@@ -15,7 +15,7 @@ from bytelm import codec
 from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_model
 from bytelm.config import PatchingConfig, kind_of
 from bytelm.errors import CheckpointError, ConfigError
-from bytelm.evaluation import Likelihood, evaluate
+from bytelm.evaluation import Labelled, Likelihood, evaluate
 from bytelm.inference import GREEDY, Generated, Sampling, stream
 from bytelm.lm import CausalLM, PatchedLM
 from bytelm.lm.kinds import CANNOT_PREDICT
@@ -146,12 +146,12 @@ class LanguageModel:
         return replace(self.module.patcher, max_length=rule.max_length)
 
     def likelihood(
-        self, texts: Iterable[tuple[str, bytes]], *, stride: int | None = None
+        self, texts: Iterable[Labelled], *, stride: int | None = None
     ) -> dict[str, Likelihood]:
         """Return the likelihood of labelled texts, summed by label.
 
         Args:
-            texts: (label, text) pairs.
+            texts: (label, text) pairs, or (label, text, ranges) to measure only some bytes.
             stride: bytes between the beginnings of contexts; see
                 :func:`bytelm.evaluation.evaluate`.
 

@@ -18,10 +18,43 @@ from bytelm.patching import Patcher, PatchSample, patch_statistics
 from bytelm.tokens import Tokenizer
 
 Ids = NDArray[np.int64]
+Ranges = tuple[tuple[int, int], ...]
+"""Ranges (begin, end) of a document's bytes, in order and not touching."""
+IGNORED = -100
+"""Target that is not trained on, nor measured: cross-entropy leaves it out."""
+
+
+def trained_targets(ids: Ids, begin: int, ranges: Ranges) -> Ids:
+    """Return the targets of a span of a document of which only some bytes are trained on.
+
+    Each range is to be predicted as if the document ended with it: its bytes, then EOS. Other
+    targets are :data:`IGNORED`. With the range (2, 4) of a document of six bytes::
+
+        position   0    1    2    3    4    5    6
+        read       BOS  b0   b1   b2   b3   b4   b5
+        next       b0   b1   b2   b3   b4   b5   EOS
+        target     -    -    b2   b3   EOS  -    -
+
+    Args:
+        ids: ids of the span's positions, and of the one after the last.
+        begin: first position of the span.
+        ranges: ranges of the document's bytes.
+
+    Returns:
+        ``int64[len(ids) - 1]``.
+    """
+    targets = np.full(len(ids) - 1, IGNORED, np.int64)
+    for first, end in ranges:
+        # The byte with index b is the target of position b.
+        low, high = (min(max(at - begin, 0), len(targets)) for at in (first, end))
+        targets[low:high] = ids[1 + low : 1 + high]
+        if 0 <= end - begin < len(targets):
+            targets[end - begin] = codec.EOS
+    return targets
 
 
 class Span(NamedTuple):
-    """Stretch of a document: ``ids[i]`` is read, ``ids[i + 1]`` predicted."""
+    """Stretch of a document: ``ids[i]`` is read, ``ids[i + 1]`` or ``targets[i]`` predicted."""
 
     document: int
     begin: int
@@ -29,6 +62,8 @@ class Span(NamedTuple):
     ids: Ids
     """Ids of the positions, and of the one after the last."""
     entropies: NDArray[np.float32] | None
+    targets: Ids | None = None
+    """Target of each position; ``None`` for the id after it."""
 
     @property
     def num_positions(self) -> int:
@@ -38,7 +73,8 @@ class Span(NamedTuple):
     def head(self, length: int) -> "Span":
         """Return the first ``length`` positions, or all if there are fewer."""
         entropies = None if self.entropies is None else self.entropies[:length]
-        return self._replace(ids=self.ids[: length + 1], entropies=entropies)
+        targets = None if self.targets is None else self.targets[:length]
+        return self._replace(ids=self.ids[: length + 1], entropies=entropies, targets=targets)
 
 
 class Segment(NamedTuple):
@@ -46,15 +82,16 @@ class Segment(NamedTuple):
 
     ids: Ids
     targets: Ids
+    """Target of each id; ``IGNORED`` if it is not trained on."""
     num_positions: Ids
-    """Number of the span's ids that each target encodes."""
+    """Number of the span's ids after each id that its target encodes, or would if trained on."""
     next_boundary: NDArray[np.bool_] | None = None
     """Whether the byte after each starts a patch; ``None`` if rows carry no patches."""
 
     @property
     def target_bytes(self) -> Ids:
-        """Bytes of text in each target; 0 for the end of a document."""
-        return np.where(self.targets == codec.EOS, 0, self.num_positions)
+        """Bytes of text in each target; 0 for the end of a document, and if not trained on."""
+        return np.where(np.isin(self.targets, (codec.EOS, IGNORED)), 0, self.num_positions)
 
 
 @runtime_checkable
@@ -129,7 +166,8 @@ class ByteUnits:
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Return the whole span; bytes have no budget of units."""
-        return Segment(span.ids[:-1], span.ids[1:], np.ones(span.num_positions, np.int64))
+        targets = span.ids[1:] if span.targets is None else span.targets
+        return Segment(span.ids[:-1], targets, np.ones(span.num_positions, np.int64))
 
     def count(self, segment: Segment, seen: int = 0) -> int:
         """Return 0: bytes are counted as positions."""
@@ -208,12 +246,19 @@ class TokenUnits:
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Return as many tokens of a span's targets as there is room for.
 
-        The first id read is the byte before them, not the token that it was part of.
+        The first id read is the byte before them, not the token that it was part of. No token
+        extends across the beginning or end of a range that is trained on: the text before it is
+        tokenised by itself, as a prompt is when text is generated.
         """
-        parts = [span.ids[1 : 1 + cut], span.ids[1 + cut :]]
-        targets = np.concatenate([self.tokenizer.encode(part) for part in parts])[:room]
-        ids = np.concatenate([span.ids[:1], targets[:-1]])
-        return Segment(ids, targets, self.tokenizer.num_ids(targets))
+        cuts = {cut} if span.targets is None else {cut, *_range_ends(span.ids, span.targets)}
+        parts = np.split(span.ids[1:], sorted(cuts))
+        tokens = np.concatenate([self.tokenizer.encode(part) for part in parts])[:room]
+        num_ids = self.tokenizer.num_ids(tokens)
+        ids = np.concatenate([span.ids[:1], tokens[:-1]])
+        if span.targets is None:
+            return Segment(ids, tokens, num_ids)
+        chosen = span.targets[np.cumsum(num_ids) - num_ids]
+        return Segment(ids, np.where(chosen < codec.OFFSET, chosen, tokens), num_ids)
 
     def count(self, segment: Segment, seen: int = 0) -> int:
         """Return the number of tokens after the first ``seen``."""
@@ -228,3 +273,12 @@ class TokenUnits:
         """Return the mean byte ids per token."""
         ids = [ids.numpy() for ids, _ in documents]
         return sum(map(len, ids)) / sum(len(self.encode(one)) for one in ids)
+
+
+def _range_ends(ids: Ids, targets: Ids) -> list[int]:
+    """Return where ranges that are trained on begin and end, as indices of targets."""
+    in_range = targets == ids[1:]
+    changes = 1 + np.flatnonzero(in_range[1:] != in_range[:-1])
+    # The end of an empty range is no change.
+    ends = np.flatnonzero((targets == codec.EOS) & ~in_range)
+    return [*changes.tolist(), *ends.tolist()]

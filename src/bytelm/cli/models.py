@@ -116,7 +116,7 @@ def evaluate(
     inputs = find_inputs(texts, options)
     documents = (d for one in inputs for d in reader.read(one) if d.split != "train")
     with console.status("evaluating"):
-        by_source = lm.likelihood(((d.source, d.data) for d in documents), stride=stride)
+        by_source = lm.likelihood(((d.source, d.data, d.trained) for d in documents), stride=stride)
     if not by_source:
         raise DataError(
             "there is no text to evaluate: name other files (of prepared data, only held-out "

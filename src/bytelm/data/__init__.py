@@ -9,9 +9,10 @@ from bytelm.data.calibration import (
 from bytelm.data.corpus import Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import Dataset, Manifest, read_manifest
 from bytelm.data.loader import Loader, LoaderState, SpanOrder
-from bytelm.data.packing import IGNORED, Batch, Row, make_batch
+from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.data.preparation import PreparationState, PrepareOptions, prepare
 from bytelm.data.records import Document
+from bytelm.units import IGNORED
 
 __all__ = [
     "IGNORED",

@@ -345,7 +345,7 @@ class Reader:
             for index in range(len(dataset)):
                 name = source.source or dataset.source_names[dataset.source_ids[index]]
                 self._taken += int(dataset.lengths[index])
-                yield Document(dataset.document(index), name, split)
+                yield Document(dataset.document(index), name, split, trained=dataset.trained(index))
 
     def _datasets(self, source: Input) -> Iterator[Document]:
         assert source.path is not None
@@ -375,5 +375,5 @@ def cut(document: Document, cut_bytes: int | None) -> Iterator[Document]:
         if end < len(data):
             newline = data.rfind(b"\n", begin + cut_bytes // 2, end)
             end = newline + 1 if newline >= 0 else end
-        yield document._replace(data=data[begin:end])
+        yield document.part(begin, end)
         begin = end

@@ -3,28 +3,32 @@
 ::
 
     manifest.json            settings, sources, shards with their sizes and SHA-256, calibration
-    train-00000.arrow ...    one row per document: document (bytes), source, entropies
+    train-00000.arrow ...    one row per document: document (bytes), source, trained, entropies
     validation-00000.arrow ...
     scorer/                  the checkpoint that made the entropies, if there are any
 
 ``entropies[i]`` is the entropy, in nats, of the prediction of the document's byte ``i``: first the
 one made at BOS, last the one made at the last byte, so there is one more than there are bytes.
+``trained`` has the ranges of a document's bytes that are trained on; a shard whose documents are
+all trained on whole has no such column.
 Boundaries are not stored: they follow from the entropies and a threshold that may change.
 """
 
 import hashlib
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import model_serializer
 
 from bytelm import codec
 from bytelm.config import Node, parse
 from bytelm.errors import BytelmError, DataError
 from bytelm.storage import check_file, disk_errors, read_json, write_json
+from bytelm.units import Ranges, trained_targets
 
 MANIFEST = "manifest.json"
 SCORER = "scorer"
@@ -40,6 +44,30 @@ class SourceTotal(Node):
 
     documents: int
     text_bytes: int
+    trained_bytes: int | None = None
+    """Bytes that are trained on; ``None`` for all."""
+
+    def __add__(self, other: "SourceTotal") -> "SourceTotal":
+        """Return the totals of both."""
+        trained = None
+        if self.trained_bytes is not None or other.trained_bytes is not None:
+            trained = sum(
+                one.text_bytes if one.trained_bytes is None else one.trained_bytes
+                for one in (self, other)
+            )
+        return SourceTotal(
+            documents=self.documents + other.documents,
+            text_bytes=self.text_bytes + other.text_bytes,
+            trained_bytes=trained,
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: Callable[[Node], dict[str, int]]) -> dict[str, int]:
+        """Leave ``trained_bytes`` out if it says nothing, as earlier versions did."""
+        values = serialize(self)
+        if self.trained_bytes is None:
+            del values["trained_bytes"]
+        return values
 
 
 class ShardRecord(Node):
@@ -108,16 +136,12 @@ class Manifest(Node):
 
     def sources(self, split: Split | None = None) -> dict[str, SourceTotal]:
         """Return the size of each source, by name, in one split or both."""
-        documents, text_bytes = Counter[str](), Counter[str]()
+        totals: dict[str, SourceTotal] = {}
         for shard in self.shards:
             if split in (None, shard.split):
                 for name, total in shard.sources.items():
-                    documents[name] += total.documents
-                    text_bytes[name] += total.text_bytes
-        return {
-            name: SourceTotal(documents=documents[name], text_bytes=text_bytes[name])
-            for name in sorted(documents)
-        }
+                    totals[name] = totals[name] + total if name in totals else total
+        return dict(sorted(totals.items()))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -176,6 +200,9 @@ class _Shard(NamedTuple):
     begins: NDArray[np.int64]
     entropies: NDArray[np.float32] | None
     entropy_begins: NDArray[np.int64] | None
+    trained: NDArray[np.int64] | None
+    """(begin, end) of all ranges that are trained on; ``None`` for whole documents."""
+    trained_begins: NDArray[np.int64] | None
 
 
 class Dataset:
@@ -253,6 +280,24 @@ class Dataset:
         first = int(shard.entropy_begins[row])
         return shard.entropies[first + begin : first + end].copy()
 
+    def trained(self, index: int) -> Ranges | None:
+        """Return the ranges of a document's bytes that are trained on; ``None`` for all."""
+        shard, row = self._locate(index)
+        if shard.trained is None or shard.trained_begins is None:
+            return None
+        first, end = shard.trained_begins[row : row + 2]
+        ranges = tuple((int(a), int(b)) for a, b in shard.trained[first:end])
+        return None if ranges == ((0, int(self.lengths[index])),) else ranges
+
+    def targets(self, index: int, begin: int, ids: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the targets of ``ids``, which begin at position ``begin`` of a document.
+
+        Returns:
+            ``int64[len(ids) - 1]``; ``None`` if all ids after the first are trained on.
+        """
+        ranges = self.trained(index)
+        return None if ranges is None else trained_targets(ids, begin, ranges)
+
     def _locate(self, index: int) -> tuple[_Shard, int]:
         at = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._shards[at], index - int(self._first[at])
@@ -271,12 +316,21 @@ def _views(table: pa.Table, has_entropies: bool) -> _Shard:
     _, offsets, data = table["document"].chunk(0).buffers()
     text = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
     begins = np.frombuffer(offsets, np.int64)[: table.num_rows + 1]
-    if not has_entropies:
-        return _Shard(text, begins, None, None)
-    _, offsets, _, values = table["entropies"].chunk(0).buffers()
-    entropy_begins = np.frombuffer(offsets, np.int64)[: table.num_rows + 1]
-    return _Shard(text, begins, np.frombuffer(values, np.float32), entropy_begins)
+    entropies = entropy_begins = trained = trained_begins = None
+    if has_entropies:
+        _, offsets, _, values = table["entropies"].chunk(0).buffers()
+        entropy_begins = np.frombuffer(offsets, np.int64)[: table.num_rows + 1]
+        entropies = np.frombuffer(values, np.float32)
+    if "trained" in table.column_names:
+        ranges = table["trained"].chunk(0)
+        trained_begins = ranges.offsets.to_numpy()
+        ends = [ranges.values.field(name).to_numpy() for name in ("begin", "end")]
+        trained = np.stack(ends, axis=1)
+    return _Shard(text, begins, entropies, entropy_begins, trained, trained_begins)
 
 
 SCHEMA = pa.schema([("document", pa.large_binary()), ("source", pa.string())])
-SCORED_SCHEMA = SCHEMA.append(pa.field("entropies", pa.large_list(pa.float32())))
+TRAINED = pa.field(
+    "trained", pa.large_list(pa.struct([("begin", pa.int64()), ("end", pa.int64())]))
+)
+ENTROPIES = pa.field("entropies", pa.large_list(pa.float32()))

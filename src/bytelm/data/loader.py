@@ -5,6 +5,9 @@ long documents are shuffled as thoroughly as short ones. Row ``r`` of every opti
 by its own stream: stream ``r`` of ``R`` takes spans ``r, r + R, r + 2R, ...`` of the endless
 concatenation of epochs. A stream's state is a few integers, and a rank runs only the streams of its
 own rows, so the rows of a step are the same at any world size.
+
+If only some bytes of a document are trained on, such as a response, a span of it is not cut at the
+end of a row but begins a new one, since the rest would be trained on without its prompt.
 """
 
 import math
@@ -172,7 +175,12 @@ class Loader:
         while not row.is_full:
             if state.begin >= state.end:
                 self._draw(number, state)
-            state.begin += row.add(self._span(state, self._max_bytes - row.num_bytes))
+            is_masked = self._dataset.trained(state.document) is not None
+            limit = self._max_bytes - (0 if is_masked else row.num_bytes)
+            span = self._span(state, limit)
+            if is_masked and row.spans and not row.has_room(span):
+                break
+            state.begin += row.add(span)
         return row
 
     def _span(self, state: _StreamState, limit: int) -> Span:
@@ -181,7 +189,8 @@ class Loader:
         if self._units.needs_entropies:
             entropies = self._dataset.entropies(state.document, state.begin, end)
         ids = self._dataset.ids(state.document, state.begin, end + 1)
-        return Span(state.document, state.begin, ids, entropies)
+        targets = self._dataset.targets(state.document, state.begin, ids)
+        return Span(state.document, state.begin, ids, entropies, targets)
 
     def _draw(self, number: int, state: _StreamState) -> None:
         """Draw the stream's next span."""

@@ -4,7 +4,7 @@ A row has two budgets, bytes and units (patches or tokens), and closes when eith
 that shapes are fixed for compilation and the global transformer, whose cost is per patch, is padded
 little. A document that does not fit is cut; the rest is a separate document to the model (no byte
 before the cut is visible to it), whose first id is an ordinary byte and not BOS. Every id of a
-document except the first is a target exactly once.
+document except the first is a target exactly once, unless only some of its bytes are trained on.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,7 @@ from torch import Tensor
 
 from bytelm import codec
 from bytelm.patching import PADDING
-from bytelm.units import Segment, Span, Units
-
-IGNORED = -100
-"""Target on padding, which the cross-entropy ignores."""
+from bytelm.units import IGNORED, Segment, Span, Units
 
 
 class Batch(NamedTuple):
@@ -29,10 +26,10 @@ class Batch(NamedTuple):
 
     ids: Int[Tensor, "batch ids"]
     targets: Int[Tensor, "batch ids"]
-    """Id after each; ``IGNORED`` on padding."""
+    """Id after each; ``IGNORED`` on padding and where a document is not trained on."""
     target_bytes: Int[Tensor, "batch ids"]
     """Bytes of text in each target: 1 for a byte, the length of a token, 0 for the end of a
-    document and on padding."""
+    document, on padding and where a document is not trained on."""
     documents: Int[Tensor, "batch ids"]
     """Span of each id within its row; ``PADDING`` on padding."""
     next_boundary: Bool[Tensor, "batch ids"] | None
@@ -91,6 +88,17 @@ class Row:
         no_units_left = self.budget is not None and self.num_units >= self.budget
         return self.num_bytes >= self.max_bytes or no_units_left
 
+    def has_room(self, span: Span) -> bool:
+        """Whether the whole span fits."""
+        if span.num_positions > self.max_bytes - self.num_bytes:
+            return False
+        segment = self.units.segment(span, self._room)
+        return int(segment.num_positions.sum()) == span.num_positions
+
+    @property
+    def _room(self) -> int | None:
+        return None if self.budget is None else self.budget - self.num_units
+
     def add(self, span: Span, cut: int = 0) -> int:
         """Add as much of a span as fits, at least one position.
 
@@ -102,8 +110,7 @@ class Row:
             The number of positions added.
         """
         span = span.head(self.max_bytes - self.num_bytes)
-        room = None if self.budget is None else self.budget - self.num_units
-        segment = self.units.segment(span, room, cut)
+        segment = self.units.segment(span, self._room, cut)
         self.segments.append(segment)
         added = int(segment.num_positions.sum())
         self.spans.append(span.head(added))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from bytelm.codec import to_bytes
 from bytelm.data.dataset import Split
 from bytelm.errors import DataError
+from bytelm.units import Ranges
 
 
 class Document(NamedTuple):
@@ -17,6 +18,25 @@ class Document(NamedTuple):
     source: str
     split: Split | None = None
     """``None`` if preparation decides it."""
+    trained: Ranges | None = None
+    """Ranges of its bytes that are trained on, each followed by EOS; ``None`` for the whole."""
+
+    @property
+    def ranges(self) -> Ranges:
+        """Ranges of its bytes that are trained on."""
+        return ((0, len(self.data)),) if self.trained is None else self.trained
+
+    def part(self, begin: int, end: int) -> "Document":
+        """Return some of its bytes as a document."""
+        if self.trained is None:
+            return self._replace(data=self.data[begin:end])
+        trained = []
+        for first, last in self.trained:
+            # The EOS of an empty range belongs to the part that ends there.
+            has_bytes = first < end and last > begin
+            if has_bytes or first == last == end or first == last == begin == 0:
+                trained.append((max(first, begin) - begin, min(last, end) - begin))
+        return self._replace(data=self.data[begin:end], trained=tuple(trained))
 
 
 class InvalidRecord(DataError):
@@ -28,17 +48,22 @@ class Fields:
     """Fields of a record, or columns of a table, that make a document.
 
     ``doc.text`` is the field ``text`` of the object in ``doc``, unless the record has a field that
-    is itself called ``doc.text``.
+    is itself called ``doc.text``. Of several fields, ``prompt,response``, the document is the
+    texts of all, one after the other, and only the last is trained on.
     """
 
     text: str
-    """Field that holds the text."""
+    """Field that holds the text, or several with commas between them."""
     source: str | None = None
     """Field that names the source."""
 
     def columns(self, known: Container[str]) -> list[str]:
         """Return the names of the fields, if a record or table has ``known`` ones."""
-        return [self.text, self.source] if self.source else [self.text]
+        names = self._parts(known)
+        return [*names, self.source] if self.source else names
+
+    def _parts(self, known: Container[str]) -> list[str]:
+        return [self.text] if self.text in known else [n.strip() for n in self.text.split(",")]
 
     def check_columns(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns.
@@ -69,10 +94,12 @@ class Fields:
             InvalidRecord: a field is missing or holds no text.
         """
         named = _find(record, self.source, where) if self.source else None
-        text = _find(record, self.text, where)
-        if not isinstance(text, str | bytes):
-            raise InvalidRecord(f"{where}: field {self.text!r} holds {text!r:.60}, not text")
-        return Document(to_bytes(text), source if named is None else _source_name(named))
+        label = source if named is None else _source_name(named)
+        texts = [_text(record, name, where) for name in self._parts(record)]
+        data = b"".join(texts)
+        if len(texts) == 1:
+            return Document(data, label)
+        return Document(data, label, trained=((len(data) - len(texts[-1]), len(data)),))
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
@@ -91,6 +118,13 @@ def parse_record(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"holds {type(record).__name__}, not an object")
     return record
+
+
+def _text(record: Mapping[str, Any], name: str, where: str) -> bytes:
+    text = _find(record, name, where)
+    if not isinstance(text, str | bytes):
+        raise InvalidRecord(f"{where}: field {name!r} holds {text!r:.60}, not text")
+    return to_bytes(text)
 
 
 def _find(record: Mapping[str, Any], path: str, where: str) -> Any:

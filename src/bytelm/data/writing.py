@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 from bytelm import codec
 from bytelm.checkpoint import load_scorer
 from bytelm.data.dataset import (
+    ENTROPIES,
     SCHEMA,
-    SCORED_SCHEMA,
+    TRAINED,
     ShardRecord,
     SourceTotal,
     Split,
@@ -110,8 +110,12 @@ class Writer:
             pa.array([d.source for d in shard.documents], pa.string()),
         ]
         schema = SCHEMA
+        if any(d.trained is not None for d in shard.documents):
+            schema = schema.append(TRAINED)
+            ranges = [[{"begin": a, "end": b} for a, b in d.ranges] for d in shard.documents]
+            columns.append(pa.array(ranges, TRAINED.type))
         if self._scorer is not None:
-            schema = SCORED_SCHEMA
+            schema = schema.append(ENTROPIES)
             columns.append(_entropy_column(self._scorer, shard.documents))
         path = self._out / shard.name
         with (
@@ -120,22 +124,32 @@ class Writer:
             pa.ipc.new_file(file, schema) as writer,
         ):
             writer.write_batch(pa.record_batch(columns, schema=schema))
-        documents, text_bytes = Counter[str](), Counter[str]()
-        for document in shard.documents:
-            documents[document.source] += 1
-            text_bytes[document.source] += len(document.data)
         return ShardRecord(
             file=shard.name,
             split=shard.split,
-            documents=documents.total(),
-            text_bytes=text_bytes.total(),
+            documents=len(shard.documents),
+            text_bytes=sum(len(d.data) for d in shard.documents),
             file_bytes=path.stat().st_size,
             sha256=file_hash(path),
-            sources={
-                name: SourceTotal(documents=documents[name], text_bytes=text_bytes[name])
-                for name in sorted(documents)
-            },
+            sources=_totals(shard.documents),
         )
+
+
+def _totals(documents: list[Document]) -> dict[str, SourceTotal]:
+    """Return the size of each source, by name, sorted."""
+    by_source: dict[str, list[Document]] = {}
+    for document in documents:
+        by_source.setdefault(document.source, []).append(document)
+    totals = {}
+    for name, group in sorted(by_source.items()):
+        trained = None
+        if any(d.trained is not None for d in group):
+            trained = sum(end - begin for d in group for begin, end in d.ranges)
+        text_bytes = sum(len(d.data) for d in group)
+        totals[name] = SourceTotal(
+            documents=len(group), text_bytes=text_bytes, trained_bytes=trained
+        )
+    return totals
 
 
 def _entropy_column(scorer: Scorer, documents: list[Document]) -> pa.Array:

@@ -28,14 +28,21 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
     table = Table(title=f"{folder}", title_justify="left", box=None, pad_edge=False)
     for name in ("source", "documents", "bytes", "held out"):
         table.add_column(name, justify="left" if name == "source" else "right")
+    sources = manifest.sources()
+    is_masked = any(one.trained_bytes is not None for one in sources.values())
+    if is_masked:
+        table.add_column("trained on", justify="right")
     calibration = manifest.calibration
     if calibration:
         table.add_column("bytes/patch", justify="right")
         table.add_column("longest", justify="right")
     held_out = manifest.sources("validation")
-    for name, one in manifest.sources().items():
+    for name, one in sources.items():
         row = [name, f"{one.documents:,}", f"{one.text_bytes:,}"]
         row.append(f"{held_out[name].text_bytes:,}" if name in held_out else "0")
+        if is_masked:
+            trained = one.text_bytes if one.trained_bytes is None else one.trained_bytes
+            row.append(f"{trained:,}")
         if calibration and name in calibration.sources:
             report = calibration.sources[name]
             row += [f"{report.patch_size:.2f}", f"{report.longest:,}"]

@@ -1,6 +1,6 @@
 """Evaluation: bits per byte."""
 
-from bytelm.evaluation.likelihood import evaluate
+from bytelm.evaluation.likelihood import Labelled, evaluate
 from bytelm.training.objective import Likelihood, total
 
-__all__ = ["Likelihood", "evaluate", "total"]
+__all__ = ["Labelled", "Likelihood", "evaluate", "total"]

@@ -3,6 +3,7 @@
 Text longer than the context is cut into spans of ``context_bytes`` that begin every ``stride``
 bytes. Each byte is measured once, in the earliest span that holds it, so with a stride below the
 context every byte except the first few has at least ``context_bytes - stride`` bytes before it.
+Of a document of which only some bytes are trained on, these are measured.
 Entropies, and thus patches, are those of the whole document.
 """
 
@@ -17,15 +18,17 @@ from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM
 from bytelm.scoring import group_by_size, score_documents
 from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans
-from bytelm.units import Span
+from bytelm.units import Ranges, Span, trained_targets
 
+Labelled = tuple[str, bytes] | tuple[str, bytes, Ranges | None]
+"""A label, the bytes of a document, and the ranges of them to measure; ``None`` for all."""
 SCORED_TOGETHER = 65_536
 """Bytes of short documents that are scored at once."""
 
 
 def evaluate(
     lm: CausalLM,
-    documents: Iterable[tuple[str, bytes]],
+    documents: Iterable[Labelled],
     *,
     context_bytes: int,
     stride: int | None = None,
@@ -34,7 +37,7 @@ def evaluate(
 
     Args:
         lm: language model in evaluation mode.
-        documents: (label, bytes) pairs, read once.
+        documents: (label, bytes) or (label, bytes, ranges to measure), read once.
         context_bytes: longest span; usually the context that the model was trained with.
         stride: bytes between the beginnings of spans; ``None`` for no overlap.
 
@@ -52,17 +55,20 @@ def evaluate(
 
 
 def _cut_documents(
-    lm: CausalLM, documents: Iterable[tuple[str, bytes]], context_bytes: int, stride: int
+    lm: CausalLM, documents: Iterable[Labelled], context_bytes: int, stride: int
 ) -> Iterator[LabelledSpan]:
     for group in group_by_size(documents, lambda one: len(one[1]) + 1, SCORED_TOGETHER):
-        sequences = [codec.encode(data, eos=True) for _, data in group]
+        sequences = [codec.encode(data, eos=True) for _, data, *_ in group]
         scores = _score(lm, [ids[:-1] for ids in sequences])
-        for (label, _), ids, entropies in zip(group, sequences, scores, strict=True):
+        for (label, _, *ranges), ids, entropies in zip(group, sequences, scores, strict=True):
             num_positions, seen = len(ids) - 1, 0
+            trained = ranges[0] if ranges else None
+            targets = None if trained is None else trained_targets(ids, 0, trained)
             for begin in range(0, num_positions, stride):
                 end = min(begin + context_bytes, num_positions)
                 part = None if entropies is None else entropies[begin:end]
-                span = Span(0, begin, ids[begin : end + 1], part)
+                chosen = None if targets is None else targets[begin:end]
+                span = Span(0, begin, ids[begin : end + 1], part, chosen)
                 yield LabelledSpan(label, span, seen - begin)
                 seen = end
                 if end == num_positions:

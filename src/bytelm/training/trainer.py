@@ -38,7 +38,7 @@ class _Interval:
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the interval."""
         figures = {
-            "loss": self.target_nats / self.num_targets,
+            "loss": self.target_nats / max(self.num_targets, 1),
             "bpb": self.byte_nats / math.log(2) / max(self.num_bytes, 1),
             "bytes_per_second": self.num_bytes / self.seconds,
             "padded_bytes": 1 - self.num_positions / self.room_bytes,
@@ -108,8 +108,9 @@ class Trainer:
             micro = micro.to(self.device)
             with self._precision():
                 nats = position_nats(self.lm, micro)
-            # Divide by the targets of the whole step, so that micro-batches equal one large batch.
-            (nats.sum() / num_targets).backward()
+            # Divide by the targets of the whole step, so that micro-batches equal one large batch;
+            # there may be none in rows of long prompts.
+            (nats.sum() / max(num_targets, 1)).backward()
             with torch.no_grad():
                 all_nats += nats.sum()
                 byte_nats += (nats * (micro.target_bytes > 0)).sum()

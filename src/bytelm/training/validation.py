@@ -52,7 +52,8 @@ def held_out_spans(
         entropies = dataset.entropies(document, begin, end) if dataset.has_entropies else None
         ids = dataset.ids(document, begin, end + 1)
         label = dataset.source_names[dataset.source_ids[document]]
-        yield LabelledSpan(label, Span(document, begin, ids, entropies))
+        targets = dataset.targets(document, begin, ids)
+        yield LabelledSpan(label, Span(document, begin, ids, entropies, targets))
         taken += end - begin
         if taken >= max_bytes:
             return
