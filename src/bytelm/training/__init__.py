@@ -10,7 +10,7 @@ from bytelm.training.objective import (
 )
 from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.parallel import parallelize
-from bytelm.training.run import TrainingResult, train
+from bytelm.training.run import Run, TrainingResult, open_run, train
 from bytelm.training.setup import resolve, with_room
 from bytelm.training.timing import StepCost, step_cost
 from bytelm.training.trainer import Trainer, step_flops
@@ -19,6 +19,7 @@ from bytelm.training.validation import held_out_spans
 __all__ = [
     "LabelledSpan",
     "Likelihood",
+    "Run",
     "StepCost",
     "Trainer",
     "TrainingResult",
@@ -27,6 +28,7 @@ __all__ = [
     "held_out_spans",
     "learning_rate",
     "measure_spans",
+    "open_run",
     "parallelize",
     "position_nats",
     "resolve",

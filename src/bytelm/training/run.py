@@ -76,6 +76,18 @@ def train(
         CheckpointError: a checkpoint is damaged or cannot be written.
         TrainingError: the loss or a weight is not finite.
     """
+    with open_run(recipe, folder, callbacks=callbacks) as run:
+        return run.train(time_limit)
+
+
+@contextmanager
+def open_run(
+    recipe: Recipe, folder: Path, *, callbacks: Sequence[Callback] = ()
+) -> Iterator["Run"]:
+    """Open a run, new or resumed, to take its steps one by one; :func:`train` takes them all.
+
+    The folder is locked until the context ends. Arguments and errors are those of :func:`train`.
+    """
     _check_folder(recipe, folder)
     trainer = Trainer(_as_recorded(recipe, folder))
     with ExitStack() as stack:
@@ -84,15 +96,15 @@ def train(
             # Only now, so that an invalid recipe does not occupy the folder.
             _write_recipe(recipe, folder)
             metrics_bytes = _resume(folder, trainer)
-            run = _Run(folder, trainer, metrics_bytes, callbacks)
+            run = Run(folder, trainer, metrics_bytes, callbacks)
         try:
-            return run.train(time_limit)
+            yield run
         finally:
             run.end()
 
 
-class _Run:
-    """A trainer, and the folder of its metrics and checkpoints."""
+class Run:
+    """A trainer, and the folder of its metrics and checkpoints; made by :func:`open_run`."""
 
     def __init__(
         self, folder: Path, trainer: Trainer, metrics_bytes: int, callbacks: Sequence[Callback]
@@ -104,34 +116,51 @@ class _Run:
             self.writers.append(TensorBoardMetrics(folder / TENSORBOARD, trainer.num_steps))
         self.stop: list[str] = []
         """Requests to stop."""
+        self.validation: dict[str, Likelihood] = {}
+        """Likelihood of held-out text by source at the last validation."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken."""
+        return self.trainer.num_steps == self.trainer.last_step
 
     def train(self, time_limit: float | None) -> TrainingResult:
         """Train to the last step, or until a request to stop."""
-        trainer, config, began = self.trainer, self.trainer.recipe.train, time.monotonic()
-        validation: dict[str, Likelihood] = {}
+        began = time.monotonic()
         with _stop_signals(self.stop):
-            self._call(lambda callback: callback.on_begin(trainer.num_steps, trainer.last_step))
-            while trainer.num_steps < trainer.last_step and not self.stop:
-                self._step()
-                step = trainer.num_steps
-                is_last = step == trainer.last_step
-                if step % config.log_every == 0 or is_last:
-                    self._report(trainer.report())
-                if step % config.validate_every == 0 or is_last:
-                    validation = self._validate()
+            self.begin()
+            while not self.finished and not self.stop:
+                self.step()
                 if time_limit is not None and time.monotonic() - began > time_limit:
                     self.stop.append("time limit")
-                if step % config.checkpoint_every == 0 or is_last:
-                    self._save()
             if self.stop:
-                self._save()
-        finished = trainer.num_steps == trainer.last_step
-        if not finished:
-            validation = {}
-        elif not validation:
-            validation = trainer.evaluate()
+                self.save()
+        return self.result()
+
+    def begin(self) -> None:
+        """Call the callbacks' ``on_begin``; to be called once, before the first step."""
+        steps = self.trainer.num_steps, self.trainer.last_step
+        self._call(lambda callback: callback.on_begin(*steps))
+
+    def step(self) -> None:
+        """Take a step, and report, validate and save as often as the recipe says."""
+        trainer, config = self.trainer, self.trainer.recipe.train
+        self._step()
+        step, is_last = trainer.num_steps, self.finished
+        if step % config.log_every == 0 or is_last:
+            self._report(trainer.report())
+        if step % config.validate_every == 0 or is_last:
+            self.validation = self.validate()
+        if step % config.checkpoint_every == 0 or is_last:
+            self.save()
+
+    def result(self) -> TrainingResult:
+        """Return the outcome so far."""
+        trainer, validation = self.trainer, {}
+        if self.finished:
+            validation = self.validation or trainer.evaluate()
         return TrainingResult(
-            trainer.num_steps, finished, validation, trainer.flops, trainer.bytes_seen
+            trainer.num_steps, self.finished, validation, trainer.flops, trainer.bytes_seen
         )
 
     def end(self) -> None:
@@ -168,7 +197,8 @@ class _Run:
     def _report(self, metrics: dict[str, float]) -> None:
         self._call(lambda callback: callback.on_metrics(self.trainer.num_steps, metrics))
 
-    def _validate(self) -> dict[str, Likelihood]:
+    def validate(self) -> dict[str, Likelihood]:
+        """Measure and report the likelihood of held-out text by source."""
         by_source = self.trainer.evaluate()
         if not by_source:
             return by_source
@@ -188,7 +218,8 @@ class _Run:
         self._report(metrics)
         return by_source
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save a checkpoint, unless this step has one."""
         trainer, folder = self.trainer, step_folder(self.folder, self.trainer.num_steps)
         if folder.exists():
             return
