@@ -1,6 +1,7 @@
 """Configuration: recipes as YAML, overrides, mistakes, names of earlier versions, new kinds."""
 
 import re
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -132,6 +133,9 @@ def test_recipes_of_earlier_versions_are_read(recipe):
         ("0o10", 8),
         ("1e-3", 0.001),
         ("1_000", 1000),
+        ("0x10", 16),
+        ("+08", 8),
+        ("1:30", "1:30"),
         ("yes", "yes"),
         ("on", "on"),
         ("true", True),
@@ -191,6 +195,34 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml(path):
 
 
 @pytest.mark.parametrize(
+    ("text", "steps"),
+    [("010", 10), ("0x10", 16), ("1_000", 1000), ("1e3", 1000), ("1.5e3", 1500), ("2.0", 2)],
+)
+def test_whole_numbers_may_be_written_in_any_way(path, text, steps):
+    found = load_recipe(path, [f"train.steps={text}"]).train.steps
+    assert (found, type(found)) == (steps, int)
+
+
+@pytest.mark.parametrize("text", ["a#b", "#'", "'a #b'", '"#"', "[a, '#']"])
+def test_only_comments_are_refused_as_comments(text):
+    if text == "#'":
+        with pytest.raises(ConfigError, match="comment"):
+            read_mapping("{}", "test", [f"a={text}"])
+    else:
+        value = read_mapping("{}", "test", [f"a={text}"])["a"]
+        assert "#" in value or "#" in value[1]
+
+
+@given(st.text(st.sampled_from("a10-_.:'\" \\\n!#&*[]{}|>%@`,?~")))
+@example("!!int")
+@example("!!binary a")
+@example("!!omap [1]")
+def test_an_override_is_applied_or_refused(text):
+    with suppress(ConfigError):
+        load_recipe("blt-1m", [f"data.path={text}", f"train.steps={text}"])
+
+
+@pytest.mark.parametrize(
     ("old", "present"),
     [
         ("model.ngrams.rows=53", "model.hash_embeddings.num_buckets=53"),
@@ -239,6 +271,19 @@ def test_an_old_override_wins_over_the_recipes_own_value(path):
         ("train.steps=[", "'[' is not a YAML value"),
         ("data.path=-_", "'-_' is not a YAML value"),
         ("data.path=._", "'._' is not a YAML value"),
+        ("data.path=*.txt", "'*.txt' is not a YAML value; to set it to this text, write it in"),
+        ("data.path=!!int", "'!!int' is not a YAML value"),
+        ("data.path=a #1", "# begins a comment in YAML; to set it to this text, write it in"),
+        ("data.path=#1", "# begins a comment in YAML"),
+        ("data.path=a: b", "a valid string, not {'a': 'b'}: write it in quotes"),
+        ("train.compile=on", "train.compile: must be true or false, not 'on'"),
+        ("train.steps=1e2.5", "train.steps: Input should be a valid integer, not '1e2.5'"),
+        ("train.steps=1:30", "train.steps: Input should be a valid integer, not '1:30'"),
+        ("train.steps=1e30", "train.steps: Input should be less than 922337203685477"),
+        ("train.seed=18446744073709551616", "train.seed: Input should be less than 92233720368"),
+        ("train.seed=-1", "train.seed: Input should be greater than or equal to 0, not -1"),
+        ("patching={knd: space}", "'patching.kind' is missing: one of byte, static, space, en"),
+        ("patching={knd: space}", "; is that the key 'knd'?"),
         ("train=null", "train: Input should be a valid dictionary"),
         ("optimizer.beta2=1.0", "optimizer.beta2: Input should be less than 1"),
         ("patching.threshold=.nan", "patching.threshold: Input should be a finite number"),

@@ -35,6 +35,14 @@ def test_generation_equals_a_full_forward_per_byte(model, sampling):
     assert expected
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_that_are_not_of_64_bits_are_refused(seed):
+    with pytest.raises(ConfigError, match=f"an integer of 64 bits, not {seed}"):
+        Sampling(seed=seed)
+    for good in (2**64 - 1, -(2**63)):
+        Sampler(Sampling(seed=good)).choose(torch.zeros(260))
+
+
 def test_seeds_reproduce_and_differ():
     model = random_patched()
 

@@ -119,3 +119,10 @@ def test_an_interrupted_quickstart_keeps_its_folder(tmp_path):
     assert (tmp_path / "out" / "text" / "manifest.json").exists()
     with pytest.raises(ConfigError, match="holds a quickstart with other settings"):
         run_quickstart(data, tmp_path / "out", seed=1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_recipes_cannot_hold_is_refused_at_once(tmp_path, seed):
+    with pytest.raises(ConfigError, match=f"the seed must be between 0 and .*, not {seed}"):
+        run_quickstart(tmp_path / "nope", tmp_path / "out", seed=seed)
+    assert not (tmp_path / "out").exists()

@@ -103,6 +103,8 @@ def run_quickstart(
     """
     began = time.monotonic()
     check_matplotlib()
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"the seed must be between 0 and 2^63 - 1, not {seed}")
     progress = progress or Progress()
     with _claimed(out, data, seed):
         progress.stage("reading text")

@@ -6,9 +6,9 @@ that define them (docs/extending.md).
 """
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from bytelm.errors import ConfigError
@@ -17,6 +17,15 @@ NodeT = TypeVar("NodeT", bound="Node")
 AnyNodeT = TypeVar("AnyNodeT", bound="Node")
 ENTRY_POINTS = "bytelm.kinds"
 """Group of the entry points whose modules add kinds when they are imported."""
+
+
+def _whole(value: Any) -> Any:
+    """Return a float that is a whole number, such as 1e3, as an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, Field(lt=2**63), BeforeValidator(_whole)]
+"""Integer that may be written as ``1e3``."""
 
 
 class Node(BaseModel):

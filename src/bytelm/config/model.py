@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from bytelm.codec import VOCAB_SIZE
-from bytelm.config.kinds import Kinds, Node, open_node
+from bytelm.config.kinds import Int, Kinds, Node, open_node
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[Int, Field(ge=1)]
 
 
 class ModelConfig(Node):
@@ -104,12 +104,12 @@ class StackConfig(BlockConfig):
 class HashEmbeddingConfig(Node):
     """Hash embeddings of n-grams of bytes or tokens; ``sizes: []`` disables them."""
 
-    sizes: tuple[Annotated[int, Field(ge=2, le=32)], ...] = Field(
+    sizes: tuple[Annotated[Int, Field(ge=2, le=32)], ...] = Field(
         default=(3, 4, 5, 6, 7, 8), strict=False
     )
     num_buckets: Positive = 500_002
     """Embeddings per n-gram size and hash function."""
-    functions: Annotated[int, Field(ge=1, le=11)] = 1
+    functions: Annotated[Int, Field(ge=1, le=11)] = 1
     combine: Literal["sum", "mean"] = "sum"
 
 
@@ -123,7 +123,7 @@ class TransformerConfig(StackConfig, ModelConfig):
     kind: Literal["transformer"] = "transformer"
     window: Positive | None = None
     """Positions visible to one, itself included; null for all before it."""
-    vocab_size: Annotated[int, Field(ge=VOCAB_SIZE)] = VOCAB_SIZE
+    vocab_size: Annotated[Int, Field(ge=VOCAB_SIZE)] = VOCAB_SIZE
     """Ids: 260 for bytes, more for the tokens of ``data.tokenizer``."""
     hash_embeddings: HashEmbeddingConfig | None = None
     """Hash embeddings to add to those of the ids, as in a BLT; null for none."""
@@ -232,7 +232,7 @@ class FittedNgramConfig(Node):
 
     kind: Literal["fitted_ngram"] = "fitted_ngram"
     max_order: Positive
-    num_contexts: Annotated[int, Field(ge=0)]
+    num_contexts: Annotated[Int, Field(ge=0)]
 
 
 @open_node

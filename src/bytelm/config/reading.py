@@ -9,6 +9,7 @@ import difflib
 import io
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -25,6 +26,8 @@ from bytelm.config.recipe import NgramRecipe, Recipe
 from bytelm.errors import ConfigError
 
 NodeT = TypeVar("NodeT", bound=BaseModel)
+MAX_SHOWN = 80
+"""Longest value, in characters, that an error quotes."""
 
 
 class _Constructor(SafeConstructor):
@@ -55,6 +58,21 @@ def _yaml() -> YAML:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     return yaml
+
+
+def _load(text: str) -> Any:
+    """Return the value of YAML text.
+
+    Raises:
+        YAMLError: it is not valid.
+    """
+    try:
+        return _yaml().load(text)
+    except YAMLError:
+        raise
+    except Exception as error:
+        # Numbers such as `-_` and values that do not fit their tag raise built-in exceptions.
+        raise YAMLError(str(error)) from None
 
 
 def parse(node: type[NodeT], data: Any, where: str) -> NodeT:
@@ -151,8 +169,8 @@ def read_mapping(text: str, where: str, overrides: Iterable[str] = ()) -> dict[s
         ConfigError: the text is not valid YAML or not a mapping, or an override is invalid.
     """
     try:
-        data = _yaml().load(text)
-    except (YAMLError, ValueError) as error:  # ValueError: a number such as `-_`
+        data = _load(text)
+    except YAMLError as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {what}") from None
     if not isinstance(data, dict):
@@ -186,10 +204,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"override {override!r} must have the form key.path=value")
-    try:
-        value = _yaml().load(text)
-    except (YAMLError, ValueError):
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    value = _override_value(override, text)
     *parents, last = modern_path(path, data).split(".")
     is_ours = True
     for parent in parents:
@@ -202,6 +217,22 @@ def _override(data: dict[str, Any], override: str) -> None:
         is_ours = has_earlier_names(data, is_ours)
     section = parents[-1] if parents else ""
     data[last] = modernise({last: value}, section, is_ours=is_ours)[last]
+
+
+def _override_value(override: str, text: str) -> Any:
+    """Return the value of the YAML text of an override."""
+    remedy = "to set it to this text, write it in quotes, '\"...\"'"
+    try:
+        value = _load(text)
+    except YAMLError:
+        raise ConfigError(
+            f"override {override!r}: {text!r} is not a YAML value; {remedy}"
+        ) from None
+    # Within a comment, another character changes nothing.
+    with suppress(YAMLError):
+        if "#" in text and _load(f"{text}.") == value:
+            raise ConfigError(f"override {override!r}: # begins a comment in YAML; {remedy}")
+    return value
 
 
 def _has_unknown_kind(error: ValidationError) -> bool:
@@ -228,15 +259,19 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
         *_, candidates = _walk(node, location)
         known = [str(kind_of(candidate)) for candidate in candidates]
         if first["type"] == "union_tag_not_found":
-            return f"'{path}.kind' is missing: one of {', '.join(known)}"
+            hint = nearest("kind", first["input"]).replace("did you mean", "is that the key")
+            return f"'{path}.kind' is missing: one of {', '.join(known)}{hint}"
         kind = first["input"].get("kind") if isinstance(first["input"], dict) else None
         hint = nearest(str(kind), known)
         return f"{path}.kind: {kind!r} is not one of {', '.join(known)}{hint}"
-    if first["type"] == "string_type" and not isinstance(first["input"], dict | list):
-        return f"{path}: {message}, not {first['input']!r}: write it in quotes, '\"...\"'"
-    if isinstance(first["input"], dict | list):
-        return f"{path}: {message}"
-    return f"{path}: {message}, not {first['input']!r}"
+    if first["type"] == "bool_type":
+        message = "must be true or false"
+    shown = repr(first["input"])
+    if len(shown) <= MAX_SHOWN:
+        message += f", not {shown}"
+    if first["type"] == "string_type":
+        message += ": write it in quotes, '\"...\"'"
+    return f"{path}: {message}"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bytelm.config.kinds import Kinds, Node, open_node
+from bytelm.config.kinds import Int, Kinds, Node, open_node
 from bytelm.config.model import MODELS, SCORERS, ModelConfig, NgramConfig, Positive, ScorerConfig
 from bytelm.config.patching import RULES, PatchingConfig
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[Int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SAVED: Kinds[Node] = Kinds("model", MODELS, SCORERS)
 """Models that a checkpoint may hold."""
@@ -49,7 +49,7 @@ class DataConfig(Node):
 class Cooldown(Node):
     """Steps of a cooldown: the learning rate falls from step ``start`` until training ends."""
 
-    start: Annotated[int, Field(ge=0)]
+    start: Annotated[Int, Field(ge=0)]
     """Number of steps before the cooldown."""
     end: Positive
     """Number of steps of the run."""
@@ -67,7 +67,7 @@ class OptimizerConfig(Node):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    warmup_steps: Annotated[Int, Field(ge=0)] = 2000
     schedule: Literal["cosine", "wsd"] = "cosine"
     cooldown: Literal["1-sqrt", "linear"] = "1-sqrt"
     """Shape of the cooldown of wsd."""

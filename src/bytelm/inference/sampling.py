@@ -31,8 +31,11 @@ class Sampling:
     min_p: float | None = None
     """Keep ids with at least this fraction of the highest probability."""
     seed: int = 0
+    """Any integer of 64 bits."""
 
     def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"the seed must be an integer of 64 bits, not {self.seed}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"temperature must be 0 (greedy) or positive, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bytelm.config import Node, nearest
+from bytelm.config.kinds import Int
 from bytelm.config.model import Positive
 from bytelm.config.names import earlier_path, modern_path
 from bytelm.config.recipe import Fraction, Seed
@@ -47,7 +48,7 @@ class TextConfig(Node):
     """Share of the other documents that is held out, chosen by the hash of their content."""
     evaluated_bytes: Positive = 1_000_000
     """Bytes of held-out text that every run is measured on."""
-    skipped_bytes: Annotated[int, Field(ge=0)] = 0
+    skipped_bytes: Annotated[Int, Field(ge=0)] = 0
     """Bytes of held-out text to skip first, for example those that learning rates were tuned on."""
 
 
@@ -70,7 +71,7 @@ class Family(Node):
     """Recipes over the family's, by the name of the size."""
     scorer: str | None = None
     """Entropy model whose entropies cut the patches."""
-    vocab_size: Annotated[int, Field(ge=260)] | None = None
+    vocab_size: Annotated[Int, Field(ge=260)] | None = None
     """Size of the tokenizer's vocabulary, for families that read tokens."""
     unit_bytes: Annotated[float, Field(gt=0)] | None = None
     """Bytes per patch or token that a dry run without data assumes."""
