@@ -1,3 +1,7 @@
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,6 +28,20 @@ def lm(tmp_path_factory):
     model = random_patched(reset=True)
     save_model(folder, model, patched_description(model))
     return bytelm.load(folder, device="cpu")
+
+
+def test_the_api_is_listed_and_documented_without_being_used():
+    code = """if True:
+        import sys, bytelm
+        assert set(bytelm.__all__) == set(dir(bytelm))
+        assert "torch" not in sys.modules
+        import pydoc
+        print(pydoc.plain(pydoc.render_doc(bytelm)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    for name in set(bytelm.__all__) - {"__version__", "interop"}:
+        assert re.search(rf"\b{name}\b", done.stdout), name
+    assert "bits_per_byte(self" in done.stdout
 
 
 def test_exported_names_are_all_there():

@@ -15,6 +15,7 @@ from bytelm.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    NumericalError,
     PatchingError,
     TrainingError,
 )
@@ -49,6 +50,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'bytelm' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "GREEDY",
     "BytelmError",
@@ -56,6 +61,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "LanguageModel",
+    "NumericalError",
     "PatchedText",
     "PatchingError",
     "Sampling",

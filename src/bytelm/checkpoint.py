@@ -13,6 +13,7 @@ is ever unpickled. A training run adds its own files to a step's folder (see
 :mod:`bytelm.training.state`).
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -122,6 +123,29 @@ def load_tensors(
     return {present(name): tensor for name, tensor in tensors.items()}
 
 
+def check_finite(name: str, tensor: Tensor, where: Path | str, *, allow_inf: bool = False) -> None:
+    """Check that no weight is NaN or infinite, in one pass and without copying the tensor.
+
+    Args:
+        name: name of the tensor, for the message.
+        tensor: the weights; other tensors than floating-point ones pass.
+        where: file or folder of the tensor, for the message.
+        allow_inf: whether infinity is legal, as in a mask or in the logarithm of a probability.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return
+    bounds = [float(bound) for bound in tensor.detach().aminmax()]  # NaN if any weight is
+    bad = [x for x in bounds if math.isnan(x) or (math.isinf(x) and not allow_inf)]
+    if bad:
+        raise CheckpointError(
+            f"{where}: the weights {name} hold {'NaN' if math.isnan(bad[0]) else 'infinity'}: the "
+            "training diverged or the file is damaged; use an earlier checkpoint"
+        )
+
+
 def write_model(
     folder: Path,
     lm: CausalLM,
@@ -220,8 +244,8 @@ def load_model(
         The language model, in evaluation mode and without gradients, and its configuration.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or its weights do not fit its
-            configuration.
+        CheckpointError: the checkpoint is missing or damaged, its weights do not fit its
+            configuration, or one is NaN or infinite.
         ConfigError: the precision is unknown.
     """
     folder = find_checkpoint(path)
@@ -311,4 +335,7 @@ def _fill(module: nn.Module, path: Path, device: str | torch.device) -> None:
         raise CheckpointError(
             f"{path} does not fit its {CONFIG}: {'; '.join(sorted(problems)[:3])}"
         )
+    buffers = {name for name, _ in module.named_buffers()}
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, path, allow_inf=name in buffers)
     module.load_state_dict(tensors, assign=True)

@@ -11,6 +11,7 @@ Bugs raise ``AssertionError`` or other built-in exceptions, and keep their trace
     +-- PatchingError      a threshold that cannot be found
     +-- CheckpointError    a saved model or run
     +-- TrainingError      a run that cannot continue
+    +-- NumericalError     NaN or infinity among a model's numbers
 """
 
 
@@ -36,3 +37,7 @@ class CheckpointError(BytelmError):
 
 class TrainingError(BytelmError):
     """Training run that cannot continue, for example because its loss is not finite."""
+
+
+class NumericalError(BytelmError):
+    """NaN or infinity among the logits, entropies or likelihoods of a model."""

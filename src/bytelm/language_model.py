@@ -92,7 +92,9 @@ class LanguageModel:
             ConfigError: the model has no scorer and cannot serve as one.
         """
         ids = torch.from_numpy(codec.encode(text)).to(self.device)
-        return score_documents(self.module.get_scorer(), [ids])[0].cpu().numpy()
+        scorer = self.module.get_scorer()
+        entropies = score_documents(scorer, [ids], name=lambda _: "the text")[0]
+        return entropies.float().cpu().numpy()
 
     def patch(self, text: str | bytes, rule: PatchingConfig | None = None) -> PatchedText:
         """Segment a text into patches.

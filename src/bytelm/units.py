@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bytelm import codec
+from bytelm.errors import NumericalError
 from bytelm.patching import Patcher, PatchSample, patch_statistics
 from bytelm.tokens import Tokenizer
 
@@ -208,6 +209,7 @@ class PatchUnits(ByteUnits):
         entropies = None
         if self.needs_entropies:
             assert span.entropies is not None
+            _check_entropies(span)
             entropies = torch.from_numpy(span.entropies)[None]
         return self.patcher.next_boundary(ids, entropies)[0].numpy()
 
@@ -219,6 +221,18 @@ class PatchUnits(ByteUnits):
     def mean_bytes(self, documents: Sequence[tuple[Tensor, Tensor | None]]) -> float:
         """Return the mean bytes per patch."""
         return patch_statistics(self.patcher, PatchSample.join(documents)).mean_size
+
+
+def _check_entropies(span: Span) -> None:
+    """Check the entropies of a span, which earlier versions stored even if they were not finite."""
+    assert span.entropies is not None
+    is_finite = np.isfinite(span.entropies)
+    if not is_finite.all():
+        index = int(np.argmin(is_finite))
+        raise NumericalError(
+            f"the entropy of byte {span.begin + index:,} of document {span.document:,} is "
+            f"{span.entropies[index]}: the scorer was damaged; prepare the data again with another"
+        )
 
 
 class TokenUnits:

@@ -13,6 +13,7 @@ from bytelm.data.dataset import Calibration, Dataset, SourceReport, write_manife
 from bytelm.data.loader import SpanOrder
 from bytelm.errors import DataError
 from bytelm.patching import PatchSample, build_patcher, calibrate, patch_statistics
+from bytelm.scoring import check_entropies
 from bytelm.tokens import Tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 4_000_000
@@ -38,6 +39,7 @@ def sample_dataset(
 
     Raises:
         DataError: the data has no documents.
+        NumericalError: an entropy is not finite.
     """
     documents = np.arange(len(dataset))
     if source is not None:
@@ -48,6 +50,7 @@ def sample_dataset(
         entropies = None
         if dataset.has_entropies:
             entropies = torch.from_numpy(dataset.entropies(document, begin, end))
+            check_entropies(entropies, f"document {document:,} of {dataset.folder}", begin)
         name = dataset.source_names[dataset.source_ids[document]]
         sample.setdefault(name, []).append((ids, entropies))
     return sample

@@ -29,7 +29,7 @@ from bytelm.data.dataset import (
 from bytelm.data.records import Document
 from bytelm.errors import DataError
 from bytelm.patching import Scorer
-from bytelm.scoring import group_by_size, score_documents
+from bytelm.scoring import check_entropies, group_by_size, score_documents
 from bytelm.scoring.documents import CHUNK
 from bytelm.storage import atomic_file, file_hash
 
@@ -104,6 +104,7 @@ class Writer:
 
         Raises:
             OSError: the file cannot be written.
+            NumericalError: an entropy is not finite.
         """
         columns = [
             pa.array([d.data for d in shard.documents], pa.large_binary()),
@@ -159,22 +160,30 @@ def _entropy_column(scorer: Scorer, documents: list[Document]) -> pa.Array:
     values = np.empty(offsets[-1], np.float32)
     at = 0
     for group in group_by_size(documents, lambda one: len(one.data) + 1, SCORED_TOGETHER):
-        for part in _entropies(scorer, [document.data for document in group]):
+        for part in _entropies(scorer, group):
             values[at : at + len(part)] = part
             at += len(part)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
-def _entropies(scorer: Scorer, documents: list[bytes]) -> Iterator[NDArray[np.float32]]:
+def _entropies(scorer: Scorer, documents: list[Document]) -> Iterator[NDArray[np.float32]]:
     """Yield the entropies of documents in order, of a single document in parts to save memory."""
+
+    def name(index: int) -> str:
+        one = documents[index]
+        return f"the document of source {one.source!r} that begins with {one.data[:32]!r}"
+
     if len(documents) > 1:
-        ids = [torch.from_numpy(codec.encode(data)) for data in documents]
-        yield from (one.float().numpy() for one in score_documents(scorer, ids))
+        ids = [torch.from_numpy(codec.encode(one.data)) for one in documents]
+        yield from (one.float().numpy() for one in score_documents(scorer, ids, name=name))
         return
-    state, data = scorer.new_state(), documents[0]
+    state, data = scorer.new_state(), documents[0].data
     for begin in range(0, max(len(data), 1), CHUNK):
         ids = codec.encode(data[begin : begin + CHUNK], bos=begin == 0)
-        yield state.prefill(0, torch.from_numpy(ids)).float().numpy()
+        entropies = state.prefill(0, torch.from_numpy(ids)).float()
+        # The first id is BOS, whose entropy is that of byte 0.
+        check_entropies(entropies, name(0), begin + (begin > 0))
+        yield entropies.numpy()
 
 
 _writer: Writer | None = None

@@ -46,6 +46,7 @@ def evaluate(
 
     Raises:
         ConfigError: the stride is not between 1 and ``context_bytes``.
+        NumericalError: an entropy or a likelihood is not finite.
     """
     stride = context_bytes if stride is None else stride
     if not 1 <= stride <= context_bytes:
@@ -59,7 +60,7 @@ def _cut_documents(
 ) -> Iterator[LabelledSpan]:
     for group in group_by_size(documents, lambda one: len(one[1]) + 1, SCORED_TOGETHER):
         sequences = [codec.encode(data, eos=True) for _, data, *_ in group]
-        scores = _score(lm, [ids[:-1] for ids in sequences])
+        scores = _score(lm, group, [ids[:-1] for ids in sequences])
         for (label, _, *ranges), ids, entropies in zip(group, sequences, scores, strict=True):
             num_positions, seen = len(ids) - 1, 0
             trained = ranges[0] if ranges else None
@@ -76,9 +77,15 @@ def _cut_documents(
 
 
 def _score(
-    lm: CausalLM, documents: Sequence[NDArray[np.int64]]
+    lm: CausalLM, texts: Sequence[Labelled], documents: Sequence[NDArray[np.int64]]
 ) -> Sequence[NDArray[np.float32] | None]:
     if not lm.units.needs_entropies:
         return [None] * len(documents)
+
+    def name(index: int) -> str:
+        label, data, *_ = texts[index]
+        return f"the text {label!r} that begins with {data[:32]!r}"
+
     ids = [torch.from_numpy(document).to(lm.device) for document in documents]
-    return [one.float().cpu().numpy() for one in score_documents(lm.get_scorer(), ids)]
+    entropies = score_documents(lm.get_scorer(), ids, name=name)
+    return [one.float().cpu().numpy() for one in entropies]

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bytelm import codec
-from bytelm.errors import BytelmError, ConfigError
+from bytelm.errors import ConfigError, NumericalError
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,26 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._num_chosen = 0
 
     def choose(self, logits: Float[Tensor, " vocab"]) -> int:
         """Sample the next id.
 
         Raises:
-            BytelmError: a logit is NaN.
+            NumericalError: a logit is NaN or plus infinity, or all are minus infinity.
         """
         allowed = logits.to("cpu", torch.float64, copy=True)
         allowed[: codec.OFFSET] += _SPECIAL
         highest, index = allowed.max(0)  # NaN if any logit is
-        if math.isnan(highest):
-            raise BytelmError(
-                "the model's logits are not numbers (NaN): its weights are damaged, or its "
-                "training diverged; use an earlier checkpoint"
+        if not math.isfinite(highest):
+            what = {math.inf: "infinite", -math.inf: "all minus infinity"}.get(
+                float(highest), "not numbers (NaN)"
             )
+            raise NumericalError(
+                f"the model's logits after {self._num_chosen:,} generated ids are {what}: its "
+                "weights are damaged, or its training diverged; use an earlier checkpoint"
+            )
+        self._num_chosen += 1
         if self._sampling.temperature == 0:
             return int(index)
         probabilities = filtered_probabilities(allowed, self._sampling)

@@ -23,6 +23,7 @@ from bytelm.checkpoint import (
     MODEL,
     SCORER,
     CheckpointConfig,
+    check_finite,
     set_precision,
     write_config,
 )
@@ -91,7 +92,8 @@ def import_official(blt: Source, entropy: Source | None = None) -> LanguageModel
 
     Raises:
         CheckpointError: a folder is not in that format, its weights do not fit the configuration,
-            or the configuration has options that bytelm does not support.
+            or the configuration has options that bytelm does not support; or a weight is NaN or
+            infinite.
     """
     return _open_official(blt, entropy).load()
 
@@ -145,7 +147,7 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
 
     Raises:
         ConfigError: ``transformers`` cannot run such a model; the message names the options.
-        CheckpointError: ``out`` exists or cannot be written.
+        CheckpointError: ``out`` exists or cannot be written, or a weight is NaN or infinite.
     """
     check_absent(Path(out))
     config, (blt, scorer) = huggingface.describe(lm.config)
@@ -168,6 +170,7 @@ def _split(module: torch.nn.Module, names: NameMap) -> dict[str, Entry]:
     for ours, tensor in module.state_dict().items():
         parts = tensor.split(part_sizes(names[ours], len(tensor)))
         for theirs, part in zip(names[ours], parts, strict=True):
+            check_finite(ours, part, "the model")
             entries[theirs] = Entry(tuple(part.shape), part.dtype, lambda part=part: [part])
     return entries
 

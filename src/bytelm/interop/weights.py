@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from bytelm.checkpoint import check_finite
 from bytelm.errors import CheckpointError
 from bytelm.interop.names import NameMap, part_sizes
 
@@ -107,6 +108,8 @@ def _open_pickle(path: Path) -> dict[str, Entry]:
             data = data[key]
     if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
         raise CheckpointError(f"{path} does not hold named tensors: a state dict is expected")
+    # Parameters are tensors that require gradients.
+    data = {str(name): tensor.detach() for name, tensor in data.items()}
     for name, tensor in data.items():
         if tensor.dtype not in DTYPES and not name.endswith(_BUFFERS):
             raise CheckpointError(
@@ -145,6 +148,7 @@ class Assembly:
         assert self.shapes.keys() == names.keys(), self.shapes.keys() ^ names.keys()
         self._names = names
         self._entries = entries
+        self._where = where
         both = [*names.values(), *(others or {}).values()]
         known = {theirs for parts in both for theirs in parts}
         problems = [
@@ -173,9 +177,14 @@ class Assembly:
         return reduce(torch.promote_types, (self._entries[p].dtype for p in self._names[name]))
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """Yield the parts of a tensor, in order."""
+        """Yield the parts of a tensor, in order.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite.
+        """
         for theirs in self._names[name]:
             for part in self._entries[theirs].parts():
+                check_finite(theirs, part, self._where)
                 yield part.to(self.dtype(name))
 
     def tensor(self, name: str) -> Tensor:

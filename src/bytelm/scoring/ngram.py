@@ -11,7 +11,7 @@ often enough; a byte takes the entropy of its longest known context. Scoring is 
 searches per byte: thousands of times cheaper than a transformer on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,6 +49,16 @@ class NgramScorer(ContextScorer):
         self.register_buffer("keys", torch.zeros(num_contexts, dtype=torch.long))
         self.register_buffer("values", torch.zeros(num_contexts))
         self.register_buffer("default", torch.zeros(()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NgramScorer":
+        """Move to a device, but stay in fp32: the patches must not depend on the precision."""
+        before = {"values": self.values, "default": self.default}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
 
     def document_starts(
         self, ids: Int[Tensor, "batch bytes"], documents: Int[Tensor, "batch bytes"]
@@ -147,7 +157,8 @@ class _Order:
 
     def entropies(self) -> NDArray[np.float32]:
         """Return the entropy of every distribution, in nats."""
-        p = self.probabilities
+        # Zero, to which very small probabilities round, has no logarithm.
+        p = self.probabilities.clip(min=np.finfo(np.float32).smallest_subnormal)
         return -(p * np.log(p)).sum(1, dtype=np.float32)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bytelm.data import IGNORED, Batch, Row, make_batch
+from bytelm.errors import NumericalError
 from bytelm.lm import CausalLM
 from bytelm.units import Span
 
@@ -94,11 +95,16 @@ def measure_spans(
         lm: language model.
         spans: spans no longer than the context.
         context_bytes: bytes in a row.
+
+    Raises:
+        NumericalError: a likelihood is not finite.
     """
     totals: dict[str, Likelihood] = {}
     for rows in _pack(spans, lm, context_bytes):
         batch = make_batch([row for row, _ in rows]).to(lm.device)
         nats = position_nats(lm, batch).double().cpu()
+        if not nats.isfinite().all():
+            raise _not_finite(rows, nats)
         for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
             begin = 0
             for segment, one in zip(row.segments, contents, strict=True):
@@ -115,6 +121,23 @@ def measure_spans(
                 totals.setdefault(one.label, Likelihood()).add(likelihood)
                 begin = end
     return totals
+
+
+def _not_finite(
+    rows: list[tuple[Row, list[LabelledSpan]]], nats: Float[Tensor, "batch ids"]
+) -> NumericalError:
+    """Return an error that names the first byte whose likelihood is not finite."""
+    number, index = (~nats.isfinite()).nonzero()[0].tolist()
+    row, contents = rows[number]
+    ends = np.cumsum([len(segment.targets) for segment in row.segments])
+    which = int(np.searchsorted(ends, index, "right"))
+    segment, one = row.segments[which], contents[which]
+    inside = index - (int(ends[which]) - len(segment.targets))
+    at = one.span.begin + int(segment.num_positions[:inside].sum())
+    return NumericalError(
+        f"the loss of byte {at:,} of a document of {one.label!r} is {float(nats[number, index])}: "
+        "the model's weights are damaged, or its training diverged; use an earlier checkpoint"
+    )
 
 
 def _pack(

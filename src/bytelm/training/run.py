@@ -1,6 +1,5 @@
 """Training runs: folders with a recipe, metrics and checkpoints, which can be resumed."""
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from bytelm.checkpoint import read_config, saved_steps
 from bytelm.config import Cooldown, Recipe, differences, dump_yaml, load_recipe
-from bytelm.errors import CheckpointError, ConfigError, TrainingError
+from bytelm.errors import CheckpointError, ConfigError, NumericalError, TrainingError
 from bytelm.progress import BeginCooldown, Callback, StopTraining
 from bytelm.storage import disk_errors, is_vacant, locked, write_text
 from bytelm.tracking import JsonlMetrics, TensorBoardMetrics
@@ -199,14 +198,14 @@ class Run:
 
     def validate(self) -> dict[str, Likelihood]:
         """Measure and report the likelihood of held-out text by source."""
-        by_source = self.trainer.evaluate()
+        try:
+            by_source = self.trainer.evaluate()
+        except NumericalError as error:
+            step = self.trainer.num_steps
+            raise self._diverged(f"the held-out loss is no longer finite at step {step}") from error
         if not by_source:
             return by_source
         everything = total(by_source.values())
-        if not math.isfinite(everything.nats):
-            raise self._diverged(
-                f"the held-out loss is no longer finite at step {self.trainer.num_steps}"
-            )
         metrics = {
             "validation_bpb": everything.bits_per_byte,
             "validation_flops": self.trainer.flops,

@@ -98,7 +98,7 @@ class Trainer:
         """Take one optimiser step: accumulate gradients, clip, update.
 
         Raises:
-            TrainingError: the gradient is not finite; the parameters are unchanged.
+            TrainingError: the loss or its gradient is not finite; the parameters are unchanged.
         """
         began = time.monotonic()
         batch = self.loader.next_batch()
@@ -116,10 +116,11 @@ class Trainer:
                 byte_nats += (nats * (micro.target_bytes > 0)).sum()
         settings = self.recipe.optimizer
         self._norm = float(clip_grad_norm_(self.lm.trained.parameters(), settings.clip_norm))
-        if not math.isfinite(self._norm):
+        loss = float(all_nats) / max(num_targets, 1)
+        if not (math.isfinite(self._norm) and math.isfinite(loss)):
             raise TrainingError(
-                f"the loss is no longer finite at step {self.num_steps + 1} (gradient norm "
-                f"{self._norm})"
+                f"the loss is no longer finite at step {self.num_steps + 1} (loss {loss}, "
+                f"gradient norm {self._norm})"
             )
         self._rate = learning_rate(self.num_steps, self.recipe.train.steps, settings)
         for group in self.optimizer.param_groups:
