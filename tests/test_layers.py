@@ -8,7 +8,7 @@ import bytelm
 LAYERS = [
     {"errors", "version"},
     {"codec", "progress", "slots", "storage"},
-    {"config", "tokens", "tracking"},
+    {"chat", "config", "tokens", "tracking"},
     {"kernels", "patching"},
     {"model", "units"},
     {"cpu"},

@@ -23,6 +23,7 @@ from bytelm.version import __version__
 
 if TYPE_CHECKING:
     from bytelm import interop
+    from bytelm.chat import chat_prompt
     from bytelm.inference import GREEDY, Sampling
     from bytelm.language_model import LanguageModel, PatchedText, load
     from bytelm.lm import register_model
@@ -35,6 +36,7 @@ _LAZY = {
     "LanguageModel": "bytelm.language_model",
     "PatchedText": "bytelm.language_model",
     "Sampling": "bytelm.inference",
+    "chat_prompt": "bytelm.chat",
     "load": "bytelm.language_model",
     "register_model": "bytelm.lm",
     "register_rule": "bytelm.patching",
@@ -67,6 +69,7 @@ __all__ = [
     "Sampling",
     "TrainingError",
     "__version__",
+    "chat_prompt",
     "interop",
     "load",
     "register_model",

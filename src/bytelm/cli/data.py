@@ -53,7 +53,11 @@ def data_prepare(
         typer.Option(help="auto: by name; text: each file is a document; lines: each line is."),
     ] = "auto",
     field: Annotated[
-        str, typer.Option(help="Field or column with the text; doc.text is a nested one.")
+        str,
+        typer.Option(
+            help="Field or column with the text; doc.text is a nested one. Of several "
+            "(prompt,response) the last is trained on; of a list of messages, the assistant's."
+        ),
     ] = "text",
     source_field: Annotated[
         str | None,

@@ -68,7 +68,7 @@ class ReadOptions:
     format: Format = "auto"
     """``auto``: by the file's name; ``text``: each file is a document; ``lines``: each line is."""
     field: str = "text"
-    """Field or column that holds the text of a record; ``doc.text`` is a nested one."""
+    """Field or column that holds the text of a record; see :class:`bytelm.data.records.Fields`."""
     source_field: str | None = None
     """Field or column that names a record's source; by default the file's name does."""
     include: str | None = None

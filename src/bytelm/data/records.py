@@ -5,6 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bytelm.chat import as_messages, format_chat
 from bytelm.codec import to_bytes
 from bytelm.data.dataset import Split
 from bytelm.errors import DataError
@@ -49,7 +50,8 @@ class Fields:
 
     ``doc.text`` is the field ``text`` of the object in ``doc``, unless the record has a field that
     is itself called ``doc.text``. Of several fields, ``prompt,response``, the document is the
-    texts of all, one after the other, and only the last is trained on.
+    texts of all, one after the other, and only the last is trained on. A single field may hold a
+    conversation; see :mod:`bytelm.chat`.
     """
 
     text: str
@@ -91,15 +93,23 @@ class Fields:
             source: source if no field names it.
 
         Raises:
-            InvalidRecord: a field is missing or holds no text.
+            InvalidRecord: a field is missing, or holds no text nor conversation.
         """
         named = _find(record, self.source, where) if self.source else None
         label = source if named is None else _source_name(named)
-        texts = [_text(record, name, where) for name in self._parts(record)]
-        data = b"".join(texts)
-        if len(texts) == 1:
-            return Document(data, label)
-        return Document(data, label, trained=((len(data) - len(texts[-1]), len(data)),))
+        names = self._parts(record)
+        if len(names) > 1:
+            texts = [_text(record, name, where) for name in names]
+            data = b"".join(texts)
+            return Document(data, label, trained=((len(data) - len(texts[-1]), len(data)),))
+        messages = as_messages(_find(record, names[0], where))
+        if messages is None:
+            return Document(_text(record, names[0], where), label)
+        try:
+            data, trained = format_chat(messages)
+        except DataError as error:
+            raise InvalidRecord(f"{where}, field {names[0]!r}: {error}") from None
+        return Document(data, label, trained=trained)
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
