@@ -76,7 +76,7 @@ def recipes(draw):
             "global_model": {"norm_eps": draw(rates), "qk_norm": draw(st.booleans())},
         },
     )
-    parts = st.dictionaries(st.sampled_from(BLTConfig.lr_parts), rates, max_size=3)
+    parts = st.dictionaries(st.sampled_from(BLTConfig.named_parts), rates, max_size=3)
     return Recipe.model_validate(
         {
             "model": model,

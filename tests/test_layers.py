@@ -8,6 +8,7 @@ import bytelm
 LAYERS = [
     {"errors", "version"},
     {"codec", "progress", "slots", "storage"},
+    {"layout"},
     {"chat", "config", "tokens", "tracking"},
     {"kernels", "patching"},
     {"model", "units"},

@@ -29,6 +29,7 @@ from bytelm.config import (
     MODELS,
     RULES,
     CombinedPatching,
+    InitConfig,
     Kinds,
     ModelConfig,
     ModelDescription,
@@ -403,7 +404,7 @@ def test_the_rate_of_a_part_scales_its_steps(data):
 
 
 def test_rates_of_parts_that_are_not_there_are_refused(data):
-    with pytest.raises(ConfigError, match="of a transformer model it can name embeddings, output"):
+    with pytest.raises(ConfigError, match="of a transformer model it can name embeddings, "):
         parse(
             Recipe,
             {
@@ -444,6 +445,8 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Node, "__getattribute__", watched)
     train(recipe(data, steps=4), tmp_path / "blt")
     train(recipe(data, "transformer", steps=1), tmp_path / "transformer")
+    init = parse(InitConfig, {"from": str(tmp_path / "blt")}, "test")
+    Trainer(recipe(data).model_copy(update={"init": init}))
     scaled = TransformerConfig(**{**SMALL, "rope_scaling": RopeScaling(kind="llama3", factor=2.0)})
     Trainer(recipe(data, "transformer").model_copy(update={"model": scaled})).step()
     Trainer(changed(recipe(data), "optimizer", schedule="wsd")).step()

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from bytelm import cpu
 from bytelm.config import SCORERS, ModelDescription, ScorerConfig, kind_of, open_node, parse
 from bytelm.errors import BytelmError, CheckpointError, ConfigError
+from bytelm.layout import CONFIG, MODEL, TOKENIZER, check_checkpoint, find_checkpoint
+from bytelm.layout import SCORER as SCORER
+from bytelm.layout import saved_steps as saved_steps
 from bytelm.lm import CausalLM, ScorerLM, build_lm
 from bytelm.patching import Scorer
 from bytelm.scoring import build_scorer
 from bytelm.storage import (
-    FILES,
     atomic_folder,
-    check_folder,
     folder_fingerprint,
     read_json,
     write_json,
@@ -42,12 +43,6 @@ from bytelm.tokens import load_tokenizer
 from bytelm.version import __version__
 
 FORMAT = 1
-CONFIG, MODEL, SCORER, TOKENIZER = (
-    "config.json",
-    "model.safetensors",
-    "scorer.safetensors",
-    "tokenizer.json",
-)
 
 
 @open_node
@@ -61,22 +56,6 @@ class CheckpointConfig(ModelDescription):
     torch: str = torch.__version__
     training: dict[str, Any] | None = None
     """Record of the training: recipe, steps, FLOPs, and a fingerprint of the data."""
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Check that a folder is a checkpoint, and every file of it.
-
-    Raises:
-        CheckpointError: the folder is not a checkpoint, or a file is missing, cut short or altered.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
-    if not (folder / FILES).is_file():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {FILES} (a folder of a training run or of "
-            "`bytelm quickstart` is expected)"
-        )
-    check_folder(folder)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -179,29 +158,6 @@ def save_model(
     """
     with atomic_folder(folder) as temporary:
         write_model(temporary, lm, description, training)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the folder of the checkpoint at ``path``, or of the newest one of a training run.
-
-    Raises:
-        CheckpointError: the training run has no checkpoint yet.
-    """
-    steps = saved_steps(path)
-    if steps:
-        return steps[-1]
-    if path.is_dir() and not (path / FILES).exists() and (path / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"the run in {path} has not saved a checkpoint yet: train it for longer"
-        )
-    return path
-
-
-def saved_steps(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a training run, oldest first."""
-    folders = (run / "checkpoints").glob("step-*") if run.is_dir() else []
-    steps = [p for p in folders if p.name.removeprefix("step-").isdecimal()]
-    return sorted(steps, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def read_config(folder: Path) -> CheckpointConfig:

@@ -43,6 +43,7 @@ from bytelm.config.reading import (
 from bytelm.config.recipe import (
     Cooldown,
     DataConfig,
+    InitConfig,
     ModelDescription,
     NgramDataConfig,
     NgramRecipe,
@@ -66,6 +67,7 @@ __all__ = [
     "EntropyPatching",
     "FittedNgramConfig",
     "HashEmbeddingConfig",
+    "InitConfig",
     "Kinds",
     "LocalConfig",
     "ModelConfig",

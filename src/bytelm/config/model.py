@@ -17,9 +17,10 @@ class ModelConfig(Node):
     """Whether a recipe needs a patching rule for it."""
     reads_tokens: ClassVar[bool] = False
     """Whether it can read the tokens of a tokenizer instead of bytes."""
-    lr_parts: ClassVar[tuple[str, ...]] = ("embeddings", "output")
-    """Parts that may have a learning rate of their own: all embeddings, the output matrix, and
-    further parts of a kind of model, by the first component of their parameters' names."""
+    named_parts: ClassVar[tuple[str, ...]] = ("embeddings", "hash_embeddings", "output")
+    """Parts that settings of a recipe may name, for a learning rate of their own, to freeze them or
+    to begin with weights of a checkpoint: all embeddings, those of n-grams alone, the output
+    matrix, and further parts by the first component of their parameters' names."""
 
     kind: str
 
@@ -119,6 +120,7 @@ class TransformerConfig(StackConfig, ModelConfig):
     """A plain transformer: entropy model, byte-level baseline, or baseline with a tokenizer."""
 
     reads_tokens: ClassVar[bool] = True
+    named_parts: ClassVar[tuple[str, ...]] = (*ModelConfig.named_parts, "blocks")
 
     kind: Literal["transformer"] = "transformer"
     window: Positive | None = None
@@ -176,7 +178,12 @@ class BLTConfig(ModelConfig):
     """A Byte Latent Transformer."""
 
     has_patches: ClassVar[bool] = True
-    lr_parts: ClassVar[tuple[str, ...]] = ("embeddings", "output", "encoder", "global", "decoder")
+    named_parts: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.named_parts,
+        "encoder",
+        "global",
+        "decoder",
+    )
 
     kind: Literal["blt"] = "blt"
     local: LocalConfig

@@ -23,6 +23,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from bytelm.config.kinds import Kinds, import_kinds, kind_of
 from bytelm.config.names import has_earlier_names, modern_path, modernise
 from bytelm.config.recipe import NgramRecipe, Recipe
+from bytelm.config.starting import complete
 from bytelm.errors import ConfigError
 
 NodeT = TypeVar("NodeT", bound=BaseModel)
@@ -146,6 +147,8 @@ def shipped_text(kind: str, name: str) -> str:
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecipe:
     """Load a recipe and apply overrides.
 
+    What a recipe with ``init.from`` leaves out of its model is taken from that checkpoint.
+
     Args:
         name: a shipped recipe or a path to a YAML file.
         overrides: ``key.path=value`` strings, applied in order.
@@ -155,8 +158,10 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecip
 
     Raises:
         ConfigError: the recipe or an override cannot be used.
+        CheckpointError: the checkpoint to begin with, which is to complete the recipe, is missing
+            or damaged.
     """
-    data = read_mapping(recipe_text(name), f"recipe {name!r}", overrides)
+    data = complete(read_mapping(recipe_text(name), f"recipe {name!r}", overrides))
     model = data.get("model")
     is_counted = isinstance(model, dict) and model.get("kind") == "ngram"
     return parse(NgramRecipe if is_counted else Recipe, data, f"recipe {name!r}")
@@ -247,7 +252,8 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
     path = ".".join(_path(node, location))
     if first["type"] == "extra_forbidden":
         *_, candidates = _walk(node, location[:-1])
-        valid = [name for candidate in candidates for name in candidate.model_fields]
+        fields = (field for candidate in candidates for field in candidate.model_fields.items())
+        valid = [field.alias or name for name, field in fields]
         hint = nearest(str(location[-1]), valid)
         return f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
     message = first["msg"].removeprefix("Value error, ")

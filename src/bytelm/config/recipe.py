@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from bytelm.config.kinds import Int, Kinds, Node, open_node
 from bytelm.config.model import MODELS, SCORERS, ModelConfig, NgramConfig, Positive, ScorerConfig
@@ -25,6 +25,17 @@ class ModelDescription(Node):
     """Whether ids are byte-pair tokens; the tokenizer is then stored with the weights."""
     context_bytes: Positive | None = None
     """Longest context that the model was trained with, in bytes."""
+
+
+class InitConfig(Node):
+    """The weights that a run begins with, instead of random ones (docs/fine-tuning.md)."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    checkpoint: str = Field(alias="from")
+    """Folder of a checkpoint or a training run; the key is ``from``."""
+    parts: Annotated[list[str], Field(min_length=1)] | None = None
+    """Parts to take, such as ``[embeddings, encoder]``; null for all. The others are random."""
 
 
 class DataConfig(Node):
@@ -82,6 +93,8 @@ class OptimizerConfig(Node):
     lr_multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Learning rate of a part relative to ``learning_rate``, such as ``{global: 0.1}``; 1 for parts
     that are not named."""
+    freeze: list[str] = Field(default_factory=list)
+    """Parts that are not trained, such as ``[global]``."""
 
     @model_validator(mode="after")
     def _has_the_cooldown_that_it_sets(self) -> "OptimizerConfig":
@@ -119,6 +132,8 @@ class Recipe(Node):
 
     model: Annotated[ModelConfig, MODELS]
     patching: Annotated[PatchingConfig, RULES] | None = None
+    init: InitConfig | None = None
+    """Weights to begin with; null for random ones."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
@@ -158,11 +173,16 @@ class Recipe(Node):
             raise ValueError(f"a {model.kind} model has no patches: remove patching")
         if not model.reads_tokens and self.data.tokenizer is not None:
             raise ValueError(f"a {model.kind} model reads bytes: remove data.tokenizer")
-        if unknown := sorted(set(self.optimizer.lr_multipliers) - set(model.lr_parts)):
-            raise ValueError(
-                f"optimizer.lr_multipliers names {unknown[0]!r}; of a {model.kind} model it can "
-                f"name {', '.join(model.lr_parts)}"
-            )
+        for setting, named in {
+            "optimizer.lr_multipliers": self.optimizer.lr_multipliers,
+            "optimizer.freeze": self.optimizer.freeze,
+            "init.parts": (self.init and self.init.parts) or (),
+        }.items():
+            if unknown := sorted(set(named) - set(model.named_parts)):
+                raise ValueError(
+                    f"{setting} names {unknown[0]!r}; of a {model.kind} model it can name "
+                    f"{', '.join(model.named_parts)}"
+                )
         return self
 
 

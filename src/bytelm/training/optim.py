@@ -6,23 +6,25 @@ import torch
 from torch import nn
 
 from bytelm.config import Cooldown, OptimizerConfig
+from bytelm.training.parts import parts_by_parameter
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices, but not on norms, biases and embeddings.
 
     A hash embedding is read rarely, and weight decay would erase it in between. The parameter
-    groups have an ``lr_multiplier``, by which their learning rate is multiplied.
+    groups have an ``lr_multiplier``, by which their learning rate is multiplied. Frozen parameters
+    are in no group.
     """
-    kinds = nn.Embedding | nn.EmbeddingBag
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    parts = parts_by_parameter(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_embedding = id(parameter) in embeddings
+        if not parameter.requires_grad:
+            continue
+        is_embedding = "embeddings" in parts[name]
         decay = config.weight_decay if parameter.dim() > 1 and not is_embedding else 0.0
-        is_output = name.removeprefix("decoder.") == "output.weight"
-        part = "embeddings" if is_embedding else "output" if is_output else _part(name)
-        multiplier = config.lr_multipliers.get(part, 1.0)
+        multipliers = (config.lr_multipliers.get(part) for part in parts[name])
+        multiplier = next((one for one in multipliers if one is not None), 1.0)
         groups.setdefault((decay, multiplier), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -34,10 +36,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         eps=config.eps,
         fused=True,
     )
-
-
-def _part(name: str) -> str:
-    return name.partition(".")[0].removesuffix("_model")
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bytelm.checkpoint import read_config, saved_steps
 from bytelm.config import Cooldown, Recipe, differences, dump_yaml, load_recipe
 from bytelm.errors import CheckpointError, ConfigError, NumericalError, TrainingError
 from bytelm.progress import BeginCooldown, Callback, StopTraining
-from bytelm.storage import disk_errors, is_vacant, locked, write_text
+from bytelm.storage import disk_errors, is_vacant, locked, read_json, write_json, write_text
 from bytelm.tracking import JsonlMetrics, TensorBoardMetrics
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.state import load_step, save_step, step_folder
 from bytelm.training.trainer import Trainer, with_cooldowns
 
 RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
+ORIGIN = "init.json"
+"""Record of the checkpoint that a run began with."""
 RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
 """Advice after a disk error; see :func:`bytelm.storage.disk_errors`."""
 
@@ -88,12 +91,12 @@ def open_run(
     The folder is locked until the context ends. Arguments and errors are those of :func:`train`.
     """
     _check_folder(recipe, folder)
-    trainer = Trainer(_as_recorded(recipe, folder))
+    trainer = Trainer(_as_recorded(recipe, folder), has_weights=bool(saved_steps(folder)))
     with ExitStack() as stack:
         with _writing(folder):
             stack.enter_context(locked(folder))
             # Only now, so that an invalid recipe does not occupy the folder.
-            _write_recipe(recipe, folder)
+            _write_recipe(recipe, folder, trainer.setup.origin)
             metrics_bytes = _resume(folder, trainer)
             run = Run(folder, trainer, metrics_bytes, callbacks)
         try:
@@ -109,6 +112,7 @@ class Run:
         self, folder: Path, trainer: Trainer, metrics_bytes: int, callbacks: Sequence[Callback]
     ) -> None:
         self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
+        self.origin = _read_origin(folder)
         self.jsonl = JsonlMetrics(folder / METRICS, metrics_bytes)
         self.writers: list[Callback] = [self.jsonl]
         if trainer.recipe.train.tensorboard:
@@ -229,6 +233,7 @@ class Run:
             "bytes_seen": trainer.bytes_seen,
             "flops": trainer.flops,
             "recipe": trainer.recipe.model_dump(mode="json"),
+            **self.origin,
         }
         with _writing(self.folder):
             save_step(
@@ -284,10 +289,21 @@ def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
     return recipe
 
 
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe atomically, unless the run has checkpoints already."""
-    if not saved_steps(folder):
-        write_text(folder / RECIPE, dump_yaml(recipe))
+def _write_recipe(recipe: Recipe, folder: Path, origin: dict[str, Any] | None) -> None:
+    """Write the recipe and the record of ``init``, unless the run has checkpoints already."""
+    if saved_steps(folder):
+        return
+    if origin is not None:
+        write_json(folder / ORIGIN, origin)
+    elif (folder / ORIGIN).exists():
+        (folder / ORIGIN).unlink()
+    write_text(folder / RECIPE, dump_yaml(recipe))
+
+
+def _read_origin(folder: Path) -> dict[str, Any]:
+    """Return what the checkpoints of a run record about the one that it began with."""
+    path = folder / ORIGIN
+    return {"init": read_json(path)} if path.exists() else {}
 
 
 def _resume(folder: Path, trainer: Trainer) -> int:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,9 @@ from bytelm.errors import ConfigError, DataError, PatchingError
 from bytelm.lm import CausalLM, build_lm
 from bytelm.patching import build_patcher
 from bytelm.tokens import Tokenizer, load_tokenizer
+from bytelm.training.initial import load_initial
 from bytelm.training.parallel import parallelize
+from bytelm.training.parts import freeze
 from bytelm.units import Units
 
 
@@ -37,14 +39,25 @@ class Setup(NamedTuple):
     dataset: Dataset
     lm: CausalLM
     """The initialised language model, on its device."""
+    origin: dict[str, Any] | None = None
+    """Record of the checkpoint whose weights it begins with, if any."""
 
 
-def set_up(recipe: Recipe, device: torch.device) -> Setup:
+def set_up(recipe: Recipe, device: torch.device, *, has_weights: bool = False) -> Setup:
     """Resolve a recipe and initialise its model.
 
+    Args:
+        recipe: the recipe.
+        device: device of the model.
+        has_weights: whether weights of the run itself will be loaded, so that those of ``init`` are
+            not needed.
+
     Raises:
-        ConfigError: the recipe is incomplete, or the tokenizer does not fit the model.
-        DataError: the data is missing, damaged or unsuitable.
+        ConfigError: the recipe is incomplete, or the tokenizer, the checkpoint to begin with or a
+            part to freeze does not fit the model.
+        CheckpointError: the checkpoint to begin with is missing or damaged.
+        DataError: the data is missing, damaged or unsuitable, or was scored by another scorer than
+            the one of the checkpoint to begin with.
         PatchingError: the wanted patch size cannot be reached.
     """
     if recipe.data.path is None:
@@ -67,10 +80,14 @@ def set_up(recipe: Recipe, device: torch.device) -> Setup:
         init_weights = getattr(lm.trained, "init_weights", None)
         if init_weights is not None:
             init_weights(torch.Generator().manual_seed(seed))
+        origin = None
+        if recipe.init is not None and not has_weights:
+            origin = load_initial(recipe.init, lm, description)
     recipe = _with_units(recipe, dataset, lm.units)
+    freeze(lm.trained, recipe.optimizer.freeze)
     cpu.fuse(lm.trained.to(device))
     parallelize(lm.trained, recipe.train)
-    return Setup(recipe, description, dataset, lm)
+    return Setup(recipe, description, dataset, lm, origin)
 
 
 def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:

@@ -121,5 +121,5 @@ def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {
         f"{name}/{key}": value
         for name, parameter in trained.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -52,13 +52,18 @@ class _Interval:
 class Trainer:
     """Data, model and optimiser of a recipe; independent of run folders and displays.
 
+    Args:
+        recipe: the recipe.
+        has_weights: whether weights will be loaded that replace those of ``init``.
+
     Raises:
-        ConfigError, DataError, PatchingError: as :func:`bytelm.training.setup.set_up`.
+        ConfigError, CheckpointError, DataError, PatchingError: as
+            :func:`bytelm.training.setup.set_up`.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, has_weights: bool = False) -> None:
         self.device = choose_device(recipe.train)
-        self.setup = set_up(recipe, self.device)
+        self.setup = set_up(recipe, self.device, has_weights=has_weights)
         self.recipe, self.lm = self.setup.recipe, self.setup.lm
         data = self.recipe.data
         self.loader = Loader(
