@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from bytelm import codec
 from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_model
 from bytelm.config import PatchingConfig, kind_of
 from bytelm.errors import CheckpointError, ConfigError
-from bytelm.evaluation import Labelled, Likelihood, evaluate
+from bytelm.evaluation import Labelled, Likelihood, evaluate, log_likelihoods, log_probs
 from bytelm.inference import GREEDY, Generated, Sampling, stream
 from bytelm.lm import CausalLM, PatchedLM
 from bytelm.lm.kinds import CANNOT_PREDICT
@@ -160,9 +161,12 @@ class LanguageModel:
         Raises:
             ConfigError: the model is an n-gram scorer, or the stride is out of range.
         """
+        self._check_predicts()
+        return evaluate(self.module, texts, context_bytes=self.context_bytes, stride=stride)
+
+    def _check_predicts(self) -> None:
         if not self.module.can_predict:
             raise ConfigError(CANNOT_PREDICT)
-        return evaluate(self.module, texts, context_bytes=self.context_bytes, stride=stride)
 
     def bits_per_byte(
         self, text: str | bytes | Iterable[str | bytes], *, stride: int | None = None
@@ -175,6 +179,103 @@ class LanguageModel:
         texts = [text] if isinstance(text, str | bytes) else text
         labelled = (("", codec.to_bytes(t)) for t in texts)
         return self.likelihood(labelled, stride=stride).get("", Likelihood()).bits_per_byte
+
+    @overload
+    def log_probs(
+        self, text: str | bytes, *, stride: int | None = None, eos: bool = False
+    ) -> NDArray[np.float64]: ...
+    @overload
+    def log_probs(
+        self, text: Iterable[str | bytes], *, stride: int | None = None, eos: bool = False
+    ) -> list[NDArray[np.float64]]: ...
+    def log_probs(
+        self,
+        text: str | bytes | Iterable[str | bytes],
+        *,
+        stride: int | None = None,
+        eos: bool = False,
+    ) -> NDArray[np.float64] | list[NDArray[np.float64]]:
+        """Return ``ln p(byte | bytes before it)`` of every byte of one text, or of several.
+
+        ``-log_probs(text).sum() / ln 2 / len(text)`` is :meth:`bits_per_byte`. Text longer than
+        :attr:`context_bytes` is cut into contexts in the same way.
+
+        Args:
+            text: one text, or several, which are measured in batches.
+            stride: bytes between the beginnings of contexts; ``None`` for no overlap.
+            eos: append the value of the end of the document.
+
+        Returns:
+            ``float64[len(text) + eos]``, in nats; a list of them for several texts.
+
+        Raises:
+            ConfigError: as :meth:`likelihood`; or the model reads tokens, which have no probability
+                of a byte: use :meth:`bits_per_byte` or :meth:`log_likelihood`.
+        """
+        self._check_predicts()
+        found = log_probs(
+            self.module, _as_list(text), context_bytes=self.context_bytes, stride=stride, eos=eos
+        )
+        return next(found) if isinstance(text, str | bytes) else list(found)
+
+    @overload
+    def log_likelihood(
+        self, context: str | bytes, continuation: str | bytes, *, stride: int | None = None
+    ) -> float: ...
+    @overload
+    def log_likelihood(
+        self,
+        context: str | bytes | Iterable[str | bytes],
+        continuation: str | bytes | Iterable[str | bytes],
+        *,
+        stride: int | None = None,
+    ) -> float | list[float]: ...
+    def log_likelihood(
+        self,
+        context: str | bytes | Iterable[str | bytes],
+        continuation: str | bytes | Iterable[str | bytes],
+        *,
+        stride: int | None = None,
+    ) -> float | list[float]:
+        """Return ``ln p(continuation | context)``, in nats.
+
+        The chain rule holds wherever a text is cut, within characters and patches too:
+        ``log_likelihood(a, b + c) == log_likelihood(a, b) + log_likelihood(a + b, c)`` up to
+        rounding. (Not for token models, which tokenise context and continuation separately.)
+
+        Args:
+            context: the document before the continuation; ``b""`` for its beginning. One for all
+                continuations, or one for each.
+            continuation: one text, or several, which are measured in batches.
+            stride: bytes between the beginnings of contexts, in documents longer than
+                :attr:`context_bytes`; ``None`` for half a context, so that every byte is predicted
+                from at least the half before it.
+
+        Returns:
+            A number, or a list of them if there are several contexts or continuations.
+
+        Raises:
+            ConfigError: as :meth:`likelihood`; or the numbers of contexts and continuations differ.
+        """
+        self._check_predicts()
+        contexts, continuations = _as_list(context), _as_list(continuation)
+        is_one = isinstance(context, str | bytes), isinstance(continuation, str | bytes)
+        if is_one[0]:
+            contexts = contexts * len(continuations)
+        elif is_one[1]:
+            continuations = continuations * len(contexts)
+        if len(contexts) != len(continuations):
+            raise ConfigError(
+                f"{len(contexts)} contexts were given for {len(continuations)} continuations: give "
+                "one for each, or one for all"
+            )
+        found = log_likelihoods(
+            self.module,
+            zip(contexts, continuations, strict=True),
+            context_bytes=self.context_bytes,
+            stride=max(self.context_bytes // 2, 1) if stride is None else stride,
+        )
+        return found[0] if all(is_one) else found
 
     def generate(
         self,
@@ -243,6 +344,11 @@ class LanguageModel:
         rest = decoder.close()
         if rest:
             yield rest
+
+
+def _as_list(text: str | bytes | Iterable[str | bytes]) -> list[bytes]:
+    """Return the bytes of one text, or of several, as a list."""
+    return [codec.to_bytes(t) for t in ([text] if isinstance(text, str | bytes) else text)]
 
 
 def load(

@@ -8,6 +8,7 @@ Entropies, and thus patches, are those of the whole document.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, repeat
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM
 from bytelm.scoring import group_by_size, score_documents
-from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans
-from bytelm.units import Ranges, Span, trained_targets
+from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans, span_nats
+from bytelm.units import Ranges, Span, TokenUnits, trained_targets
 
 Labelled = tuple[str, bytes] | tuple[str, bytes, Ranges | None]
 """A label, the bytes of a document, and the ranges of them to measure; ``None`` for all."""
@@ -48,30 +49,110 @@ def evaluate(
         ConfigError: the stride is not between 1 and ``context_bytes``.
         NumericalError: an entropy or a likelihood is not finite.
     """
-    stride = context_bytes if stride is None else stride
-    if not 1 <= stride <= context_bytes:
-        raise ConfigError(f"the stride must be between 1 and {context_bytes}, not {stride}")
     spans = _cut_documents(lm, documents, context_bytes, stride)
     return measure_spans(lm, spans, context_bytes=context_bytes)
 
 
+def log_probs(
+    lm: CausalLM,
+    documents: Iterable[bytes],
+    *,
+    context_bytes: int,
+    stride: int | None = None,
+    eos: bool = False,
+) -> Iterator[NDArray[np.float64]]:
+    """Yield ``ln p(byte | bytes before it)`` of every byte of each document.
+
+    With such an array ``x``, ``-x.sum() / ln 2 / len(x)`` is the document's bits per byte. A value
+    depends on no later byte, so the values of a prefix are the prefix of the values.
+
+    Args:
+        lm: model of bytes or patches, in evaluation mode.
+        documents: any bytes.
+        context_bytes: as in :func:`evaluate`.
+        stride: as in :func:`evaluate`.
+        eos: append the value of the end of the document.
+
+    Raises:
+        ConfigError: the stride is out of range, or the model reads tokens, which have no
+            probability of a byte.
+    """
+    if isinstance(lm.units, TokenUnits):
+        raise ConfigError(
+            "a token model has probabilities of tokens, not of bytes: use bits_per_byte or "
+            "log_likelihood, which sum those of whole texts"
+        )
+    labelled = ((str(index), data) for index, data in enumerate(documents))
+    spans = _cut_documents(lm, labelled, context_bytes, stride)
+    measured = span_nats(lm, spans, context_bytes=context_bytes)
+    for _, parts in groupby(measured, key=lambda part: part.one.label):
+        nats = np.concatenate([part.nats for part in parts])
+        yield -nats if eos else -nats[:-1]
+
+
+def log_likelihoods(
+    lm: CausalLM,
+    pairs: Iterable[tuple[bytes, bytes]],
+    *,
+    context_bytes: int,
+    stride: int | None = None,
+) -> list[float]:
+    """Return ``ln p(continuation | context)`` of each (context, continuation).
+
+    Args:
+        lm: language model in evaluation mode.
+        pairs: any bytes; a character or a patch may begin in the context and end in the
+            continuation. Tokens do not: a token model tokenises the two separately.
+        context_bytes: as in :func:`evaluate`.
+        stride: as in :func:`evaluate`.
+
+    Raises:
+        ConfigError: the stride is out of range.
+    """
+    pairs = list(pairs)
+    labelled = ((str(index), context + rest) for index, (context, rest) in enumerate(pairs))
+    known = [len(context) for context, _ in pairs]
+    spans = _cut_documents(lm, labelled, context_bytes, stride, known)
+    found = measure_spans(lm, spans, context_bytes=context_bytes)
+    return [-found[str(index)].nats for index in range(len(pairs))]
+
+
 def _cut_documents(
-    lm: CausalLM, documents: Iterable[Labelled], context_bytes: int, stride: int
+    lm: CausalLM,
+    documents: Iterable[Labelled],
+    context_bytes: int,
+    stride: int | None,
+    known: Sequence[int] = (),
+) -> Iterator[LabelledSpan]:
+    """Cut documents into spans; of the first ``known`` bytes of each, nothing is measured."""
+    stride = context_bytes if stride is None else stride
+    if not 1 <= stride <= context_bytes:
+        raise ConfigError(f"the stride must be between 1 and {context_bytes}, not {stride}")
+    return _spans(lm, documents, context_bytes, stride, iter(known) if known else repeat(0))
+
+
+def _spans(
+    lm: CausalLM,
+    documents: Iterable[Labelled],
+    context_bytes: int,
+    stride: int,
+    known: Iterator[int],
 ) -> Iterator[LabelledSpan]:
     for group in group_by_size(documents, lambda one: len(one[1]) + 1, SCORED_TOGETHER):
         sequences = [codec.encode(data, eos=True) for _, data, *_ in group]
         scores = _score(lm, group, [ids[:-1] for ids in sequences])
         for (label, _, *ranges), ids, entropies in zip(group, sequences, scores, strict=True):
-            num_positions, seen = len(ids) - 1, 0
+            num_positions, seen = len(ids) - 1, next(known)
             trained = ranges[0] if ranges else None
             targets = None if trained is None else trained_targets(ids, 0, trained)
             for begin in range(0, num_positions, stride):
                 end = min(begin + context_bytes, num_positions)
-                part = None if entropies is None else entropies[begin:end]
-                chosen = None if targets is None else targets[begin:end]
-                span = Span(0, begin, ids[begin : end + 1], part, chosen)
-                yield LabelledSpan(label, span, seen - begin)
-                seen = end
+                if seen < end:
+                    part = None if entropies is None else entropies[begin:end]
+                    chosen = None if targets is None else targets[begin:end]
+                    span = Span(0, begin, ids[begin : end + 1], part, chosen)
+                    yield LabelledSpan(label, span, seen - begin)
+                    seen = end
                 if end == num_positions:
                     break
 

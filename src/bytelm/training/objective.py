@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -85,7 +86,28 @@ class LabelledSpan(NamedTuple):
     num_seen: int = 0
 
 
-@torch.no_grad()
+class SpanNats(NamedTuple):
+    """Negative log-likelihood of the targets of a span, without those that it had seen."""
+
+    one: LabelledSpan
+    nats: NDArray[np.float64]
+    """In nats, of each target: bytes or tokens, and the end of the document."""
+    target_bytes: NDArray[np.int64]
+    """Bytes of text in each target; 0 for the end of the document."""
+    num_units: int
+    """Units that begin at these targets."""
+
+    @property
+    def likelihood(self) -> "Likelihood":
+        """The likelihood of the bytes."""
+        return Likelihood(
+            nats=float(self.nats[self.target_bytes > 0].sum()),
+            num_bytes=int(self.target_bytes.sum()),
+            num_units=self.num_units,
+            num_positions=self.one.span.num_positions - self.one.num_seen,
+        )
+
+
 def measure_spans(
     lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int
 ) -> dict[str, Likelihood]:
@@ -100,9 +122,23 @@ def measure_spans(
         NumericalError: a likelihood is not finite.
     """
     totals: dict[str, Likelihood] = {}
+    for measured in span_nats(lm, spans, context_bytes=context_bytes):
+        totals.setdefault(measured.one.label, Likelihood()).add(measured.likelihood)
+    return totals
+
+
+def span_nats(
+    lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int
+) -> Iterator[SpanNats]:
+    """Yield the nats of every target of spans, in their order; see :func:`measure_spans`.
+
+    Raises:
+        NumericalError: a likelihood is not finite.
+    """
     for rows in _pack(spans, lm, context_bytes):
         batch = make_batch([row for row, _ in rows]).to(lm.device)
-        nats = position_nats(lm, batch).double().cpu()
+        with torch.no_grad():
+            nats = position_nats(lm, batch).double().cpu()
         if not nats.isfinite().all():
             raise _not_finite(rows, nats)
         for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
@@ -110,17 +146,14 @@ def measure_spans(
             for segment, one in zip(row.segments, contents, strict=True):
                 end = begin + len(segment.targets)
                 # Exact for tokens too: no token extends across ``num_seen``.
-                seen = np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right")
-                num_bytes = segment.target_bytes[seen:]
-                likelihood = Likelihood(
-                    nats=float(row_nats[begin + seen : end][num_bytes > 0].sum()),
-                    num_bytes=int(num_bytes.sum()),
-                    num_units=lm.units.count(segment, int(seen)),
-                    num_positions=one.span.num_positions - one.num_seen,
+                seen = int(np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right"))
+                yield SpanNats(
+                    one,
+                    row_nats[begin + seen : end],
+                    segment.target_bytes[seen:],
+                    lm.units.count(segment, seen),
                 )
-                totals.setdefault(one.label, Likelihood()).add(likelihood)
                 begin = end
-    return totals
 
 
 def _not_finite(
