@@ -17,7 +17,7 @@ from bytelm.config import (
     StaticPatching,
     load_recipe,
 )
-from bytelm.errors import DataError
+from bytelm.errors import ConfigError, DataError
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
@@ -204,6 +204,13 @@ def patch(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - for standard input.")] = "",
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Reply to the prompt, as the message of a user in a chat."),
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: the system's message before it.")
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=0, help="Maximum number of bytes.")] = 400,
     temperature: Annotated[
         float, typer.Option(help="Temperature of sampling; 0 for greedy decoding.")
@@ -229,8 +236,10 @@ def generate(
 ) -> None:
     """Continue a prompt, printing bytes as they are generated.
 
-    [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300[/]
+    [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300
+    bytelm generate runs/tuned "What is the capital of France?" --chat --temperature 0[/]
     """
+    from bytelm.chat import chat_prompt
     from bytelm.codec import to_bytes
     from bytelm.inference import Sampling
     from bytelm.language_model import load
@@ -238,6 +247,11 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     lm = load(checkpoint, device, precision)
     data = sys.stdin.buffer.read() if prompt == "-" else to_bytes(prompt)
+    if chat:
+        before = [] if system is None else [{"role": "system", "content": system}]
+        data = chat_prompt([*before, {"role": "user", "content": data}])
+    elif system is not None:
+        raise ConfigError("--system is the beginning of a chat: add --chat")
     options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
     if raw:
         for part in lm.stream(data, **options):
