@@ -7,7 +7,7 @@ import bytelm
 
 LAYERS = [
     {"errors", "version"},
-    {"codec", "progress", "slots", "storage"},
+    {"codec", "progress", "slots", "stopping", "storage"},
     {"layout"},
     {"chat", "config", "tokens", "tracking"},
     {"kernels", "patching"},

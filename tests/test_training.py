@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from builders import (
     random_ids,
     random_transformer,
 )
-from bytelm import codec, load
+from bytelm import codec, load, stopping
 from bytelm.accounting import Part, register_parts
 from bytelm.checkpoint import load_model, save_model, saved_steps
 from bytelm.config import (
@@ -51,6 +52,7 @@ from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError
 from bytelm.lm import CausalLM, register_model
 from bytelm.patching import register_rule
 from bytelm.progress import Callback, StopTraining
+from bytelm.stopping import Stopped
 from bytelm.storage import locked
 from bytelm.tracking import JsonlMetrics
 from bytelm.training import (
@@ -58,6 +60,8 @@ from bytelm.training import (
     build_optimizer,
     fit_ngrams,
     learning_rate,
+    objective,
+    run,
     setup,
     state,
     train,
@@ -153,10 +157,10 @@ def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind
     train(settings, tmp_path / "whole")
     step = Trainer.step
 
-    def kill(self):
+    def kill(self, *args):
         if self.num_steps == stop:
             raise StopAt
-        step(self)
+        step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", kill)
     with pytest.raises(StopAt):
@@ -167,7 +171,127 @@ def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(data, tmp_path):
+# The functions that a step, a validation, an update of the parameters and a checkpoint call.
+GRADIENTS, VALIDATION = (trainer, "position_nats"), (objective, "position_nats")
+UPDATE, CHECKPOINT = (torch.optim.AdamW, "step"), (run, "save_step")
+
+
+@pytest.mark.parametrize(
+    ("where", "calls", "saved"),
+    [
+        (GRADIENTS, 1, 0),
+        (GRADIENTS, 2 * 7 + 2, 7),
+        (VALIDATION, 1, 4),
+        (VALIDATION, 4, 8),
+        (VALIDATION, 5, 9),
+        (UPDATE, 2, 2),
+        (UPDATE, 6, 6),
+        (UPDATE, 9, 9),
+        (CHECKPOINT, 1, 3),
+        (CHECKPOINT, 3, 9),
+    ],
+)
+def test_a_signal_anywhere_leaves_a_run_that_resumes_to_the_same_bits(
+    data, tmp_path, monkeypatch, where, calls, saved
+):
+    """Gradients and validations are abandoned, updates and checkpoints completed."""
+    settings = recipe(data, micro_rows=2, validation_bytes=1000)
+    train(settings, tmp_path / "whole")
+    original, count = getattr(*where), 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == calls:
+            signal.raise_signal(signal.SIGTERM)
+            assert where in (UPDATE, CHECKPOINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(*where, interrupted)
+    result = train(settings, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert (result.step, result.finished, result.validation) == (saved, False, {})
+    assert saved_steps(tmp_path / "stopped")[-1].name == f"step-{saved:08d}"
+    result = train(settings, tmp_path / "stopped")
+    assert result.finished
+    assert result.validation
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_a_second_signal_quits_at_once_and_loses_only_the_last_steps(data, tmp_path, monkeypatch):
+    settings = recipe(data, "transformer")
+    train(settings, tmp_path / "whole")
+    save = run.save_step
+
+    def interrupted(*args):
+        if args[3].step == 6:
+            signal.raise_signal(signal.SIGINT)
+            monkeypatch.setattr(stopping, "SAME_SECONDS", -1.0)
+            signal.raise_signal(signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(run, "save_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert [path.name for path in saved_steps(tmp_path / "stopped")] == ["step-00000003"]
+    train(settings, tmp_path / "stopped")
+    assert_same_bits(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Trainer", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Stopped):
+        train(recipe(data), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_time_limit_does_not_wait_for_a_huge_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "OVERTIME", 0.01)
+
+    def huge(*args):
+        until = time.monotonic() + 3600
+        while time.monotonic() < until:
+            sum(range(1000))
+
+    monkeypatch.setattr(*GRADIENTS, huge)
+    # Long enough to set up the run, on a busy machine too.
+    result = train(recipe(data, "transformer"), tmp_path / "r", time_limit=4.0)
+    assert (result.step, result.finished) == (0, False)
+    assert saved_steps(tmp_path / "r")
+
+
+def test_a_validation_is_not_repeated_for_checkpoints_of_earlier_versions(data, tmp_path):
+    """They were saved after their validation, and their metrics have it."""
+    settings = recipe(data, steps=4, checkpoint_every=2)
+    train(settings, tmp_path / "r")
+    before = metrics(tmp_path / "r")
+    path = saved_steps(tmp_path / "r")[-1] / "trainer.json"
+    state = json.loads(path.read_text())
+    assert state.pop("is_validation_due")
+    size = (tmp_path / "r" / "metrics.jsonl").stat().st_size
+    assert state["metrics_bytes"] < size
+    path.write_text(json.dumps({**state, "metrics_bytes": size}))
+    record = path.parent / "files.json"
+    files = json.loads(record.read_text())
+    contents = path.read_bytes()
+    sha = hashlib.sha256(contents).hexdigest()
+    record.write_text(
+        json.dumps({**files, "trainer.json": {"bytes": len(contents), "sha256": sha}})
+    )
+    result = train(settings, tmp_path / "r")
+    assert result.finished
+    assert result.validation
+    assert metrics(tmp_path / "r") == before
+
+
+def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stopping, "OVERTIME", 3600.0)
     settings = recipe(data)
     train(settings, tmp_path / "whole")
     stops = 0
@@ -509,8 +633,8 @@ def test_callbacks_are_told_what_happens_in_order(data, tmp_path):
         ("report", 4),
         ("validation", 4),
         ("report", 5),
-        ("validation", 5),
         ("checkpoint", 5),
+        ("validation", 5),
         ("end",),
     ]
 

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 
+def ignore(done: int) -> None:
+    """Ignore a report of the amount of work that is done."""
+
+
 class StopTraining(Exception):
     """Raised by a callback to end a run with a checkpoint, from which it can be resumed.
 
     Any method of a callback may raise it. The step in progress is completed first, with its
-    metrics, its validation and its events to other callbacks.
+    metrics and its events to other callbacks; a validation that is due follows when the run is
+    resumed.
     """
 
 

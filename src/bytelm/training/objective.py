@@ -10,7 +10,7 @@ is a training target, but is not counted in bits per byte.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch.nn import functional
 from bytelm.data import IGNORED, Batch, Row, make_batch
 from bytelm.errors import NumericalError
 from bytelm.lm import CausalLM
+from bytelm.progress import ignore
 from bytelm.units import Span
 
 ROWS = 8
@@ -109,7 +110,11 @@ class SpanNats(NamedTuple):
 
 
 def measure_spans(
-    lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int
+    lm: CausalLM,
+    spans: Iterable[LabelledSpan],
+    *,
+    context_bytes: int,
+    report: Callable[[int], None] = ignore,
 ) -> dict[str, Likelihood]:
     """Return the likelihood of spans, summed by label.
 
@@ -117,13 +122,18 @@ def measure_spans(
         lm: language model.
         spans: spans no longer than the context.
         context_bytes: bytes in a row.
+        report: called with the bytes measured so far.
 
     Raises:
         NumericalError: a likelihood is not finite.
     """
     totals: dict[str, Likelihood] = {}
+    done = 0
     for measured in span_nats(lm, spans, context_bytes=context_bytes):
-        totals.setdefault(measured.one.label, Likelihood()).add(measured.likelihood)
+        likelihood = measured.likelihood
+        totals.setdefault(measured.one.label, Likelihood()).add(likelihood)
+        done += likelihood.num_bytes
+        report(done)
     return totals
 
 

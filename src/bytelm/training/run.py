@@ -1,7 +1,5 @@
 """Training runs: folders with a recipe, metrics and checkpoints, which can be resumed."""
 
-import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,10 +10,11 @@ from bytelm.checkpoint import read_config, saved_steps
 from bytelm.config import Cooldown, Recipe, differences, dump_yaml, load_recipe
 from bytelm.errors import CheckpointError, ConfigError, NumericalError, TrainingError
 from bytelm.progress import BeginCooldown, Callback, StopTraining
+from bytelm.stopping import Stopped, Stopping
 from bytelm.storage import disk_errors, is_vacant, locked, read_json, write_json, write_text
 from bytelm.tracking import JsonlMetrics, TensorBoardMetrics
 from bytelm.training.objective import Likelihood, total
-from bytelm.training.state import load_step, save_step, step_folder
+from bytelm.training.state import TrainerState, load_step, save_step, step_folder
 from bytelm.training.trainer import Trainer, with_cooldowns
 
 RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
@@ -63,13 +62,15 @@ def train(
 ) -> TrainingResult:
     """Train a recipe in a folder, or resume the run in that folder.
 
-    SIGINT and SIGTERM end the run after the step in progress, with a checkpoint.
+    SIGINT and SIGTERM end the run at once, with a checkpoint of the last complete step. A
+    validation that is not complete then is made when the run is resumed.
 
     Args:
         recipe: recipe of a transformer or a BLT.
         folder: folder of the run, created if it does not exist.
         callbacks: receivers of the run's events, called in this order.
-        time_limit: seconds after which to stop, as after a signal.
+        time_limit: seconds after which to stop, as after a signal; the step in progress may take
+            :data:`bytelm.stopping.OVERTIME` longer.
 
     Raises:
         ConfigError: the recipe is incomplete, or differs from that of the run in the folder.
@@ -77,28 +78,37 @@ def train(
         PatchingError: the wanted patch size cannot be reached.
         CheckpointError: a checkpoint is damaged or cannot be written.
         TrainingError: the loss or a weight is not finite.
+        Stopped: a stop was requested before the run was set up.
     """
-    with open_run(recipe, folder, callbacks=callbacks) as run:
-        return run.train(time_limit)
+    stop = Stopping(time_limit)
+    with stop.listening(), open_run(recipe, folder, callbacks=callbacks, stop=stop) as run:
+        return run.train()
 
 
 @contextmanager
 def open_run(
-    recipe: Recipe, folder: Path, *, callbacks: Sequence[Callback] = ()
+    recipe: Recipe,
+    folder: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    stop: Stopping | None = None,
 ) -> Iterator["Run"]:
     """Open a run, new or resumed, to take its steps one by one; :func:`train` takes them all.
 
-    The folder is locked until the context ends. Arguments and errors are those of :func:`train`.
+    The folder is locked until the context ends. Arguments and errors are those of :func:`train`;
+    ``stop`` has the requests to stop, which interrupt if it is listening.
     """
+    stop = stop or Stopping()
     _check_folder(recipe, folder)
-    trainer = Trainer(_as_recorded(recipe, folder), has_weights=bool(saved_steps(folder)))
+    with stop.interruptible():
+        trainer = Trainer(_as_recorded(recipe, folder), has_weights=bool(saved_steps(folder)))
     with ExitStack() as stack:
         with _writing(folder):
             stack.enter_context(locked(folder))
             # Only now, so that an invalid recipe does not occupy the folder.
             _write_recipe(recipe, folder, trainer.setup.origin)
-            metrics_bytes = _resume(folder, trainer)
-            run = Run(folder, trainer, metrics_bytes, callbacks)
+            state = _resume(folder, trainer)
+            run = Run(folder, trainer, state, callbacks, stop)
         try:
             yield run
         finally:
@@ -109,59 +119,88 @@ class Run:
     """A trainer, and the folder of its metrics and checkpoints; made by :func:`open_run`."""
 
     def __init__(
-        self, folder: Path, trainer: Trainer, metrics_bytes: int, callbacks: Sequence[Callback]
+        self,
+        folder: Path,
+        trainer: Trainer,
+        state: TrainerState | None,
+        callbacks: Sequence[Callback],
+        stop: Stopping,
     ) -> None:
         self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
+        self.stop = stop
+        """Requests to stop."""
         self.origin = _read_origin(folder)
-        self.jsonl = JsonlMetrics(folder / METRICS, metrics_bytes)
+        self.jsonl = JsonlMetrics(folder / METRICS, state.metrics_bytes if state else 0)
         self.writers: list[Callback] = [self.jsonl]
         if trainer.recipe.train.tensorboard:
             self.writers.append(TensorBoardMetrics(folder / TENSORBOARD, trainer.num_steps))
-        self.stop: list[str] = []
-        """Requests to stop."""
         self.validation: dict[str, Likelihood] = {}
         """Likelihood of held-out text by source at the last validation."""
+        self.is_validation_due = state is not None and state.is_validation_due
 
     @property
-    def finished(self) -> bool:
+    def _step_folder(self) -> Path:
+        return step_folder(self.folder, self.trainer.num_steps)
+
+    @property
+    def has_all_steps(self) -> bool:
         """Whether all steps are taken."""
         return self.trainer.num_steps == self.trainer.last_step
 
-    def train(self, time_limit: float | None) -> TrainingResult:
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, and the last validation is made."""
+        return self.has_all_steps and not self.is_validation_due
+
+    def train(self) -> TrainingResult:
         """Train to the last step, or until a request to stop."""
-        began = time.monotonic()
-        with _stop_signals(self.stop):
+        try:
             self.begin()
-            while not self.finished and not self.stop:
+            while not self.finished and not self.stop.reason:
                 self.step()
-                if time_limit is not None and time.monotonic() - began > time_limit:
-                    self.stop.append("time limit")
-            if self.stop:
-                self.save()
+                if self.stop.is_late:
+                    self.stop.request("time limit")
+        except Stopped:
+            # Nothing that counts is lost: see Trainer.step.
+            pass
+        if self.stop.reason:
+            self.save()
         return self.result()
 
     def begin(self) -> None:
-        """Call the callbacks' ``on_begin``; to be called once, before the first step."""
+        """Begin, or resume with a validation that is due; to be called once, before the first step.
+
+        Raises:
+            Stopped: a stop was requested.
+        """
         steps = self.trainer.num_steps, self.trainer.last_step
         self._call(lambda callback: callback.on_begin(*steps))
+        if self.is_validation_due:
+            self.validate()
+        elif self.has_all_steps:
+            self.validation = self._evaluate()
 
     def step(self) -> None:
-        """Take a step, and report, validate and save as often as the recipe says."""
+        """Take a step, and report, save and validate as often as the recipe says.
+
+        Raises:
+            Stopped: a stop was requested; the step, or the validation, is not made.
+        """
         trainer, config = self.trainer, self.trainer.recipe.train
         self._step()
-        step, is_last = trainer.num_steps, self.finished
+        step, is_last = trainer.num_steps, self.has_all_steps
+        self.is_validation_due = step % config.validate_every == 0 or is_last
         if step % config.log_every == 0 or is_last:
             self._report(trainer.report())
-        if step % config.validate_every == 0 or is_last:
-            self.validation = self.validate()
         if step % config.checkpoint_every == 0 or is_last:
             self.save()
+        if self.is_validation_due:
+            self.validate()
 
     def result(self) -> TrainingResult:
         """Return the outcome so far."""
-        trainer, validation = self.trainer, {}
-        if self.finished:
-            validation = self.validation or trainer.evaluate()
+        trainer = self.trainer
+        validation = self.validation if self.finished else {}
         return TrainingResult(
             trainer.num_steps, self.finished, validation, trainer.flops, trainer.bytes_seen
         )
@@ -179,18 +218,20 @@ class Run:
             try:
                 event(callback)
             except StopTraining:
-                self.stop.append("callback")
+                self.stop.request("callback")
             except BeginCooldown as request:
                 self.trainer.cool_down(request.steps)
 
     def _step(self) -> None:
         try:
-            self.trainer.step()
+            self.trainer.step(self.stop)
         except TrainingError as error:
             raise self._diverged(str(error)) from None
 
-    def _diverged(self, what: str) -> TrainingError:
+    def _diverged(self, what: str, is_saved: bool = False) -> TrainingError:
         saved = saved_steps(self.folder)
+        if is_saved:
+            saved = [one for one in saved if one != self._step_folder]
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "none was saved yet"
         return TrainingError(
             f"{what}; {kept}. Start again in another folder with a lower optimizer.learning_rate "
@@ -200,15 +241,28 @@ class Run:
     def _report(self, metrics: dict[str, float]) -> None:
         self._call(lambda callback: callback.on_metrics(self.trainer.num_steps, metrics))
 
-    def validate(self) -> dict[str, Likelihood]:
-        """Measure and report the likelihood of held-out text by source."""
+    def _evaluate(self) -> dict[str, Likelihood]:
         try:
-            by_source = self.trainer.evaluate()
+            with self.stop.interruptible():
+                return self.trainer.evaluate(lambda num_bytes: self.stop.check())
         except NumericalError as error:
             step = self.trainer.num_steps
-            raise self._diverged(f"the held-out loss is no longer finite at step {step}") from error
-        if not by_source:
-            return by_source
+            what = f"the held-out loss is no longer finite at step {step}"
+            raise self._diverged(what, is_saved=True) from error
+
+    def validate(self) -> None:
+        """Measure and report the likelihood of held-out text by source.
+
+        Raises:
+            Stopped: a stop was requested.
+        """
+        self.validation = self._evaluate()
+        if self.validation:
+            self._report(self._validation_metrics())
+        self.is_validation_due = False
+
+    def _validation_metrics(self) -> dict[str, float]:
+        by_source = self.validation
         everything = total(by_source.values())
         metrics = {
             "validation_bpb": everything.bits_per_byte,
@@ -218,12 +272,11 @@ class Run:
             metrics["validation_patch_size"] = everything.unit_bytes
         for name, likelihood in sorted(by_source.items()):
             metrics[f"validation_bpb/{name}"] = likelihood.bits_per_byte
-        self._report(metrics)
-        return by_source
+        return metrics
 
     def save(self) -> None:
         """Save a checkpoint, unless this step has one."""
-        trainer, folder = self.trainer, step_folder(self.folder, self.trainer.num_steps)
+        trainer, folder = self.trainer, self._step_folder
         if folder.exists():
             return
         if not all(bool(p.isfinite().all()) for p in trainer.lm.trained.parameters()):
@@ -240,7 +293,7 @@ class Run:
                 self.folder,
                 trainer.setup,
                 trainer.optimizer,
-                trainer.state(self.jsonl.position()),
+                trainer.state(self.jsonl.position(), self.is_validation_due),
                 training,
             )
         self._call(lambda callback: callback.on_checkpoint(trainer.num_steps, folder))
@@ -306,11 +359,11 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     return {"init": read_json(path)} if path.exists() else {}
 
 
-def _resume(folder: Path, trainer: Trainer) -> int:
-    """Resume from the newest checkpoint, if any; return the size of the metrics file then."""
+def _resume(folder: Path, trainer: Trainer) -> TrainerState | None:
+    """Resume from the newest checkpoint, if any, and return its state."""
     saved = saved_steps(folder)
     if not saved:
-        return 0
+        return None
     state = load_step(saved[-1], trainer.lm.trained, trainer.optimizer, trainer.device)
     if state.data_fingerprint != trainer.data_fingerprint:
         raise ConfigError(
@@ -318,24 +371,4 @@ def _resume(folder: Path, trainer: Trainer) -> int:
             "restore that data, or start in another folder"
         )
     trainer.restore(state)
-    return state.metrics_bytes
-
-
-@contextmanager
-def _stop_signals(asked: list[str]) -> Iterator[None]:
-    """Add the signals that ask the process to stop to a list."""
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(signal.Signals(number).name)
-
-    # Handlers can be set in the main thread only; elsewhere the caller handles signals.
-    try:
-        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    return state

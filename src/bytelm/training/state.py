@@ -49,6 +49,8 @@ class TrainerState:
     bytes_seen: int
     interval: dict[str, Any]
     """Totals since the last report."""
+    is_validation_due: bool = False
+    """Whether the validation of this step follows; it preceded checkpoints of earlier versions."""
 
 
 def step_folder(run: Path, step: int) -> Path:

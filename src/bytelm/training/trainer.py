@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -14,6 +14,8 @@ from bytelm.accounting import training_flops
 from bytelm.config import Cooldown, Recipe
 from bytelm.data import IGNORED, Batch, Dataset, Loader
 from bytelm.errors import ConfigError, TrainingError
+from bytelm.progress import ignore
+from bytelm.stopping import Stopped, Stopping
 from bytelm.training.objective import Likelihood, measure_spans, position_nats
 from bytelm.training.optim import build_optimizer, learning_rate, planned_cooldown
 from bytelm.training.setup import choose_device, set_up
@@ -99,17 +101,39 @@ class Trainer:
         """Steps of the run; a cooldown that begins during the run changes them."""
         return self.recipe.train.steps
 
-    def step(self) -> None:
+    def step(self, stop: Stopping | None = None) -> None:
         """Take one optimiser step: accumulate gradients, clip, update.
+
+        Args:
+            stop: requests to stop; they abandon the step unless the update has begun.
 
         Raises:
             TrainingError: the loss or its gradient is not finite; the parameters are unchanged.
+            Stopped: a stop was requested; everything is as before the step.
         """
-        began = time.monotonic()
+        stop, began, position = stop or Stopping(), time.monotonic(), self.loader.state()
+        try:
+            with stop.interruptible():
+                batch, num_targets, *nats = self._accumulate(stop)
+        except Stopped:
+            self.loader.restore(position)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        self._update()
+        self._count(batch, num_targets, *nats)
+        self.interval.seconds += time.monotonic() - began
+
+    def _accumulate(self, stop: Stopping) -> tuple[Batch, int, float, float]:
+        """Accumulate and clip the gradients of a step.
+
+        Returns:
+            The batch, its number of targets, and the nats of all targets and of the bytes.
+        """
         batch = self.loader.next_batch()
         num_targets = int((batch.targets != IGNORED).sum())
         all_nats, byte_nats = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.recipe.train.micro_rows or len(batch.ids)):
+            stop.check()
             micro = micro.to(self.device)
             with self._precision():
                 nats = position_nats(self.lm, micro)
@@ -119,21 +143,23 @@ class Trainer:
             with torch.no_grad():
                 all_nats += nats.sum()
                 byte_nats += (nats * (micro.target_bytes > 0)).sum()
-        settings = self.recipe.optimizer
-        self._norm = float(clip_grad_norm_(self.lm.trained.parameters(), settings.clip_norm))
+        clip_norm = self.recipe.optimizer.clip_norm
+        self._norm = float(clip_grad_norm_(self.lm.trained.parameters(), clip_norm))
         loss = float(all_nats) / max(num_targets, 1)
         if not (math.isfinite(self._norm) and math.isfinite(loss)):
             raise TrainingError(
                 f"the loss is no longer finite at step {self.num_steps + 1} (loss {loss}, "
                 f"gradient norm {self._norm})"
             )
+        return batch, num_targets, float(all_nats), float(byte_nats)
+
+    def _update(self) -> None:
+        settings = self.recipe.optimizer
         self._rate = learning_rate(self.num_steps, self.recipe.train.steps, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * group["lr_multiplier"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(batch, num_targets, float(all_nats), float(byte_nats))
-        self.interval.seconds += time.monotonic() - began
 
     def _count(self, batch: Batch, num_targets: int, all_nats: float, byte_nats: float) -> None:
         interval = self.interval
@@ -186,8 +212,12 @@ class Trainer:
             "flops": self.flops,
         }
 
-    def evaluate(self) -> dict[str, Likelihood]:
-        """Return the likelihood of held-out text by source; empty if nothing is held out."""
+    def evaluate(self, report: Callable[[int], None] = ignore) -> dict[str, Likelihood]:
+        """Return the likelihood of held-out text by source; empty if nothing is held out.
+
+        Args:
+            report: called with the bytes measured so far.
+        """
         if not len(self.held_out):
             return {}
         context_bytes = self.recipe.data.row_bytes
@@ -199,9 +229,9 @@ class Trainer:
         # Held-out rows have many shapes: compiling each would take longer than running it.
         stance = torch.compiler.set_stance("force_eager")
         with _evaluating(self.lm), self._precision(), stance:
-            return measure_spans(self.lm, spans, context_bytes=context_bytes)
+            return measure_spans(self.lm, spans, context_bytes=context_bytes, report=report)
 
-    def state(self, metrics_bytes: int) -> TrainerState:
+    def state(self, metrics_bytes: int, is_validation_due: bool) -> TrainerState:
         """Return the state to resume from, except tensors."""
         return TrainerState(
             step=self.num_steps,
@@ -210,6 +240,7 @@ class Trainer:
             metrics_bytes=metrics_bytes,
             bytes_seen=self.bytes_seen,
             interval=asdict(self.interval),
+            is_validation_due=is_validation_due,
         )
 
     def restore(self, state: TrainerState) -> None:
