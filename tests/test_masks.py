@@ -1,5 +1,6 @@
 """Documents of which only some bytes are trained on, from preparation to gradients."""
 
+import io
 import json
 import math
 from collections import Counter
@@ -10,12 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from builders import random_byte_lm, random_patched
 from bytelm import codec
 from bytelm.config import Recipe, parse
-from bytelm.data import IGNORED, Dataset, Loader, PrepareOptions, ReadOptions, prepare
+from bytelm.data import (
+    IGNORED,
+    Dataset,
+    Loader,
+    PrepareOptions,
+    ReadOptions,
+    prepare,
+    read_manifest,
+)
 from bytelm.data.records import Document
+from bytelm.display import show_data
 from bytelm.evaluation import evaluate
 from bytelm.patching import Patcher, SpaceRule
 from bytelm.tokens import train_tokenizer
@@ -299,3 +310,29 @@ def test_steps_without_a_target_are_harmless(tmp_path):
     assert any(losses)
     assert all(map(math.isfinite, losses))
     assert all(bool(p.isfinite().all()) for p in one.lm.trained.parameters())
+
+
+def test_validation_and_evaluation_measure_the_trained_bytes(folder):
+    held_out = (str(folder / "pairs.jsonl"),)
+    read = ReadOptions(field="prompt,response")
+    out = folder / "validated"
+    prepare([str(folder / "plain")], out, PrepareOptions(read=read, validation=held_out))
+    one = trainer(out, "bytes")
+    found = one.evaluate()["pairs"]
+    documents = [("pairs", (p + r).encode(), ((len(p), len(p + r)),)) for p, r in PAIRS]
+    expected = evaluate(one.lm, documents, context_bytes=64)["pairs"]
+    assert found.num_bytes == expected.num_bytes == sum(len(r) for _, r in PAIRS)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+    assert found.num_positions == sum(len(p + r) + 1 for p, r in PAIRS)
+
+
+def test_info_shows_how_many_bytes_are_trained_on(folder):
+    shown = {}
+    for name in ("both", "plain"):
+        console = Console(width=200, file=io.StringIO())
+        show_data(console, folder / name, read_manifest(folder / name))
+        shown[name] = console.file.getvalue()
+    (line,) = [line for line in shown["both"].splitlines() if line.startswith("pairs")]
+    assert line.split()[-1] == str(sum(len(r) for _, r in PAIRS))
+    assert "trained on" in shown["both"]
+    assert "trained on" not in shown["plain"]

@@ -126,6 +126,8 @@ class Units(Protocol):
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Divide a span, or as much of its beginning as there is room for.
 
+        The targets of the segment are those of the span, if it has any.
+
         Args:
             span: a span of at least one position.
             room: maximum number of units; ``None`` for no limit.
