@@ -11,15 +11,20 @@ from builders import byte_strings, ids_of, lm_models, random_byte_lm, random_pat
 from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.inference import (
+    PatchedState,
     Sampler,
     Sampling,
     continue_from,
     generate,
     reference_generate,
+    stream,
+    stream_many,
 )
 from bytelm.inference.sampling import filtered_probabilities
+from bytelm.patching import StaticRule
 
 MODELS = lm_models()
+STATIC = random_patched(rule=StaticRule(3))
 
 
 @pytest.fixture(params=MODELS, scope="module")
@@ -145,3 +150,77 @@ def test_bad_requests_are_named():
 def test_any_bytes_are_a_legal_prompt(prompt):
     model = random_byte_lm()
     assert len(generate(model, prompt, max_bytes=1, sampling=Sampling())) <= 1
+
+
+PROMPTS = [b"", "é".encode(), b"the cat sat", b"\xff\x00" * 9, b"x" * 40, b"and so on"]
+
+
+def test_prompts_together_continue_as_each_alone(model):
+    # Some end early, at a stop string; the others end together.
+    temperatures = [0.0, 1.2, 0.7, 2.0, 1.0, 0.0]
+    samplings = [Sampling(temperature=one, seed=n) for n, one in enumerate(temperatures)]
+    options = {"max_bytes": 16, "stop": [b"t", b"\x90"]}
+    alone = [
+        list(stream(model, prompt, sampling=one, **options))
+        for prompt, one in zip(PROMPTS, samplings, strict=True)
+    ]
+    together = [[] for _ in PROMPTS]
+    for index, part in stream_many(model, PROMPTS, sampling=samplings, num_slots=4, **options):
+        together[index].append(part)
+    assert together == alone
+
+
+@given(
+    st.lists(st.binary(max_size=12), max_size=7),
+    st.integers(1, 5),
+    st.integers(0, 12),
+    st.integers(0, 99),
+)
+def test_any_number_of_prompts_in_any_number_of_slots(prompts, num_slots, max_bytes, seed):
+    model = STATIC
+    temperature = (0.0, 3.0)[seed % 2]
+    options = {"max_bytes": max_bytes, "sampling": Sampling(temperature=temperature, seed=seed)}
+    found = [b""] * len(prompts)
+    finishes = [None] * len(prompts)
+    for index, part in stream_many(model, prompts, num_slots=num_slots, **options):
+        assert finishes[index] is None
+        found[index], finishes[index] = found[index] + part.data, part.finish
+    assert found == [generate(model, prompt, **options) for prompt in prompts]
+    assert None not in finishes
+
+
+def test_prompts_share_each_step_and_ended_ones_leave(monkeypatch):
+    model, sizes = random_patched(rule=StaticRule(4)), []
+    inner = PatchedState.decode
+
+    def counted(state, ids, slots=None):
+        sizes.append(len(ids))
+        return inner(state, ids, slots)
+
+    monkeypatch.setattr(PatchedState, "decode", counted)
+    ends = iter([2, 4, 4, 9])
+    monkeypatch.setattr(Sampler, "choose", lambda sampler, logits: choose_until(sampler, ends))
+    parts = list(stream_many(model, [b"a", b"b", b"c", b"d"], max_bytes=50, num_slots=4))
+    assert [(i, p.finish) for i, p in parts if p.finish] == [(n, "end") for n in range(4)]
+    # Four prompts, of which one and then two more end; the last one goes on alone.
+    assert sizes == [4, 4, 4, 4, 1, 1, 1, 1, 1]
+
+
+def choose_until(sampler, ends):
+    """Choose a byte, or the end of the document after as many as the sampler's turn says."""
+    if not hasattr(sampler, "left"):
+        sampler.left = next(ends)
+    sampler.left -= 1
+    return codec.EOS if sampler.left < 0 else codec.OFFSET + 65
+
+
+def test_options_of_many_prompts_are_checked_at_once():
+    model = random_byte_lm()
+    with pytest.raises(ConfigError, match="1 samplings were given for 2 prompts"):
+        stream_many(model, [b"a", b"b"], max_bytes=3, sampling=[Sampling()])
+    with pytest.raises(ConfigError, match="num_slots must be at least 1, not 0"):
+        stream_many(model, [b"a"], max_bytes=3, num_slots=0)
+    with pytest.raises(ConfigError, match="max_bytes"):
+        stream_many(model, [b"a"], max_bytes=-1)
+    with pytest.raises(ConfigError, match="stop string"):
+        stream_many(model, [b"a"], max_bytes=1, stop=[b""])

@@ -87,6 +87,21 @@ def test_generation_is_bytes_and_streams_text(lm):
     )
 
 
+def test_many_prompts_are_continued_as_each_alone(lm):
+    prompts = ["x", b"\xff", "a longer prompt"]
+    samplings = [bytelm.Sampling(seed=n) for n in range(3)]
+    options = {"max_bytes": 30, "stop": "q"}
+    alone = [lm.generate(p, sampling=s, **options) for p, s in zip(prompts, samplings, strict=True)]
+    assert lm.generate(iter(prompts), sampling=samplings, num_slots=2, **options) == alone
+    streamed = [b""] * 3
+    for index, part in lm.stream_many(prompts, sampling=samplings, **options):
+        streamed[index] += part.data
+    assert streamed == alone
+    same = lm.generate(["x", "x"], sampling=bytelm.Sampling(seed=0), **options)
+    assert same == [alone[0]] * 2
+    assert lm.generate([]) == []
+
+
 def test_an_ngram_scorer_patches_and_does_not_predict(tmp_path):
     ngrams = fit_ngram_scorer([random_ids(300, num_values=9).numpy()], NgramConfig(max_order=2))
     config = FittedNgramConfig(max_order=2, num_contexts=len(ngrams.keys))

@@ -17,7 +17,7 @@ from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_mode
 from bytelm.config import PatchingConfig, kind_of
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.evaluation import Labelled, Likelihood, evaluate, log_likelihoods, log_probs
-from bytelm.inference import GREEDY, Generated, Sampling, stream
+from bytelm.inference import GREEDY, Generated, Sampling, stream, stream_many
 from bytelm.lm import CausalLM, PatchedLM
 from bytelm.lm.kinds import CANNOT_PREDICT
 from bytelm.patching import Patcher, build_patcher
@@ -25,6 +25,9 @@ from bytelm.scoring import score_documents
 
 DEFAULT_CONTEXT_BYTES = 8192
 """Context length, in bytes, of models that do not record the one they were trained with."""
+
+DEFAULT_SLOTS = 16
+"""Prompts that are decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,7 @@ class LanguageModel:
         )
         return found[0] if all(is_one) else found
 
+    @overload
     def generate(
         self,
         prompt: str | bytes = b"",
@@ -284,14 +288,42 @@ class LanguageModel:
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
         stop: str | bytes | Sequence[str | bytes] = (),
-    ) -> bytes:
-        """Return the continuation of a prompt; the arguments are those of :meth:`stream`.
+    ) -> bytes: ...
+    @overload
+    def generate(
+        self,
+        prompt: Iterable[str | bytes],
+        *,
+        max_bytes: int = 256,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: str | bytes | Sequence[str | bytes] = (),
+        num_slots: int = DEFAULT_SLOTS,
+    ) -> list[bytes]: ...
+    def generate(
+        self,
+        prompt: str | bytes | Iterable[str | bytes] = b"",
+        *,
+        max_bytes: int = 256,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: str | bytes | Sequence[str | bytes] = (),
+        num_slots: int = DEFAULT_SLOTS,
+    ) -> bytes | list[bytes]:
+        """Return the continuation of a prompt, or a list of those of several.
+
+        The arguments are those of :meth:`stream` and, for several prompts, :meth:`stream_many`.
 
         Raises:
             ConfigError: an option is out of range.
         """
-        parts = self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop)
-        return b"".join(part.data for part in parts)
+        is_one = isinstance(prompt, str | bytes)
+        prompts = [prompt] if is_one else list(prompt)
+        found = [b""] * len(prompts)
+        parts = self.stream_many(
+            prompts, max_bytes=max_bytes, sampling=sampling, stop=stop, num_slots=num_slots
+        )
+        for index, part in parts:
+            found[index] += part.data
+        return found[0] if is_one else found
 
     def stream(
         self,
@@ -312,13 +344,50 @@ class LanguageModel:
         Raises:
             ConfigError: an option is out of range.
         """
-        stops = [stop] if isinstance(stop, str | bytes) else stop
+        self._check_predicts()
         return stream(
             self.module,
             codec.to_bytes(prompt),
             max_bytes=max_bytes,
             sampling=sampling,
-            stop=[codec.to_bytes(s) for s in stops],
+            stop=_as_list(stop),
+        )
+
+    def stream_many(
+        self,
+        prompts: Iterable[str | bytes],
+        *,
+        max_bytes: int = 256,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: str | bytes | Sequence[str | bytes] = (),
+        num_slots: int = DEFAULT_SLOTS,
+    ) -> Iterator[tuple[int, Generated]]:
+        """Continue several prompts in batches, yielding (index of the prompt, part).
+
+        Every prompt ends by itself, at the end of its document, a stop string or ``max_bytes``, and
+        has its own random generator: its bytes are those of :meth:`stream`, as long as rounding,
+        which depends on the size of a batch, does not change a choice.
+
+        Args:
+            prompts: any bytes, of any lengths.
+            max_bytes: maximum number of bytes to generate for each prompt.
+            sampling: how each byte is sampled; one for all prompts, or one for each, for instance
+                with other seeds to sample one prompt several times.
+            stop: as in :meth:`stream`.
+            num_slots: largest number of prompts decoded at once; memory grows with it.
+
+        Raises:
+            ConfigError: an option is out of range, or the number of samplings is not that of the
+                prompts.
+        """
+        self._check_predicts()
+        return stream_many(
+            self.module,
+            _as_list(prompts),
+            max_bytes=max_bytes,
+            sampling=sampling,
+            stop=_as_list(stop),
+            num_slots=num_slots,
         )
 
     def stream_text(

@@ -1,6 +1,13 @@
 """Inference: key-value caches, decoding states, sessions, sampling and generation."""
 
-from bytelm.inference.decoding import Generated, continue_from, generate, reference_generate, stream
+from bytelm.inference.decoding import (
+    Generated,
+    continue_from,
+    generate,
+    reference_generate,
+    stream,
+    stream_many,
+)
 from bytelm.inference.graphs import Capture, Strategy, capture_cuda
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
@@ -23,4 +30,5 @@ __all__ = [
     "generate",
     "reference_generate",
     "stream",
+    "stream_many",
 ]

@@ -1,8 +1,9 @@
 """Generation of text from a prompt, as a stream of bytes."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
+from bytelm.inference.states import DecodingState
 from bytelm.units import ByteUnits
 
 BYTES = ByteUnits()
@@ -84,41 +86,172 @@ def continue_from(
     Raises:
         ConfigError: ``max_bytes`` is negative or a stop string is empty.
     """
+    _check(max_bytes, stop)
+    return _continue(session, ids, _Continuation(max_bytes, sampling, stop, decode))
+
+
+def _check(max_bytes: int, stop: Sequence[bytes]) -> None:
     if max_bytes < 0:
         raise ConfigError(f"max_bytes must be at least 0, not {max_bytes}")
     if not all(stop):
         raise ConfigError("a stop string must not be empty")
-    return _continue(session, ids, max_bytes, Sampler(sampling), stop, decode)
 
 
-def _continue(
-    session: Feedable,
-    ids: Tensor,
-    max_bytes: int,
-    sampler: Sampler,
-    stop: Sequence[bytes],
-    decode: Callable[[int], bytes],
-) -> Iterator[Generated]:
-    held, left = b"", max_bytes
-    while left > 0:
-        chosen = sampler.choose(session.feed(ids)[-1])
-        if chosen == codec.EOS:
-            yield Generated(held, "end")
+def _continue(session: Feedable, ids: Tensor, continuation: "_Continuation") -> Iterator[Generated]:
+    yield from continuation.begin()
+    while not continuation.has_ended:
+        yield from continuation.choose(session.feed(ids)[-1])
+        ids = ids.new_tensor([continuation.chosen])
+
+
+class _Continuation:
+    """Continuation of one prompt: what is sampled, and which of its bytes are certain."""
+
+    def __init__(
+        self,
+        max_bytes: int,
+        sampling: Sampling,
+        stop: Sequence[bytes],
+        decode: Callable[[int], bytes],
+    ) -> None:
+        self._sampler, self._stop, self._decode = Sampler(sampling), stop, decode
+        self._held, self._left = b"", max_bytes
+        self.chosen = codec.BOE
+        """The last id sampled, which is not fed yet."""
+        self.has_ended = False
+
+    def begin(self) -> Iterator[Generated]:
+        """Yield the only part of a continuation of no bytes."""
+        if self._left == 0:
+            yield self._end(self._held, "length")
+
+    def choose(self, logits: Float[Tensor, " vocab"]) -> Iterator[Generated]:
+        """Sample the next id, and yield the bytes that it makes certain, if any."""
+        self.chosen = self._sampler.choose(logits)
+        if self.chosen == codec.EOS:
+            yield self._end(self._held, "end")
             return
-        new = decode(chosen)[:left]
+        new = self._decode(self.chosen)[: self._left]
         # Special ids yield no bytes; count them anyway so that generation terminates.
-        left -= max(len(new), 1)
-        held += new
-        match = _first_match(held, stop)
+        self._left -= max(len(new), 1)
+        self._held += new
+        match = _first_match(self._held, self._stop)
         if match is not None:
-            yield Generated(held[:match], "stop")
+            yield self._end(self._held[:match], "stop")
             return
-        certain = len(held) - _longest_partial_match(held, stop)
+        certain = len(self._held) - _longest_partial_match(self._held, self._stop)
         if certain:
-            yield Generated(held[:certain], None)
-            held = held[certain:]
-        ids = ids.new_tensor([chosen])
-    yield Generated(held, "length")
+            yield Generated(self._held[:certain], None)
+            self._held = self._held[certain:]
+        if self._left <= 0:
+            yield self._end(self._held, "length")
+
+    def _end(self, data: bytes, finish: Finish) -> Generated:
+        self.has_ended = True
+        return Generated(data, finish)
+
+
+def stream_many(
+    model: Decodable,
+    prompts: Sequence[bytes],
+    *,
+    max_bytes: int,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    stop: Sequence[bytes] = (),
+    num_slots: int = 16,
+) -> Iterator[tuple[int, Generated]]:
+    """Continue several prompts at once, yielding (index of the prompt, part).
+
+    Up to ``num_slots`` prompts are decoded as one batch; as soon as one ends, the next takes its
+    slot. Each is sampled as if it were alone, with a generator of its own, so its bytes are those
+    of :func:`stream` (as long as rounding, which depends on the size of a batch, does not change a
+    choice).
+
+    Args:
+        model: as in :func:`stream`.
+        prompts: any bytes, of any lengths.
+        max_bytes: maximum number of bytes to generate for each prompt.
+        sampling: as in :func:`continue_from`; one for all prompts, or one for each.
+        stop: as in :func:`continue_from`.
+        num_slots: largest number of prompts decoded at once.
+
+    Raises:
+        ConfigError: as :func:`continue_from`; the number of samplings is not that of the prompts;
+            or ``num_slots`` is below 1.
+    """
+    _check(max_bytes, stop)
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    if len(samplings) != len(prompts):
+        raise ConfigError(
+            f"{len(samplings)} samplings were given for {len(prompts)} prompts: give one for each, "
+            "or one for all"
+        )
+    if num_slots < 1:
+        raise ConfigError(f"num_slots must be at least 1, not {num_slots}")
+    waiting = deque(
+        _Prompt(number, prompt, _Continuation(max_bytes, one, stop, model.units.decode))
+        for number, (prompt, one) in enumerate(zip(prompts, samplings, strict=True))
+    )
+    return _continue_many(model, waiting, min(num_slots, len(prompts)))
+
+
+class _Prompt(NamedTuple):
+    """A prompt of several, and its continuation."""
+
+    number: int
+    data: bytes
+    continuation: _Continuation
+
+
+def _continue_many(
+    model: Decodable, waiting: deque[_Prompt], num_slots: int
+) -> Iterator[tuple[int, Generated]]:
+    state = model.new_state(num_slots) if num_slots else None
+    running: dict[int, _Prompt] = {}
+    while state is not None:
+        for slot in range(state.num_slots):
+            while slot not in running and waiting:
+                prompt = waiting.popleft()
+                for part in _prefill(model, state, slot, prompt):
+                    yield prompt.number, part
+                if not prompt.continuation.has_ended:
+                    running[slot] = prompt
+        if not running:
+            return
+        state, running = _shrink(model, state, running)
+        # A slot that has ended reads an id that nobody asks for: batches keep their shape.
+        chosen = [codec.BOE] * state.num_slots
+        for slot, prompt in running.items():
+            chosen[slot] = prompt.continuation.chosen
+        logits = state.decode(torch.tensor(chosen, device=model.device)).cpu()
+        for slot, prompt in list(running.items()):
+            for part in prompt.continuation.choose(logits[slot]):
+                yield prompt.number, part
+            if prompt.continuation.has_ended:
+                del running[slot]
+
+
+def _prefill(
+    model: Decodable, state: DecodingState, slot: int, prompt: _Prompt
+) -> Iterator[Generated]:
+    """Read a prompt in a slot, and yield the first part of its continuation."""
+    yield from prompt.continuation.begin()
+    if not prompt.continuation.has_ended:
+        ids = torch.from_numpy(model.units.encode(codec.encode(prompt.data))).to(model.device)
+        state.reset(slot)
+        yield from prompt.continuation.choose(state.prefill(slot, ids)[-1])
+
+
+def _shrink(
+    model: Decodable, state: DecodingState, running: dict[int, _Prompt]
+) -> tuple[DecodingState, dict[int, _Prompt]]:
+    """Copy the running slots to a smaller state if at least half of the slots are idle."""
+    if 2 * len(running) > state.num_slots:
+        return state, running
+    smaller = model.new_state(len(running))
+    for slot, other in enumerate(running):
+        smaller.copy(state, other, slot)
+    return smaller, dict(enumerate(running.values()))
 
 
 def generate(
