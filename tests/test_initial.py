@@ -1,6 +1,7 @@
 """Training on from the weights of a checkpoint, all or parts of it, and freezing parts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from builders import BASE_BLT, merged, random_byte_lm, random_ids
-from bytelm.checkpoint import load_model, read_config, save_model, saved_steps
+from bytelm.checkpoint import fingerprint, load_model, read_config, save_model, saved_steps
 from bytelm.config import (
     BLTConfig,
     ModelDescription,
@@ -19,7 +20,7 @@ from bytelm.config import (
     load_recipe,
     parse,
 )
-from bytelm.data import PrepareOptions, prepare
+from bytelm.data import Dataset, PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError
 from bytelm.training import Trainer, train
 from bytelm.training.parts import parts_by_parameter
@@ -171,6 +172,25 @@ def test_a_threshold_is_not_applied_to_entropies_of_another_scorer(place):
     calibrated = from_run(place, data="foreign", overrides=["patching.threshold=null"])
     assert Trainer(calibrated).recipe.patching.threshold is not None
     Trainer(from_run(place, data="foreign", overrides=["patching={kind: space}"]))
+
+
+def test_data_can_be_scored_by_the_scorer_of_a_model(place, tmp_path):
+    options = PrepareOptions(scorer=place / "blt", workers=1, validation_share=0.1)
+    prepare([str(place / "new" / "x.jsonl")], tmp_path / "d", options)
+    ours, theirs = (Dataset(folder, "train") for folder in (tmp_path / "d", place / "new/d"))
+    assert ours.manifest.scorer.fingerprint == fingerprint(tmp_path / "d" / "scorer")
+    for n in range(len(ours)):
+        assert ours.lengths[n] == theirs.lengths[n]
+        spans = (data.entropies(n, 0, int(data.lengths[n]) + 1) for data in (ours, theirs))
+        assert np.array_equal(*spans)
+    Trainer(from_run(place, overrides=[f"data.path={tmp_path / 'd'}"]))
+    # What the model was trained with is kept, and not to be contradicted.
+    with pytest.raises(DataError, match="leave out --reset-at-newline"):
+        prepare(
+            [str(place / "new" / "x.jsonl")],
+            tmp_path / "e",
+            replace(options, reset_at_newline=True),
+        )
 
 
 @pytest.mark.parametrize("parts", [["global"], ["embeddings"], ["hash_embeddings", "output"]])

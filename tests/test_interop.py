@@ -3,6 +3,7 @@
 import json
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 import bytelm
 from builders import random_ids
 from bytelm import codec, interop
-from bytelm.config import EntropyPatching, ModelDescription, StaticPatching
+from bytelm.config import EntropyPatching, ModelDescription, StaticPatching, load_recipe
+from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.interop import huggingface, weights
+from bytelm.training import Trainer, train
 from foreign import SCALED, VARIANTS, hf_model, save_consolidated, save_official
 
 
@@ -73,6 +76,37 @@ def test_there_and_back_gives_the_same_bits(tmp_path, variant):
         their_logits = opened(ids, use_cache=False).logits
         assert torch.equal(their_logits, theirs(ids, use_cache=False).logits)
     torch.testing.assert_close(logits(lm), their_logits, rtol=0, atol=1e-5)
+
+
+def test_an_imported_model_is_trained_on_from_as_the_released_recipes_say(
+    tmp_path, model, monkeypatch
+):
+    """The commands in the comment of the recipe, on a small model."""
+    monkeypatch.chdir(tmp_path)
+    blt, entropy = save_official(model, tmp_path / "official")
+    interop.convert_official(blt, "blt-1b", entropy)
+    text = "\n".join(f"line {n} of a text that is {n * n % 17} letters long" for n in range(60))
+    (tmp_path / "text").mkdir()
+    for n in range(8):
+        (tmp_path / "text" / f"{n}.txt").write_text(text[n:])
+    options = PrepareOptions(scorer=tmp_path / "blt-1b", workers=1, validation_share=0.2)
+    prepare(["text"], tmp_path / "data", options)
+    (tmp_path / "recipe.yaml").write_text(
+        "init: {from: blt-1b}\ndata: {path: data, row_bytes: 64}\n"
+        "train: {steps: 2, validation_bytes: 500}\noptimizer: {warmup_steps: 1}\n"
+    )
+    recipe = load_recipe("recipe.yaml")
+    first = Trainer(recipe).lm.eval()
+    imported = bytelm.load("blt-1b", "cpu")
+    with torch.no_grad():
+        ids = random_ids(80)[None]
+        assert torch.equal(first(ids), imported.module(ids))
+    train(recipe, tmp_path / "run")
+    tuned = bytelm.load(tmp_path / "run")
+    assert tuned.config.patching == imported.config.patching
+    assert tuned.config.scorer == imported.config.scorer
+    assert np.array_equal(tuned.entropies("some text"), imported.entropies("some text"))
+    assert not torch.equal(logits(tuned), logits(imported))
 
 
 def test_precision_is_kept(tmp_path, model):

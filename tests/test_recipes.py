@@ -90,6 +90,10 @@ def test_released_models_carry_the_conventions_of_their_weights():
         assert recipe.model.local.window == 512
         assert recipe.patching is not None
         assert recipe.patching.model_dump()["threshold"] == 1.335442066192627
+        # The folder that the recipe's first command makes.
+        assert recipe.init is not None
+        assert f" --out {recipe.init.checkpoint}\n" in recipe_text(name)
+        assert load_recipe(name, ["init=null"]).init is None
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from bytelm import cpu
 from bytelm.config import SCORERS, ModelDescription, ScorerConfig, kind_of, open_node, parse
 from bytelm.errors import BytelmError, CheckpointError, ConfigError
-from bytelm.layout import CONFIG, MODEL, TOKENIZER, check_checkpoint, find_checkpoint
-from bytelm.layout import SCORER as SCORER
+from bytelm.layout import CONFIG, MODEL, SCORER, TOKENIZER, check_checkpoint, find_checkpoint
 from bytelm.layout import saved_steps as saved_steps
-from bytelm.lm import CausalLM, ScorerLM, build_lm
+from bytelm.lm import ByteLM, CausalLM, ScorerLM, build_lm
+from bytelm.model.transformer import Transformer
 from bytelm.patching import Scorer
 from bytelm.scoring import build_scorer
 from bytelm.storage import (
@@ -239,7 +239,16 @@ def set_precision(lm: CausalLM, precision: Precision) -> None:
 def load_scorer(
     path: Path, *, reset_at_newline: bool, device: str | torch.device = "cpu"
 ) -> tuple[Scorer, ScorerConfig]:
-    """Load a checkpoint as a scorer, in fp32.
+    """Load a checkpoint as a scorer, in fp32, or the scorer of a checkpoint that has one.
+
+    Args:
+        path: folder of a checkpoint or a run.
+        reset_at_newline: whether a newline begins a new context; ignored for a model with a scorer
+            of its own, which was trained with one or the other.
+        device: device to load the weights to.
+
+    Returns:
+        The scorer, and its configuration.
 
     Raises:
         CheckpointError: as :func:`load_model`; or the model is not a scorer of bytes with a finite
@@ -247,14 +256,14 @@ def load_scorer(
     """
     folder = find_checkpoint(path)
     check_checkpoint(folder)
-    model = read_config(folder).model
+    known = read_config(folder)
+    model = known.model if known.scorer is None else known.scorer.model
     if type(model) not in SCORERS.nodes.values():
         raise CheckpointError(
             f"{folder} holds a {kind_of(type(model))} model, not a scorer: name a checkpoint of an "
             f"entropy model ({', '.join(SCORERS.nodes)})"
         )
-    lm, description = load_model(folder, device, "float32")
-    if description.tokens:
+    if known.tokens:
         raise CheckpointError(
             f"{folder} cannot score bytes: it is a token model; name a byte model"
         )
@@ -263,12 +272,38 @@ def load_scorer(
             f"{folder} cannot score: its attention has no window, so long documents would need "
             "quadratic time; train an entropy model with model.window set"
         )
+    if known.scorer is not None:
+        return _load_own_scorer(folder, known.scorer, device), known.scorer
+    lm, _ = load_model(folder, device, "float32")
     config = ScorerConfig(model=model, reset_at_newline=reset_at_newline)
     if not isinstance(lm, ScorerLM):
         return lm.get_scorer(reset_at_newline=reset_at_newline), config
     scorer = build_scorer(config)
     scorer.load_state_dict(lm.scorer.state_dict(), assign=True)
     return scorer.to(device).eval().requires_grad_(False), config
+
+
+def _load_own_scorer(folder: Path, config: ScorerConfig, device: str | torch.device) -> Scorer:
+    """Load the scorer of a patched model, without the model."""
+    with torch.device("meta"):
+        scorer = build_scorer(config)
+    _fill(scorer, folder / SCORER, device)
+    return cpu.fuse(scorer.float().eval().requires_grad_(False))
+
+
+def save_scorer(folder: Path, scorer: Scorer, config: ScorerConfig) -> None:
+    """Save a scorer as a checkpoint of its own.
+
+    Raises:
+        CheckpointError: the folder exists, or cannot be written.
+    """
+    transformer = getattr(scorer, "transformer", None)
+    if isinstance(transformer, Transformer):
+        lm = ByteLM(transformer)
+    else:
+        assert isinstance(scorer, nn.Module)
+        lm = ScorerLM(scorer)
+    save_model(folder, lm, ModelDescription(model=config.model))
 
 
 def fingerprint(folder: Path) -> str:

@@ -25,7 +25,10 @@ def data_prepare(
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     scorer: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the scorer that computes the entropies.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint of the scorer that computes the entropies, or of a BLT that has one."
+        ),
     ] = None,
     reset_at_newline: Annotated[
         bool,

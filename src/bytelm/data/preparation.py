@@ -20,7 +20,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bytelm.checkpoint import check_checkpoint, find_checkpoint, fingerprint, load_scorer
+from bytelm.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    fingerprint,
+    load_scorer,
+    read_config,
+    save_scorer,
+)
 from bytelm.data.corpus import Input, Reader, ReadOptions, find_inputs
 from bytelm.data.dataset import (
     MANIFEST,
@@ -60,7 +67,7 @@ class PrepareOptions:
 
     read: ReadOptions = field(default_factory=ReadOptions)
     scorer: Path | None = None
-    """Checkpoint of the scorer that computes the entropies."""
+    """Checkpoint of the scorer that computes the entropies, or of a model that has one."""
     reset_at_newline: bool = False
     """Whether a newline begins a new context for the scorer."""
     validation: tuple[str, ...] = ()
@@ -123,6 +130,7 @@ def prepare(
         raise DataError(
             f"the validation share must be at least 0 and below 1, not {options.validation_share}"
         )
+    options = _with_own_reset(options)
     skip = [out, *options.leave_out]
     held_out = find_inputs(options.validation, options.read, skip) if options.validation else []
     inputs = [replace(one, split="validation") for one in held_out]
@@ -173,9 +181,7 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
     """Return everything that the result depends on, ready for JSON."""
     scorer = None
     if options.scorer is not None:
-        folder = find_checkpoint(options.scorer)
-        check_checkpoint(folder)
-        scorer = fingerprint(folder)
+        scorer = fingerprint(find_checkpoint(options.scorer))
     return {
         "inputs": [i.identity for i in inputs],
         "read": asdict(options.read),
@@ -242,12 +248,39 @@ def _copy_scorer(out: Path, options: PrepareOptions) -> ScorerRecord | None:
     if options.scorer is None:
         return None
     source = find_checkpoint(options.scorer)
-    load_scorer(source, reset_at_newline=options.reset_at_newline)
+    scorer, config = load_scorer(source, reset_at_newline=options.reset_at_newline)
     if not (out / SCORER).exists():
-        with atomic_folder(out / SCORER) as folder:
-            for name in ("config.json", "model.safetensors"):
-                (folder / name).write_bytes((source / name).read_bytes())
-    return ScorerRecord(fingerprint=fingerprint(source), reset_at_newline=options.reset_at_newline)
+        if read_config(source).scorer is not None:
+            save_scorer(out / SCORER, scorer, config)
+        else:
+            with atomic_folder(out / SCORER) as folder:
+                for name in ("config.json", "model.safetensors"):
+                    (folder / name).write_bytes((source / name).read_bytes())
+    return ScorerRecord(
+        fingerprint=fingerprint(out / SCORER), reset_at_newline=options.reset_at_newline
+    )
+
+
+def _with_own_reset(options: PrepareOptions) -> PrepareOptions:
+    """Return options by which the scorer of a model resets as it did when the model was trained.
+
+    Raises:
+        CheckpointError: the scorer is not a checkpoint, or it is damaged.
+        DataError: the options ask for another behaviour.
+    """
+    if options.scorer is None:
+        return options
+    folder = find_checkpoint(options.scorer)
+    check_checkpoint(folder)
+    own = read_config(folder).scorer
+    if own is None:
+        return options
+    if options.reset_at_newline and not own.reset_at_newline:
+        raise DataError(
+            f"{folder} was trained with a scorer that does not reset at newlines: leave out "
+            "--reset-at-newline"
+        )
+    return replace(options, reset_at_newline=own.reset_at_newline)
 
 
 def _run(
