@@ -1,6 +1,21 @@
-"""``python -m bytelm``."""
+"""``python -m bytelm``, and the ``bytelm`` command."""
 
-from bytelm.cli import main
+import os
+import signal
+
+
+def main() -> None:
+    """Run the command line."""
+    # Nothing has begun while it loads: Ctrl-C ends the process without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Threads that wait for each other spin by default, which other processes slow up to tenfold.
+    # OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from bytelm.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,14 @@
 """The application, to which commands are added, and its handling of errors."""
 
 import io
+import os
 import re
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -11,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from bytelm.errors import BytelmError
+from bytelm.stopping import SAME_SECONDS, SIGNALS, is_importing
 from bytelm.version import __version__
 
 VERBS = [
@@ -28,15 +35,61 @@ VERBS = [
 ]
 
 
-class _InOrder(TyperGroup):
-    """Command group that lists commands in the order in which they are needed."""
+class _Commands(TyperGroup):
+    """The commands, listed in the order in which they are needed, and ended by signals."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return VERBS
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            print(_stopped(str(stop)), file=sys.stderr)
+            raise typer.Exit(128 + _interrupts.number) from None
+
+
+class _Interrupts:
+    """Handler of signals that interrupts the command in progress."""
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+        """The last signal."""
+        self._last = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        is_repeated, self._last = now - self._last < SAME_SECONDS, now
+        if is_repeated:
+            return
+        self.number = number
+        if is_importing(frame):
+            # Nothing has begun that would have to be ended, and exceptions can abort imports.
+            sys.stdout.flush()
+            os.write(2, f"{_stopped()}\n".encode())
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+
+_interrupts = _Interrupts()
+RESUMES = "the same command resumes"
+
+
+def _stopped(advice: str = "") -> str:
+    return f"stopped: {RESUMES}" if advice == RESUMES else "stopped"
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say that the same command resumes if the block is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(RESUMES) from None
+
 
 app = typer.Typer(
-    cls=_InOrder,
+    cls=_Commands,
     name="bytelm",
     help="Byte-level language models built on the Byte Latent Transformer.",
     no_args_is_help=True,
@@ -55,6 +108,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Do not fail on characters that the terminal cannot show.
             stream.reconfigure(errors="replace")
+    handlers = {n: signal.getsignal(n) for n in SIGNALS}
+    for number, handler in handlers.items():
+        # A shell may have had SIGINT ignored, for commands in the background.
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _interrupts)
     try:
         app()
     except BytelmError as error:
@@ -75,6 +133,9 @@ def main() -> None:
             "there is not enough memory: choose a smaller model, fewer rows at a time "
             "(train.micro_rows=1) or shorter ones (data.row_bytes)"
         )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> NoReturn:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bytelm.cli.app import app, console
+from bytelm.cli.app import app, console, resumable
 from bytelm.cli.options import build_rule
 from bytelm.config import EntropyPatching
 from bytelm.errors import PatchingError
@@ -115,12 +115,8 @@ def data_prepare(
         shard_bytes=round(shard_mb * 1e6),
         workers=workers,
     )
-    try:
-        with ConsoleProgress(console).preparing() as report:
-            prepare(inputs, out, options, report)
-    except KeyboardInterrupt:
-        console.print("stopped: the same command resumes")
-        raise typer.Exit(130) from None
+    with resumable(), ConsoleProgress(console).preparing() as report:
+        prepare(inputs, out, options, report)
     if scorer is not None:
         from bytelm.data.calibration import calibrate_folder
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bytelm.cli.app import app, console
+from bytelm.cli.app import app, console, resumable
 from bytelm.cli.options import build_rule, seconds
 from bytelm.config import (
     RULES,
@@ -67,7 +67,8 @@ def train(
         return
     limit = seconds(time_limit) if time_limit else None
     bar = TrainingBar(console, folder.name)
-    result = train(resolved, folder, callbacks=[bar], time_limit=limit)
+    with resumable():
+        result = train(resolved, folder, callbacks=[bar], time_limit=limit)
     if not result.finished:
         console.print(
             f"stopped after step {result.step} with a checkpoint: the same command resumes",

@@ -1,9 +1,8 @@
 """``bytelm study``: compare models at equal FLOPs."""
 
-import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +10,7 @@ from bytelm.cli.app import app, console
 from bytelm.cli.options import seconds
 from bytelm.config import shipped_names
 from bytelm.errors import ConfigError, TrainingError
+from bytelm.stopping import Stopping
 
 if TYPE_CHECKING:
     from bytelm.study import Plan, Run
@@ -82,7 +82,6 @@ def study(
         done = [share_done(folder, run, c.steps) for run, c in zip(runs, costs, strict=True)]
         show_study_costs(console, loaded, costs, done)
         return
-    signal.signal(signal.SIGTERM, _interrupt)
     limit = seconds(time_limit) if time_limit else None
     problems = _run(loaded, runs, folder, workers, limit)
     if problems:
@@ -100,13 +99,16 @@ def _run(
     progress = ConsoleProgress(console)
     problems: list[str] = []
     is_stopped = False
+    # Its handlers end with this block, so that a second signal ends the command.
+    stop = Stopping(time_limit)
     try:
-        if prepare_text(plan, runs, folder, progress, deadline):
-            problems = run_all(
-                plan, runs, folder, workers=workers, progress=progress, deadline=deadline
-            )
+        with stop.listening(), stop.interruptible():
+            if prepare_text(plan, runs, folder, progress, deadline):
+                problems = run_all(
+                    plan, runs, folder, workers=workers, progress=progress, deadline=deadline
+                )
     except KeyboardInterrupt:
-        is_stopped = True
+        is_stopped = stop.reason != "time limit"
     num_finished, num_runs = write_table(plan, folder)
     if num_finished:
         page = table_folder(plan, folder)
@@ -114,9 +116,5 @@ def _run(
     more = "" if num_finished == num_runs else "; the same command resumes"
     console.print(f"{num_finished} of {num_runs} runs finished{more}")
     if is_stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(143 if stop.reason == "SIGTERM" else 130)
     return problems
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt

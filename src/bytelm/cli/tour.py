@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bytelm.cli.app import app, console
+from bytelm.cli.app import app, console, resumable
 from bytelm.config import shipped_names, shipped_text
 from bytelm.errors import ConfigError
 
@@ -31,7 +31,8 @@ def quickstart(
     from bytelm.quickstart import STAGES, run_quickstart
 
     progress = ConsoleProgress(console, STAGES)
-    found = run_quickstart(data, out, minutes=minutes, seed=seed, progress=progress)
+    with resumable():
+        found = run_quickstart(data, out, minutes=minutes, seed=seed, progress=progress)
     show_quickstart(console, found)
 
 

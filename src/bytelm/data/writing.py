@@ -8,7 +8,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from bytelm.patching import Scorer
 from bytelm.scoring import check_entropies, group_by_size, score_documents
 from bytelm.scoring.documents import CHUNK
 from bytelm.storage import atomic_file, file_hash
+from bytelm.workers import ignore_sigint, shielded
 
 SCORED_TOGETHER = 65_536
 """Positions of short documents that are scored at once."""
@@ -79,8 +81,23 @@ def writers(
         initializer=_start_worker,
         initargs=(*arguments, os.getpid()),
     )
+    workers: set[BaseProcess] = set()
+
+    def submit(shard: Shard) -> "Future[ShardRecord]":
+        before = set(active_children())
+        # The pool starts a process here if all others are busy.
+        with shielded():
+            future = pool.submit(_write_in_worker, shard)
+        workers.update(set(active_children()) - before)
+        return future
+
     try:
-        yield lambda shard: pool.submit(_write_in_worker, shard)
+        yield submit
+    except KeyboardInterrupt:
+        # The next preparation writes the shards in progress.
+        for worker in workers:
+            worker.kill()
+        raise
     except BrokenProcessPool:
         raise DataError(
             "a worker process died, perhaps for lack of memory: run the same command again, which "
@@ -191,6 +208,7 @@ _writer: Writer | None = None
 
 def _start_worker(out: Path, scorer: Path | None, reset_at_newline: bool, parent: int) -> None:
     global _writer
+    ignore_sigint()
     torch.set_num_threads(1)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     _writer = Writer(out, scorer, reset_at_newline)

@@ -12,7 +12,6 @@ resolved before the processes start.
 """
 
 import json
-import os
 import re
 import signal
 import sys
@@ -25,6 +24,7 @@ import torch
 
 from bytelm.errors import BytelmError, TrainingError
 from bytelm.progress import Progress
+from bytelm.stopping import Stopped
 from bytelm.storage import append_line, write_text
 from bytelm.study.measuring import SLICES, describe, machine, measure
 from bytelm.study.plan import Plan, Run
@@ -33,6 +33,7 @@ from bytelm.study.results import RESULT, finished_result, run_folder, write_resu
 from bytelm.training import train
 from bytelm.training.run import METRICS
 from bytelm.training.setup import choose_device
+from bytelm.workers import accept_sigterm, ignore_sigint, shielded
 
 ERROR = ".error.txt"
 FAILED = 3
@@ -108,7 +109,8 @@ class _Pool:
             slot = min(set(range(self.workers)) - taken)
             arguments = (self.plan, resolved, self.out, self.deadline, slot, self.workers)
             process = get_context("spawn").Process(target=_work, args=arguments, name=name)
-            process.start()
+            with shielded():
+                process.start()
             self.active[name] = (slot, resolved, process)
         return bool(self.active)
 
@@ -135,18 +137,25 @@ class _Pool:
         return (self.done_flops + spent) / max(self.total_flops, 1.0)
 
     def stop(self) -> None:
-        """Ask every process to end with a checkpoint, and wait for it."""
-        for _, _, process in self.active.values():
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGTERM)
-        for _, _, process in self.active.values():
-            process.join()
+        """Ask every process to end with a checkpoint, and wait for it; kill those left if asked."""
+        processes = [process for _, _, process in self.active.values()]
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join()
+        except KeyboardInterrupt:
+            for process in processes:
+                process.kill()
+            raise
 
 
 def _work(
     plan: Plan, resolved: Resolved, out: Path, deadline: float | None, slot: int, workers: int
 ) -> None:
     """Work on a slice of one run; this is the target of a worker process."""
+    ignore_sigint()
+    accept_sigterm()
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
     else:
@@ -157,6 +166,9 @@ def _work(
     try:
         left = None if deadline is None else max(deadline - time.time(), 0.0)
         run_slice(plan, resolved, out, left)
+    except Stopped:
+        # Before the run was set up; the next time begins here.
+        return
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         what = str(error) if isinstance(error, BytelmError) else repr(error)
