@@ -15,6 +15,7 @@ from bytelm import cli
 from bytelm.cli.options import build_rule
 from bytelm.config import RULES, MonotonicPatching, PatchingConfig
 from bytelm.data import read_manifest
+from bytelm.terminal import escape_controls
 from foreign import hf_model, save_official
 
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
@@ -117,7 +118,7 @@ def test_data_info_and_calibrate(run, world):
 def test_eval(run, world):
     (world / "other.txt").write_text("the patch of bytes")
     text, other = f"mine={world / 'text.jsonl'}", world / "other.txt"
-    for arguments in ([text, other], ["--bpb", text, other]):
+    for arguments in ([text, other],):
         status, out, _ = run("eval", world / "blt", *arguments)
         assert status == 0
         assert "mine" in out
@@ -130,6 +131,28 @@ def test_eval(run, world):
         len(json.loads(line)["text"].encode())
         for line in (world / "text.jsonl").read_text().splitlines()
     )
+
+
+def test_eval_names_the_units_and_speaks_strict_json(run, world, tmp_path):
+    def parse(out):
+        return json.loads(out, parse_constant=lambda name: pytest.fail(name))
+
+    (tmp_path / "some.txt").write_text("the patch of bytes")
+    found = parse(run("eval", world / "blt", tmp_path / "some.txt", "--json")[1])
+    assert found["some"]["patches"] > 1
+    found = parse(run("eval", world / "entropy", tmp_path / "some.txt", "--json")[1])
+    assert found["some"].keys() == {"bits_per_byte", "bytes"}
+    tokens = tmp_path / "tokens.json"
+    run("data", "tokenizer", world / "d", "--vocab-size", 270, "--out", tokens)
+    status, out, err = run(
+        "train", world / "entropy.yaml", f"data.path={world / 'd'}", f"data.tokenizer={tokens}",
+        "model.vocab_size=270", "train.steps=1", "--out", tmp_path / "t",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "bytes/token" in out
+    found = parse(run("eval", tmp_path / "t", tmp_path / "some.txt", "--json")[1])
+    assert found["some"].keys() == {"bits_per_byte", "bytes", "tokens"}
+    assert "bytes/token" in run("eval", tmp_path / "t", tmp_path / "some.txt")[1]
 
 
 def test_eval_of_prepared_data_leaves_out_what_was_trained_on(run, world):
@@ -185,6 +208,29 @@ def test_patch_reads_standard_input_and_speaks_json(run, world):
     assert "".join(record["patches"]).startswith("\\xff\\xfe any bytes")
     assert len(record["entropies"]) == 13
     assert record["boundaries"][0] == 0
+
+
+def test_patch_compares_rules_in_one_list_of_json(run, world):
+    records = json.loads(run("patch", world / "blt", "some text", "--compare", "--json")[1])
+    assert [record["rule"]["kind"] for record in records] == ["entropy", "static", "space"]
+
+
+def test_patch_escapes_what_a_terminal_would_obey(run, world):
+    text = b"a\x1b[31mr|d\x07\0"
+    status, out, _ = run("patch", world / "blt", "--rule", "static", stdin=text)
+    assert status == 0
+    assert out.splitlines()[0] == r"a\x1b[|31mr|\|d\x07\x00"
+
+
+def test_generation_escapes_control_characters_on_a_terminal_only(run, world, monkeypatch):
+    arguments = ("generate", world / "blt", "the ", "--max-bytes", "60", "--temperature", "3")
+    plain = run(*arguments)[1]
+    assert escape_controls(plain) != plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(*arguments)[1] == escape_controls(plain)
+    status, _, err = run(*arguments, "--raw")
+    assert status == 1
+    assert "send it to a file or pipe" in err
 
 
 def test_patch_with_a_scorer_needs_a_rule(run, world):

@@ -7,7 +7,7 @@ import bytelm
 
 LAYERS = [
     {"errors", "version"},
-    {"codec", "progress", "slots", "stopping", "storage"},
+    {"codec", "progress", "slots", "stopping", "storage", "terminal"},
     {"layout", "workers"},
     {"chat", "config", "tokens", "tracking"},
     {"kernels", "patching"},

@@ -3,6 +3,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bytelm.errors import CheckpointError, ConfigError, DataError
@@ -36,6 +37,7 @@ from bytelm.storage import (
     read_json,
     read_lines,
     remove_unfinished,
+    to_json,
     truncate_to_lines,
     write_bytes,
     write_json,
@@ -225,7 +227,11 @@ def test_contents_are_on_disk_before_they_have_their_name(tmp_path, kind):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
@@ -240,6 +246,20 @@ def test_what_is_written_is_read_back(data, text):
         assert path.read_bytes() == (json.dumps(data, indent=2) + "\n").encode()
         write_text(path, text)
         assert path.read_bytes() == text.encode()
+
+
+@given(st.recursive(st.floats(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@example({"a": [math.nan, (math.inf,), -math.inf, 1.0]})
+def test_json_is_strict(data):
+    def nulls(data):
+        if isinstance(data, dict):
+            return {key: nulls(value) for key, value in data.items()}
+        if isinstance(data, list | tuple):
+            return [nulls(value) for value in data]
+        return data if math.isfinite(data) else None
+
+    found = json.loads(to_json(data), parse_constant=lambda name: pytest.fail(name))
+    assert found == nulls(data)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'"\xff"', b"[" * 100_000, None])

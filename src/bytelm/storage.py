@@ -19,6 +19,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -111,13 +112,28 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def to_json(data: Any, *, indent: int | None = None) -> str:
+    """Return data as JSON that every parser reads: numbers that are not finite become null."""
+    return json.dumps(_without_nan(data), indent=indent, allow_nan=False)
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return data
+
+
 def write_json(path: Path, data: Any, *, indent: int = 2) -> None:
-    """Write indented JSON, atomically.
+    """Write indented JSON, atomically; see :func:`to_json`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_text(path, json.dumps(data, indent=indent) + "\n")
+    write_text(path, to_json(data, indent=indent) + "\n")
 
 
 def read_json(path: Path, raises: type[BytelmError] = CheckpointError, remedy: str = "") -> Any:

@@ -1,7 +1,6 @@
 """Writers of metrics: a JSON Lines file, and optionally TensorBoard."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from bytelm.errors import ConfigError
 from bytelm.progress import Callback
-from bytelm.storage import read_lines, truncate_to_lines
+from bytelm.storage import read_lines, to_json, truncate_to_lines
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -36,8 +35,7 @@ class JsonlMetrics(Callback):
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.write(to_json({"step": step, **metrics}) + "\n")
         self._file.flush()
 
     def position(self) -> int:

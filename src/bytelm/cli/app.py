@@ -12,12 +12,12 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
 from bytelm.errors import BytelmError
 from bytelm.stopping import SAME_SECONDS, SIGNALS, is_importing
+from bytelm.terminal import Terminal, escape_controls
 from bytelm.version import __version__
 
 VERBS = [
@@ -38,12 +38,18 @@ VERBS = [
 class _Commands(TyperGroup):
     """The commands, listed in the order in which they are needed, and ended by signals."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the options of the group; see :func:`_readable`."""
+        with _readable():
+            return super().make_context(*arguments, **options)
+
     def list_commands(self, ctx: Any) -> list[str]:
         return VERBS
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _readable():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             print(_stopped(str(stop)), file=sys.stderr)
             raise typer.Exit(128 + _interrupts.number) from None
@@ -88,6 +94,18 @@ def resumable() -> Iterator[None]:
         raise KeyboardInterrupt(RESUMES) from None
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Escape control characters in the messages of wrong options, which Typer prints."""
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if isinstance(message, str) and hasattr(error, "format_message"):
+            error.message = escape_controls(message)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
 app = typer.Typer(
     cls=_Commands,
     name="bytelm",
@@ -98,8 +116,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# No markup: names of files and sources may contain brackets.
-console = Console(markup=False, highlight=False)
+console = Terminal()
+"""Standard output."""
+status = Terminal(stderr=True)
+"""Standard error, for progress while standard output may hold JSON."""
 
 
 def main() -> None:
@@ -140,7 +160,7 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     shown = Text.assemble(("error: ", "bold red"), message)
-    Console(stderr=True, highlight=False).print(shown, soft_wrap=True)
+    Terminal(stderr=True).print(shown, soft_wrap=True)
     sys.exit(1)
 
 

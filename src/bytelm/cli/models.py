@@ -1,13 +1,12 @@
 """Commands that train and use models: train, eval, patch, generate."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from bytelm.cli.app import app, console, resumable
+from bytelm.cli.app import app, console, resumable, status
 from bytelm.cli.options import build_rule, seconds
 from bytelm.config import (
     RULES,
@@ -18,6 +17,8 @@ from bytelm.config import (
     load_recipe,
 )
 from bytelm.errors import ConfigError, DataError
+from bytelm.storage import to_json
+from bytelm.terminal import escape_controls
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
@@ -76,7 +77,8 @@ def train(
         )
         return
     if result.validation:
-        show_likelihood(console, result.validation)
+        units = "tokens" if resolved.data.tokenizer else "patches"
+        show_likelihood(console, result.validation, units)
     console.print(f"{result.bytes_seen:,} bytes and {result.flops:.3g} FLOPs in {folder}")
 
 
@@ -90,7 +92,6 @@ def evaluate(
             "data, of which the held-out documents are measured."
         ),
     ],
-    bpb: Annotated[bool, typer.Option("--bpb", help="Measure bits per byte (the default).")] = True,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -116,7 +117,7 @@ def evaluate(
     reader = Reader(options)
     inputs = find_inputs(texts, options)
     documents = (d for one in inputs for d in reader.read(one) if d.split != "train")
-    with console.status("evaluating"):
+    with status.status("evaluating"):
         by_source = lm.likelihood(((d.source, d.data, d.trained) for d in documents), stride=stride)
     if not by_source:
         raise DataError(
@@ -124,13 +125,18 @@ def evaluate(
             "documents are evaluated)"
         )
     if as_json:
+        units = lm.module.units.name
         rows = {
-            name: {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, "patches": x.num_units}
+            name: {
+                "bits_per_byte": x.bits_per_byte,
+                "bytes": x.num_bytes,
+                **({units: x.num_units} if units != "bytes" else {}),
+            }
             for name, x in by_source.items()
         }
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
         return
-    show_likelihood(console, by_source)
+    show_likelihood(console, by_source, lm.module.units.name)
 
 
 @app.command()
@@ -163,7 +169,9 @@ def patch(
         Path | None,
         typer.Option(help="Draw the entropies (or, with --compare, the rules): SVG, PDF or PNG."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON; with --compare, a list of the rules.")
+    ] = False,
 ) -> None:
     """Show the patches of a text, and optionally the entropies behind them.
 
@@ -172,7 +180,7 @@ def patch(
     bytelm patch runs/blt-1m "some text" --figure entropies.svg[/]
     """
     from bytelm.codec import to_bytes
-    from bytelm.display import patches_json, show_patches
+    from bytelm.display import patches_record, show_patches
     from bytelm.language_model import load
 
     lm = load(checkpoint, "cpu")
@@ -194,11 +202,12 @@ def patch(
             draw_rules(patched, figure)
         else:
             draw_entropies(patched[0], figure)
+    if as_json:
+        records = [patches_record(one) for one in patched]
+        print(to_json(records if compare else records[0]))
+        return
     for one in patched:
-        if as_json:
-            print(patches_json(one))
-        else:
-            show_patches(console, one)
+        show_patches(console, one)
 
 
 @app.command()
@@ -237,6 +246,8 @@ def generate(
 ) -> None:
     """Continue a prompt, printing bytes as they are generated.
 
+    On a terminal, control characters are escaped.
+
     [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300
     bytelm generate runs/tuned "What is the capital of France?" --chat --temperature 0[/]
     """
@@ -254,11 +265,14 @@ def generate(
     elif system is not None:
         raise ConfigError("--system is the beginning of a chat: add --chat")
     options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
+    is_terminal = sys.stdout.isatty()
+    if raw and is_terminal:
+        raise ConfigError("--raw writes control characters as they are: send it to a file or pipe")
     if raw:
         for part in lm.stream(data, **options):
             sys.stdout.buffer.write(part.data)
             sys.stdout.buffer.flush()
         return
     for text in lm.stream_text(data, **options):
-        print(text, end="", flush=True)
+        print(escape_controls(text) if is_terminal else text, end="", flush=True)
     print()

@@ -54,6 +54,7 @@ from bytelm.storage import (
     locked,
     read_lines,
     remove_unfinished,
+    to_json,
     write_text,
 )
 from bytelm.version import __version__
@@ -232,7 +233,7 @@ def _clear(out: Path) -> None:
 def _write_journal(out: Path, settings: dict[str, Any], finished: dict[str, ShardRecord]) -> None:
     """Write a journal of the settings and the finished shards, atomically."""
     entries = [settings, *(record.model_dump(mode="json") for record in finished.values())]
-    write_text(out / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in entries))
+    write_text(out / JOURNAL, "".join(to_json(entry) + "\n" for entry in entries))
 
 
 def _is_intact(out: Path, record: ShardRecord) -> bool:
@@ -304,7 +305,7 @@ def _run(
         progress.shards += 1
         progress.done_bytes += spans.pop(record.file)
         if record.file not in finished:
-            append_line(out / JOURNAL, json.dumps(record.model_dump(mode="json")))
+            append_line(out / JOURNAL, to_json(record.model_dump(mode="json")))
         report(progress)
 
     num_workers = options.num_workers

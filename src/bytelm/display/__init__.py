@@ -4,7 +4,7 @@ from bytelm.display.progress import ConsoleProgress, TrainingBar
 from bytelm.display.tables import (
     cost_shares,
     costs_title,
-    patches_json,
+    patches_record,
     show_costs,
     show_data,
     show_likelihood,
@@ -19,7 +19,7 @@ __all__ = [
     "TrainingBar",
     "cost_shares",
     "costs_title",
-    "patches_json",
+    "patches_record",
     "show_costs",
     "show_data",
     "show_likelihood",

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -55,7 +54,7 @@ class ConsoleProgress(Progress):
     def preparing(self) -> Iterator[Callable[[PreparationState], None]]:
         """Show a progress bar of the bytes of input."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             DownloadColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -90,7 +89,7 @@ class ConsoleProgress(Progress):
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Show a spinner."""
-        with self._console.status(what):
+        with self._console.status(Text(what)):
             yield
 
 
@@ -133,14 +132,14 @@ class Bar:
         # On a narrow terminal only the metrics wrap.
         whole = Column(no_wrap=True)
         columns: tuple[ProgressColumn, ...] = (
-            TextColumn("[bold]{task.description}", table_column=whole),
+            TextColumn("{task.description}", style="bold", markup=False, table_column=whole),
             BarColumn(bar_width=10),
             MofNCompleteColumn(table_column=whole),
             TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
-            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1)),
+            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(ratio=1)),
         )
         self._progress = RichProgress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task(escape(title), total=total, completed=done, figures="")
+        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
         self._first = done
         self._began = self._last_plain = time.monotonic()
         self._progress.start()

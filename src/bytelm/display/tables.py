@@ -1,9 +1,10 @@
 """Console tables of data, likelihood and costs, and coloured patches."""
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
 from bytelm.quickstart import HEADINGS, REPORT, Quickstart, table_rows
 from bytelm.study import Cost, Plan
+from bytelm.terminal import Terminal, escape_controls
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
 COSTS_WIDTH = 170
@@ -70,30 +72,46 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         console.print(f"patches of {calibration.patch_size:.3f} bytes: {rule}", soft_wrap=True)
 
 
-def show_likelihood(console: Console, by_source: Mapping[str, Likelihood]) -> None:
-    """Show the bits per byte by source, and of all sources together."""
+def show_likelihood(
+    console: Console, by_source: Mapping[str, Likelihood], units: str = "patches"
+) -> None:
+    """Show the bits per byte by source, and of all sources together.
+
+    Args:
+        console: the console.
+        by_source: the likelihoods.
+        units: name of the units whose mean size is shown.
+    """
     rows = sorted(by_source.items())
     everything = total(by_source.values())
     table = Table(box=None, pad_edge=False)
     table.add_column("source")
-    for name in ("bytes", "bits per byte", "bytes/patch"):
+    size_name = "bytes/token" if units == "tokens" else "bytes/patch"
+    for name in ("bytes", "bits per byte", size_name):
         table.add_column(name, justify="right")
     if len(rows) > 1:
         rows.append(("all", everything))
     for name, one in rows:
         size = f"{one.unit_bytes:.2f}" if one.num_units else "-"
-        table.add_row(name, f"{one.num_bytes:,}", f"{one.bits_per_byte:.4f}", size)
+        bpb = f"{one.bits_per_byte:.4f}" if one.num_bytes else "-"
+        table.add_row(name, f"{one.num_bytes:,}", bpb, size)
     console.print(table)
 
 
 def show_patches(console: Console, patched: PatchedText) -> None:
-    """Show a text with patches in alternating colours, or divided by bars without colours."""
+    r"""Show a text with patches in alternating colours, or divided by bars without colours.
+
+    Control characters and bytes that are not UTF-8 are escaped (``\x1b``); between bars, a bar of
+    the text is ``\|`` and a backslash ``\\``.
+    """
     shown = Text()
+    is_plain = not console.is_terminal or console.no_color
     for number, patch in enumerate(patched.patches):
-        content = patch.decode("utf-8", "backslashreplace")
-        if not console.is_terminal or console.no_color:
-            content = f"|{content}" if number else content
-        shown.append(content, PATCH_STYLES[number % 2])
+        content = patch.decode("utf-8", "surrogateescape")
+        if is_plain:
+            # Where bars divide patches, those in the text must be told from them.
+            content = ("|" if number else "") + re.sub(r"([|\\])", r"\\\1", content)
+        shown.append(escape_controls(content), PATCH_STYLES[number % 2])
     console.print(shown, soft_wrap=True)
     console.print(
         f"{len(patched.data):,} bytes, {len(patched.boundaries):,} patches, "
@@ -113,16 +131,14 @@ def _rule_text(rule: Mapping[str, object]) -> str:
     return ", ".join([str(rule["kind"]), *options])
 
 
-def patches_json(patched: PatchedText) -> str:
-    """Return the patches of a text as JSON."""
-    return json.dumps(
-        {
-            "rule": patched.rule.model_dump(mode="json", exclude_none=True),
-            "boundaries": patched.boundaries,
-            "patches": [p.decode("utf-8", "backslashreplace") for p in patched.patches],
-            "entropies": None if patched.entropies is None else patched.entropies.tolist(),
-        }
-    )
+def patches_record(patched: PatchedText) -> dict[str, Any]:
+    """Return the patches of a text as plain data."""
+    return {
+        "rule": patched.rule.model_dump(mode="json", exclude_none=True),
+        "boundaries": patched.boundaries,
+        "patches": [p.decode("utf-8", "backslashreplace") for p in patched.patches],
+        "entropies": None if patched.entropies is None else patched.entropies.tolist(),
+    }
 
 
 def show_quickstart(console: Console, found: Quickstart) -> None:
@@ -173,7 +189,7 @@ def show_study_costs(
             f"{share:.0%}",
         )
     # On a narrow terminal, wrap lines rather than cut numbers off.
-    wide = Console(file=console.file, width=max(console.width, COSTS_WIDTH), highlight=False)
+    wide = Terminal(file=console.file, width=max(console.width, COSTS_WIDTH))
     wide.print(table)
     left = [1 - share for share in done]
     flops = sum(cost.flops * share for cost, share in zip(costs, left, strict=True))

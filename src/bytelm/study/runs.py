@@ -25,7 +25,7 @@ import torch
 from bytelm.errors import BytelmError, TrainingError
 from bytelm.progress import Progress
 from bytelm.stopping import Stopped
-from bytelm.storage import append_line, write_text
+from bytelm.storage import append_line, to_json, write_text
 from bytelm.study.measuring import SLICES, describe, machine, measure
 from bytelm.study.plan import Plan, Run
 from bytelm.study.resolving import Resolved, Resolver
@@ -202,7 +202,7 @@ def run_slice(plan: Plan, resolved: Resolved, out: Path, time_limit: float | Non
         "peak_bytes": _peak_bytes(device),
         "machine": machine(device),
     }
-    append_line(folder / SLICES, json.dumps(record))
+    append_line(folder / SLICES, to_json(record))
     if trained.finished:
         write_result(out, run, measure(plan, resolved, out, folder, trained.bytes_seen))
     return trained.finished

@@ -6,7 +6,6 @@ Figures and pages are made from these two Parquet files alone::
     documents.parquet   run, document, source, nats, bytes
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bytelm.errors import DataError
-from bytelm.storage import atomic_file
+from bytelm.storage import atomic_file, to_json
 from bytelm.study.plan import Plan, plan_runs
 from bytelm.study.results import finished_result
 
@@ -184,9 +183,9 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "family": run["family"],
         "size": run["size"],
         "seed": run["seed"],
-        "settings": json.dumps(dict(run["settings"])),
+        "settings": to_json(dict(run["settings"])),
         "budget_flops": run["flops"],
         "budget_bytes": run["bytes"],
-        "machines": json.dumps(result.get("machines", [])),
-        "recipe": json.dumps(result["recipe"]),
+        "machines": to_json(result.get("machines", [])),
+        "recipe": to_json(result["recipe"]),
     }
