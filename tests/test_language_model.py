@@ -2,12 +2,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import bytelm
-from builders import random_ids, random_patched
-from bytelm.checkpoint import save_model
+from builders import random_byte_lm, random_ids, random_patched
+from bytelm.checkpoint import CheckpointConfig, save_model
 from bytelm.config import (
     EntropyPatching,
     FittedNgramConfig,
@@ -15,10 +16,12 @@ from bytelm.config import (
     NgramConfig,
     SpacePatching,
     StaticPatching,
+    TransformerConfig,
 )
-from bytelm.errors import ConfigError
+from bytelm.errors import ConfigError, DataError
 from bytelm.lm import ScorerLM
 from bytelm.scoring import fit_ngram_scorer
+from study_plan import TINY
 from test_checkpoint import patched_description
 
 
@@ -73,6 +76,83 @@ def test_bits_per_byte_of_one_text_or_several(lm):
     one, two = lm.bits_per_byte("first text"), lm.bits_per_byte(b"2nd")
     both = lm.bits_per_byte(["first text", b"2nd"])
     assert both == pytest.approx((one * 10 + two * 3) / 13, rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", b"", [], ["", b""]])
+def test_nothing_has_no_bits_per_byte(lm, text):
+    with pytest.raises(DataError, match="an empty text has no bits per byte: give at least one"):
+        lm.bits_per_byte(text)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_any_bytes_are_a_text(lm, kind):
+    data = b"some \xff text"
+    assert lm.patch(kind(data)).patches == lm.patch(data).patches
+    assert lm.bits_per_byte(kind(data)) == lm.bits_per_byte(data)
+    assert lm.bits_per_byte([kind(data), data]) == pytest.approx(lm.bits_per_byte(data))
+    assert (lm.entropies(kind(data)) == lm.entropies(data)).all()
+    expected = lm.generate(data, max_bytes=9)
+    assert lm.generate(kind(data), max_bytes=9, stop=kind(b"nowhere")) == expected
+    assert "".join(lm.stream_text(kind(data), max_bytes=9)) == expected.decode("utf-8", "replace")
+
+
+def test_several_texts_where_one_is_expected_are_refused_with_the_remedy(tmp_path):
+    model = random_patched()
+    save_model(tmp_path / "m", model, patched_description(model))
+    code = f"""if True:
+        import bytelm
+        lm = bytelm.load({str(tmp_path / "m")!r}, "cpu")
+        for call in (lm.patch, lm.entropies, bytelm.codec.encode, lambda x: next(lm.stream(x))):
+            for wrong in (["a", "b"], ("a",), 3, None):
+                try:
+                    call(wrong)
+                except bytelm.ConfigError as error:
+                    print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    several, tuples, number, nothing = done.stdout.splitlines()[:4]
+    assert len(done.stdout.splitlines()) == 16
+    assert several.startswith(
+        "a text must be str or bytes, not list: give one text at a time, [f(t"
+    )
+    assert "not tuple: give one" in tuples
+    assert number == "a text must be str or bytes, not int"
+    assert nothing == "a text must be str or bytes, not NoneType"
+
+
+def wrap(model):
+    config = CheckpointConfig(**dict(patched_description(model)))
+    return bytelm.LanguageModel(model.requires_grad_(False), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ngram_scorer", [True, False])
+def test_converted_models_can_do_everything(dtype, ngram_scorer):
+    text = "the cat sat on the mat"
+    lm = wrap(random_patched(ngram_scorer=ngram_scorer))
+    exact, patches = lm.bits_per_byte(text), lm.patch(text).patches
+    lm.module.to(dtype)
+    assert lm.bits_per_byte(text) == pytest.approx(exact, rel=0.05)
+    assert lm.entropies(text).dtype == np.float32
+    assert len(lm.generate(text, max_bytes=5)) <= 5
+    if ngram_scorer:
+        # Counts do not depend on the precision of the model.
+        assert lm.patch(text).patches == patches
+
+
+def test_a_model_says_what_it_is(lm, tmp_path):
+    count = sum(p.numel() for p in lm.module.trained.parameters())
+    threshold = lm.config.patching.threshold
+    assert repr(lm) == (
+        f"LanguageModel(blt of patches; {count:,} parameters; entropy patching, threshold "
+        f"{threshold}; transformer scorer; cpu; float32)"
+    )
+    module = random_byte_lm()
+    model = TransformerConfig.model_validate(TINY)
+    plain = bytelm.LanguageModel(module.bfloat16(), CheckpointConfig(model=model))
+    assert re.fullmatch(
+        r"LanguageModel\(transformer of bytes; [\d,]+ parameters; cpu; bfloat16\)", repr(plain)
+    )
 
 
 def test_generation_is_bytes_and_streams_text(lm):

@@ -10,6 +10,8 @@ import codecs
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bytelm.errors import ConfigError
+
 BOE = 0
 """Beginning of example: left padding of hash n-grams, and of rows in batches."""
 BOS = 1
@@ -24,14 +26,27 @@ VOCAB_SIZE = OFFSET + 256
 NEWLINE = OFFSET + ord("\n")
 
 
-def to_bytes(text: str | bytes) -> bytes:
+BytesLike = bytes | bytearray | memoryview
+Text = str | BytesLike
+"""A text: characters, or any bytes."""
+
+
+def to_bytes(text: Text) -> bytes:
     """Return the bytes of ``text``: UTF-8, with bytes that Python escaped as surrogates restored.
 
     Lone surrogates that did not come from ``surrogateescape`` keep their three-byte form, so
     every ``str`` has bytes.
+
+    Raises:
+        ConfigError: the argument is no text, but for example a list of texts.
     """
-    if isinstance(text, bytes):
-        return text
+    if isinstance(text, BytesLike):
+        return bytes(text)
+    if not isinstance(text, str):
+        what = f"a text must be str or bytes, not {type(text).__name__}"
+        if isinstance(text, list | tuple | set | dict):
+            what += ": give one text at a time, [f(text) for text in texts]"
+        raise ConfigError(what)
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -39,7 +54,7 @@ def to_bytes(text: str | bytes) -> bytes:
         return b"".join(c.encode("utf-8", kind) for c, kind in zip(text, kinds, strict=True))
 
 
-def encode(document: str | bytes, *, bos: bool = True, eos: bool = False) -> NDArray[np.int64]:
+def encode(document: Text, *, bos: bool = True, eos: bool = False) -> NDArray[np.int64]:
     """Return the ids of one document, with BOS and EOS if requested.
 
     Args:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from bytelm import codec
 from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_model
+from bytelm.codec import Text
 from bytelm.config import PatchingConfig, kind_of
-from bytelm.errors import CheckpointError, ConfigError
+from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.evaluation import Labelled, Likelihood, evaluate, log_likelihoods, log_probs
 from bytelm.inference import GREEDY, Generated, Sampling, stream, stream_many
 from bytelm.lm import CausalLM, PatchedLM
@@ -61,12 +62,28 @@ class PatchedText:
 class LanguageModel:
     """Saved model, as :func:`load` returns it.
 
-    Text may be ``str`` (encoded as UTF-8) or any ``bytes``.
+    Text may be ``str`` (encoded as UTF-8) or any bytes (``bytes``, ``bytearray``, ``memoryview``).
     """
 
     def __init__(self, module: CausalLM, config: CheckpointConfig) -> None:
         self.module = module
         self.config = config
+
+    def __repr__(self) -> str:
+        trained = self.module.trained
+        tensors = list(trained.state_dict().values())
+        count = sum(p.numel() for p in trained.parameters()) or sum(t.numel() for t in tensors)
+        parts = [f"{kind_of(type(self.config.model))} of {self.module.units.name}"]
+        parts.append(f"{count:,} parameters")
+        rule, scorer = self.config.patching, self.config.scorer
+        if rule is not None:
+            options = rule.model_dump(exclude={"kind", "patch_size"}, exclude_none=True)
+            shown = "".join(f", {name} {value}" for name, value in options.items())
+            parts.append(f"{rule.kind} patching{shown}")
+        if scorer is not None:
+            parts.append(f"{kind_of(type(scorer.model))} scorer")
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
+        return f"LanguageModel({'; '.join([*parts, str(self.device), *sorted(dtypes)])})"
 
     @property
     def context_bytes(self) -> int:
@@ -86,7 +103,7 @@ class LanguageModel:
         """
         save_model(Path(path), self.module, self.config, self.config.training)
 
-    def entropies(self, text: str | bytes) -> NDArray[np.float32]:
+    def entropies(self, text: Text) -> NDArray[np.float32]:
         """Return the entropy of the prediction of each byte, and of the byte after the text.
 
         Returns:
@@ -100,7 +117,7 @@ class LanguageModel:
         entropies = score_documents(scorer, [ids], name=lambda _: "the text")[0]
         return entropies.float().cpu().numpy()
 
-    def patch(self, text: str | bytes, rule: PatchingConfig | None = None) -> PatchedText:
+    def patch(self, text: Text, rule: PatchingConfig | None = None) -> PatchedText:
         """Segment a text into patches.
 
         Args:
@@ -171,29 +188,30 @@ class LanguageModel:
         if not self.module.can_predict:
             raise ConfigError(CANNOT_PREDICT)
 
-    def bits_per_byte(
-        self, text: str | bytes | Iterable[str | bytes], *, stride: int | None = None
-    ) -> float:
+    def bits_per_byte(self, text: Text | Iterable[Text], *, stride: int | None = None) -> float:
         """Return the bits per byte of one text, or of several together.
 
         Raises:
             ConfigError: as :meth:`likelihood`.
+            DataError: there is not a single byte.
         """
-        texts = [text] if isinstance(text, str | bytes) else text
-        labelled = (("", codec.to_bytes(t)) for t in texts)
-        return self.likelihood(labelled, stride=stride).get("", Likelihood()).bits_per_byte
+        labelled = (("", data) for data in _each(text))
+        found = self.likelihood(labelled, stride=stride).get("", Likelihood())
+        if not found.num_bytes:
+            raise DataError("an empty text has no bits per byte: give at least one byte")
+        return found.bits_per_byte
 
     @overload
     def log_probs(
-        self, text: str | bytes, *, stride: int | None = None, eos: bool = False
+        self, text: Text, *, stride: int | None = None, eos: bool = False
     ) -> NDArray[np.float64]: ...
     @overload
     def log_probs(
-        self, text: Iterable[str | bytes], *, stride: int | None = None, eos: bool = False
+        self, text: Iterable[Text], *, stride: int | None = None, eos: bool = False
     ) -> list[NDArray[np.float64]]: ...
     def log_probs(
         self,
-        text: str | bytes | Iterable[str | bytes],
+        text: Text | Iterable[Text],
         *,
         stride: int | None = None,
         eos: bool = False,
@@ -219,24 +237,24 @@ class LanguageModel:
         found = log_probs(
             self.module, _as_list(text), context_bytes=self.context_bytes, stride=stride, eos=eos
         )
-        return next(found) if isinstance(text, str | bytes) else list(found)
+        return next(found) if isinstance(text, Text) else list(found)
 
     @overload
     def log_likelihood(
-        self, context: str | bytes, continuation: str | bytes, *, stride: int | None = None
+        self, context: Text, continuation: Text, *, stride: int | None = None
     ) -> float: ...
     @overload
     def log_likelihood(
         self,
-        context: str | bytes | Iterable[str | bytes],
-        continuation: str | bytes | Iterable[str | bytes],
+        context: Text | Iterable[Text],
+        continuation: Text | Iterable[Text],
         *,
         stride: int | None = None,
     ) -> float | list[float]: ...
     def log_likelihood(
         self,
-        context: str | bytes | Iterable[str | bytes],
-        continuation: str | bytes | Iterable[str | bytes],
+        context: Text | Iterable[Text],
+        continuation: Text | Iterable[Text],
         *,
         stride: int | None = None,
     ) -> float | list[float]:
@@ -262,7 +280,7 @@ class LanguageModel:
         """
         self._check_predicts()
         contexts, continuations = _as_list(context), _as_list(continuation)
-        is_one = isinstance(context, str | bytes), isinstance(continuation, str | bytes)
+        is_one = isinstance(context, Text), isinstance(continuation, Text)
         if is_one[0]:
             contexts = contexts * len(continuations)
         elif is_one[1]:
@@ -283,29 +301,29 @@ class LanguageModel:
     @overload
     def generate(
         self,
-        prompt: str | bytes = b"",
+        prompt: Text = b"",
         *,
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
-        stop: str | bytes | Sequence[str | bytes] = (),
+        stop: Text | Sequence[Text] = (),
     ) -> bytes: ...
     @overload
     def generate(
         self,
-        prompt: Iterable[str | bytes],
+        prompt: Iterable[Text],
         *,
         max_bytes: int = 256,
         sampling: Sampling | Sequence[Sampling] = GREEDY,
-        stop: str | bytes | Sequence[str | bytes] = (),
+        stop: Text | Sequence[Text] = (),
         num_slots: int = DEFAULT_SLOTS,
     ) -> list[bytes]: ...
     def generate(
         self,
-        prompt: str | bytes | Iterable[str | bytes] = b"",
+        prompt: str | bytes | Iterable[Text] = b"",
         *,
         max_bytes: int = 256,
         sampling: Sampling | Sequence[Sampling] = GREEDY,
-        stop: str | bytes | Sequence[str | bytes] = (),
+        stop: Text | Sequence[Text] = (),
         num_slots: int = DEFAULT_SLOTS,
     ) -> bytes | list[bytes]:
         """Return the continuation of a prompt, or a list of those of several.
@@ -315,7 +333,7 @@ class LanguageModel:
         Raises:
             ConfigError: an option is out of range.
         """
-        is_one = isinstance(prompt, str | bytes)
+        is_one = isinstance(prompt, Text)
         prompts = [prompt] if is_one else list(prompt)
         found = [b""] * len(prompts)
         parts = self.stream_many(
@@ -327,11 +345,11 @@ class LanguageModel:
 
     def stream(
         self,
-        prompt: str | bytes = b"",
+        prompt: Text = b"",
         *,
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
-        stop: str | bytes | Sequence[str | bytes] = (),
+        stop: Text | Sequence[Text] = (),
     ) -> Iterator[Generated]:
         """Continue a prompt, yielding bytes as soon as they are certain.
 
@@ -355,11 +373,11 @@ class LanguageModel:
 
     def stream_many(
         self,
-        prompts: Iterable[str | bytes],
+        prompts: Iterable[Text],
         *,
         max_bytes: int = 256,
         sampling: Sampling | Sequence[Sampling] = GREEDY,
-        stop: str | bytes | Sequence[str | bytes] = (),
+        stop: Text | Sequence[Text] = (),
         num_slots: int = DEFAULT_SLOTS,
     ) -> Iterator[tuple[int, Generated]]:
         """Continue several prompts in batches, yielding (index of the prompt, part).
@@ -392,11 +410,11 @@ class LanguageModel:
 
     def stream_text(
         self,
-        prompt: str | bytes = b"",
+        prompt: Text = b"",
         *,
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
-        stop: str | bytes | Sequence[str | bytes] = (),
+        stop: Text | Sequence[Text] = (),
     ) -> Iterator[str]:
         """Continue a prompt as :meth:`stream` does, yielding text.
 
@@ -415,9 +433,16 @@ class LanguageModel:
             yield rest
 
 
-def _as_list(text: str | bytes | Iterable[str | bytes]) -> list[bytes]:
+def _as_list(text: Text | Iterable[Text]) -> list[bytes]:
     """Return the bytes of one text, or of several, as a list."""
-    return [codec.to_bytes(t) for t in ([text] if isinstance(text, str | bytes) else text)]
+    return list(_each(text))
+
+
+def _each(text: Text | Iterable[Text]) -> Iterator[bytes]:
+    if isinstance(text, Text):
+        yield codec.to_bytes(text)  # pyright: ignore[reportArgumentType] (not a memoryview of texts)
+    else:
+        yield from map(codec.to_bytes, text)
 
 
 def load(
