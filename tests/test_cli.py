@@ -349,7 +349,7 @@ def test_a_model_of_tokens_from_text_to_text(run, world, tmp_path, monkeypatch):
     (found,) = json.loads(out).values()
     text = [json.loads(line)["text"] for line in (world / "text.jsonl").read_text().splitlines()]
     assert found["bytes"] == sum(map(len, text))
-    assert found["patches"] < found["bytes"]
+    assert found["tokens"] < found["bytes"]
     assert run("generate", "run", "the ", "--max-bytes", 8)[0] == 0
     status, _, error = run(*train[:3], "model.vocab_size=300", "--out", "other")
     assert status == 1

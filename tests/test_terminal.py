@@ -67,10 +67,15 @@ def ways(text):
         "cell": lambda c: show_likelihood(c, {text: Likelihood(1.0, 1), "b": Likelihood(1.0, 1)}),
         "heading": lambda c: ConsoleProgress(c, 3).stage(text),
         "note": lambda c: ConsoleProgress(c).note(text),
-        "bar": lambda c: Bar(c, text, 3).update(3, text),
+        "bar": lambda c: fill(Bar(c, text, 3), text),
         "training": lambda c: finish(TrainingBar(c, text)),
         "waiting": lambda c: wait(ConsoleProgress(c), text),
     }
+
+
+def fill(bar, figures):
+    bar.update(3, figures)
+    bar.stop()  # ends its thread, which Hypothesis would notice
 
 
 def finish(bar):
@@ -125,6 +130,9 @@ def patched(data, starts):
     return PatchedText(data, tuple(starts), None, StaticPatching(length=1))
 
 
+PIECES = st.lists(st.sampled_from("ab|\\[]\x1b\x07\0\u00e9"), min_size=1).map("".join)
+
+
 def read_back(shown):
     """The bytes and the boundaries that a line of patches with bars shows."""
     data, starts = b"", [0]
@@ -141,7 +149,7 @@ def read_back(shown):
     return data, tuple(starts)
 
 
-@given(st.lists(st.text("ab|\\[]\x1b\x07\0\u00e9", min_size=1), min_size=1), st.booleans())
+@given(st.lists(PIECES, min_size=1), st.booleans())
 @example(["a\x1b[31mred\x07\0"], False)
 @example(["a|b", "\\|", "\\x1b"], False)
 def test_patches_can_be_read_back_from_what_is_printed(parts, is_bytes):
@@ -165,12 +173,9 @@ def command(*arguments):
     "arguments",
     [
         ["data", "info", "a\x1b[31m[/b]\x07"],
-        ["train", "blt-1m", "data.path=\x1b[31m[/b]", "--out", "/nonexistent/\x1b[2J"],
         ["train", "blt-1m", "model.dim=\x1b[31m"],
         ["generate", "x", "--precision", "\x1b[31m[/b]"],
         ["\x1b[31m[/b]"],
-        ["--\x1b[31m[/b]"],
-        ["recipes", "\x1b[31m[/b]"],
     ],
 )
 def test_errors_quote_what_was_typed_without_obeying_it(arguments):

@@ -319,7 +319,7 @@ class LanguageModel:
     ) -> list[bytes]: ...
     def generate(
         self,
-        prompt: str | bytes | Iterable[Text] = b"",
+        prompt: Text | Iterable[Text] = b"",
         *,
         max_bytes: int = 256,
         sampling: Sampling | Sequence[Sampling] = GREEDY,
@@ -334,7 +334,7 @@ class LanguageModel:
             ConfigError: an option is out of range.
         """
         is_one = isinstance(prompt, Text)
-        prompts = [prompt] if is_one else list(prompt)
+        prompts = _as_list(prompt)
         found = [b""] * len(prompts)
         parts = self.stream_many(
             prompts, max_bytes=max_bytes, sampling=sampling, stop=stop, num_slots=num_slots

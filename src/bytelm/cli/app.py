@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
+from bytelm.cli.advice import NO_MEMORY, attribute_options, command_of, command_options
 from bytelm.errors import BytelmError
 from bytelm.stopping import SAME_SECONDS, SIGNALS, is_importing
 from bytelm.terminal import Terminal, escape_controls
@@ -149,16 +150,21 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not re.search("allocate|out of memory|^$", str(error)):
             raise
-        _fail(
-            "there is not enough memory: choose a smaller model, fewer rows at a time "
-            "(train.micro_rows=1) or shorter ones (data.row_bytes)"
-        )
+        command = command_of(sys.argv[1:], _options())
+        advice = NO_MEMORY.get(command, "choose a smaller model, or less text at a time")
+        _fail(f"there is not enough memory: {advice}")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
+def _options() -> dict[str, set[str]]:
+    return command_options(typer.main.get_command(app))
+
+
 def _fail(message: str) -> NoReturn:
+    options = _options()
+    message = attribute_options(message, command_of(sys.argv[1:], options), options)
     shown = Text.assemble(("error: ", "bold red"), message)
     Terminal(stderr=True).print(shown, soft_wrap=True)
     sys.exit(1)

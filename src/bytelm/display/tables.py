@@ -59,8 +59,8 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         console.print(f"left out: {', '.join(left_out)}")
     if not held_out:
         console.print(
-            "nothing is held out, so training will not be validated: --validation names inputs to "
-            "hold out, --validation-share 0.1 a share",
+            "nothing is held out, so training will not be validated: `bytelm data prepare` holds "
+            "out inputs (`--validation INPUT`) or a share (`--validation-share 0.1`)",
             style="yellow",
             soft_wrap=True,
         )
