@@ -43,6 +43,42 @@ def run(monkeypatch, capsys):
     return run
 
 
+def test_prepare_ends_with_a_table_of_what_was_read_and_what_was_not(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("in [put]")
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02}.txt").write_text("text\n")
+    for i in range(20):
+        (folder / f"{i:02}.bin").write_bytes(b"\0")
+    status, out, _ = run("data", "prepare", folder, "--out", "d")
+    assert status == 0
+    joined = "".join(out.split())
+    assert "in[put]/00.txttext15" in joined
+    assert "19moreinputs1995" in joined
+    assert "9moreinputswithnotes00see" in joined
+    assert "looksbinary:--binaryreadsit" in joined
+    assert "30read,20notread30150" in joined
+
+
+def test_eval_has_the_reading_options_of_prepare(run, world, tmp_path):
+    records = [{"body": "some words", "from": "here"}, {"body": 3}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "b.bin").write_bytes(b"\0")
+    options = ("--field", "body", "--source-field", "from", "--json")
+    command = ("eval", world / "blt", tmp_path, "--include", "*.[jb]*", *options)
+    status, _, err = run(*command)
+    assert status == 1
+    assert "--skip-invalid" in err
+    status, out, err = run(*command, "--skip-invalid", "--cut-bytes", "4")
+    assert status == 0, err
+    assert json.loads(out)["here"]["bytes"] == 10
+    assert "1 invalid records skipped" in " ".join(err.split())
+    assert "looks binary" in " ".join(err.split())
+    known = {*run("data", "prepare", "--help")[1].split(), *err.split()}
+    assert {"--format", "--skip-invalid", "--include", "--binary", "--cut-bytes"} <= known
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Everything that takes a while to make, made by the commands a user would type."""

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -283,11 +284,76 @@ def test_kill_9_at_any_moment_loses_nothing(scorer, tmp_path):
 
 
 def test_other_settings_are_refused(corpus, tmp_path):
+    other = str(tmp_path / "other.txt")
+    Path(other).write_text("other")
     prepare([corpus], tmp_path / "d", PrepareOptions())
     with pytest.raises(DataError, match=r"other settings \(validation_share differ\)"):
         prepare([corpus], tmp_path / "d", PrepareOptions(validation_share=0.5))
     with pytest.raises(DataError, match="inputs differ"):
-        prepare([corpus, corpus], tmp_path / "d", PrepareOptions())
+        prepare([corpus, f"more={corpus}", other], tmp_path / "d", PrepareOptions())
+
+
+def test_every_input_is_in_the_manifest(corpus, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\ntwo\nthree\n")
+    (folder / "b.jsonl").write_text('{"text": "x"}\n{"text": ""}\n[]\n')
+    (folder / "c.bin").write_bytes(b"\0")
+    (folder / "d.txt").touch()
+    (folder / "e.txt").symlink_to("nowhere")
+    options = PrepareOptions(
+        read=ReadOptions(skip_invalid=True, cut_bytes=6),
+        validation=(str(folder / "a.txt"),),
+    )
+    made = prepare([str(folder), corpus], tmp_path / "d", options)
+    assert read_manifest(tmp_path / "d") == made
+    found = {os.path.basename(one.name): one for one in made.inputs}
+    kinds = {name: (one.kind, one.documents, one.note) for name, one in found.items()}
+    assert kinds == {
+        "a.txt": ("skipped", 0, f"the same as {folder}/a.txt, which is read"),
+        "b.jsonl": ("jsonl", 1, ""),
+        "c.bin": ("binary", 0, "looks binary: --binary reads it"),
+        "d.txt": ("text", 0, "empty"),
+        "e.txt": ("skipped", 0, "a broken link"),
+        "corpus.jsonl": ("jsonl", found["corpus.jsonl"].documents, ""),
+    }
+    assert (found["b.jsonl"].invalid_records, found["b.jsonl"].empty_documents) == (1, 1)
+    assert made.inputs[0].split == "validation"
+    assert sum(one.documents for one in made.inputs) == sum(s.documents for s in made.shards)
+    assert sum(one.text_bytes for one in made.inputs) == sum(s.text_bytes for s in made.shards)
+    assert made.left_out.model_dump() == {
+        "empty_documents": 2, "invalid_records": 1, "binary_files": 1, "skipped_files": 2
+    }  # fmt: skip
+    # What was not read may go without making the data another's.
+    (folder / "e.txt").unlink()
+    assert prepare([str(folder), corpus], tmp_path / "d", options) == made
+
+
+def test_data_of_an_earlier_version_is_read_and_recognised(corpus, tmp_path):
+    made = prepare([corpus], tmp_path / "d", PrepareOptions())
+    path = tmp_path / "d" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["inputs"], manifest["left_out"]["skipped_files"]
+    read = manifest["settings"]["read"]
+    manifest["settings"]["read"] = {k: read[k] for k in list(read)[:3]}
+    path.write_text(json.dumps(manifest))
+    old = prepare([corpus], tmp_path / "d", PrepareOptions())
+    assert old.fingerprint == made.fingerprint
+    assert old.inputs == []
+
+
+def test_pipes_are_prepared_again_from_the_start(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    fifo = str(tmp_path / "pipe.txt")
+    lines = PrepareOptions(read=ReadOptions(format="lines"), shard_bytes=3, validation_share=0.0)
+    for text in (b"one\n", b"two\n"):
+        thread = threading.Thread(target=Path(fifo).write_bytes, args=(text * 3,))
+        thread.start()
+        prepare([fifo], tmp_path / text.decode().strip(), lines)
+        thread.join()
+    assert documents(tmp_path / "two", "train") == [b"two"] * 3
+    with pytest.raises(DataError, match=r"made from other .*pipe.txt: remove it"):
+        prepare([fifo], tmp_path / "two", lines)
 
 
 def test_a_remedy_can_be_followed_in_the_same_folder(tmp_path):
@@ -360,7 +426,8 @@ def test_long_documents_are_scored_in_pieces_as_if_whole(scorer, tmp_path, lengt
     data = np.random.default_rng(0).bytes(length)
     (tmp_path / "long.txt").write_bytes(data)
     (tmp_path / "short.txt").write_bytes(b"short")
-    texts = [str(tmp_path / f"{name}.txt") for name in ("short", "long", "short")]
+    (tmp_path / "more.txt").write_bytes(b"short")
+    texts = [str(tmp_path / f"{name}.txt") for name in ("short", "long", "more")]
     options = PrepareOptions(scorer=scorer, workers=1, validation_share=0.0)
     prepare(texts, tmp_path / "d", options)
     dataset = Dataset(tmp_path / "d", "train")
@@ -382,7 +449,7 @@ def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
 
 def test_no_text_at_all_is_an_error(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match=r"hold no text \(1 empty documents"):
+    with pytest.raises(DataError, match=r"hold no text: .*\(1 empty documents; .*empty.txt: empty"):
         prepare([str(tmp_path / "empty.txt")], tmp_path / "d", PrepareOptions())
 
 

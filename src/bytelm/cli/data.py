@@ -1,26 +1,31 @@
 """``bytelm data``: prepare, calibrate and inspect data, and train tokenizers."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bytelm.cli.app import app, console, resumable
 from bytelm.cli.options import build_rule
+from bytelm.cli.reading import with_read_options
 from bytelm.config import EntropyPatching
 from bytelm.errors import PatchingError
+
+if TYPE_CHECKING:
+    from bytelm.data import ReadOptions
 
 data_app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
 @data_app.command("prepare")
+@with_read_options
 def data_prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, globs, - for standard input, prepared data or saved Hugging "
-            "Face datasets; NAME=INPUT names the source."
+            help="Files, folders, globs, pipes, - for standard input, prepared data or saved "
+            "Hugging Face datasets; NAME=INPUT names the source."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
@@ -51,34 +56,6 @@ def data_prepare(
             "--validation)",
         ),
     ] = None,
-    format: Annotated[
-        Literal["auto", "text", "lines", "jsonl", "parquet"],
-        typer.Option(help="auto: by name; text: each file is a document; lines: each line is."),
-    ] = "auto",
-    field: Annotated[
-        str,
-        typer.Option(
-            help="Field or column with the text; doc.text is a nested one. Of several "
-            "(prompt,response) the last is trained on; of a list of messages, the assistant's."
-        ),
-    ] = "text",
-    source_field: Annotated[
-        str | None,
-        typer.Option(help="Field or column that names the source; labels give their names."),
-    ] = None,
-    include: Annotated[
-        str | None, typer.Option(help="Glob for files in folders, such as '*.py'.")
-    ] = None,
-    binary: Annotated[
-        bool, typer.Option("--binary", help="Also read binary files found in folders.")
-    ] = False,
-    skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Skip records that cannot be read.")
-    ] = False,
-    cut_bytes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Cut longer documents into parts, at line ends if possible."),
-    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes. (default: one per core with --scorer, otherwise one)"),
@@ -86,6 +63,8 @@ def data_prepare(
     shard_mb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Text per shard, in MB.")
     ] = 32.0,
+    *,
+    read: "ReadOptions",
 ) -> None:
     """Prepare text as Arrow shards, with entropies if a scorer is given.
 
@@ -94,18 +73,10 @@ def data_prepare(
     [dim]bytelm data prepare books/*.jsonl.xz --out data
     bytelm data prepare data --scorer entropy-run --out data-scored[/]
     """
-    from bytelm.data import PrepareOptions, ReadOptions, prepare, read_manifest
-    from bytelm.display import ConsoleProgress, show_data
+    from bytelm.data import PrepareOptions, prepare, read_manifest
+    from bytelm.data.dataset import MANIFEST
+    from bytelm.display import ConsoleProgress, show_data, show_inputs
 
-    read = ReadOptions(
-        format=format,
-        field=field,
-        source_field=source_field,
-        include=include,
-        binary=binary,
-        skip_invalid=skip_invalid,
-        cut_bytes=cut_bytes,
-    )
     options = PrepareOptions(
         read=read,
         scorer=scorer,
@@ -125,7 +96,10 @@ def data_prepare(
         except PatchingError as error:
             # The data is complete; only the threshold is missing.
             console.print(f"not calibrated: {error}", style="yellow", soft_wrap=True)
-    show_data(console, out, read_manifest(out))
+    manifest = read_manifest(out)
+    show_inputs(console, manifest.inputs, f"see {out / MANIFEST}")
+    console.print()
+    show_data(console, out, manifest)
 
 
 @data_app.command("calibrate")

@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bytelm.cli.app import app, console, resumable, status
 from bytelm.cli.options import build_rule, seconds
+from bytelm.cli.reading import with_read_options
 from bytelm.config import (
     RULES,
     NgramRecipe,
@@ -19,6 +20,9 @@ from bytelm.config import (
 from bytelm.errors import ConfigError, DataError
 from bytelm.storage import to_json
 from bytelm.terminal import escape_controls
+
+if TYPE_CHECKING:
+    from bytelm.data import ReadOptions
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
@@ -83,6 +87,7 @@ def train(
 
 
 @app.command("eval")
+@with_read_options
 def evaluate(
     checkpoint: Checkpoint,
     texts: Annotated[
@@ -99,23 +104,23 @@ def evaluate(
             "byte more context. (default: no overlap)"
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field or column with the text.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    *,
+    read: "ReadOptions",
 ) -> None:
     """Measure the bits per byte of text, by source.
 
     [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
     """
-    from bytelm.data import Reader, ReadOptions, find_inputs
-    from bytelm.display import show_likelihood
+    from bytelm.data import Reader, find_inputs
+    from bytelm.display import show_inputs, show_likelihood
     from bytelm.language_model import load
 
     lm = load(checkpoint, device, precision)
-    options = ReadOptions(field=field)
-    reader = Reader(options)
-    inputs = find_inputs(texts, options)
+    reader = Reader(read)
+    inputs = find_inputs(texts, read)
     documents = (d for one in inputs for d in reader.read(one) if d.split != "train")
     with status.status("evaluating"):
         by_source = lm.likelihood(((d.source, d.data, d.trained) for d in documents), stride=stride)
@@ -124,6 +129,7 @@ def evaluate(
             "there is no text to evaluate: name other files (of prepared data, only held-out "
             "documents are evaluated)"
         )
+    show_inputs(status, [one for one in reader.records if one.note or one.invalid_records])
     if as_json:
         units = lm.module.units.name
         rows = {

@@ -6,8 +6,9 @@ from bytelm.data.calibration import (
     sample_dataset,
     train_dataset_tokenizer,
 )
-from bytelm.data.corpus import Input, Reader, ReadOptions, find_inputs
-from bytelm.data.dataset import Dataset, Manifest, read_manifest
+from bytelm.data.corpus import Reader
+from bytelm.data.dataset import Dataset, InputRecord, Manifest, read_manifest
+from bytelm.data.inputs import Input, ReadOptions, find_inputs
 from bytelm.data.loader import Loader, LoaderState, SpanOrder
 from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.data.preparation import PreparationState, PrepareOptions, prepare
@@ -20,6 +21,7 @@ __all__ = [
     "Dataset",
     "Document",
     "Input",
+    "InputRecord",
     "Loader",
     "LoaderState",
     "Manifest",

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import model_serializer
+from pydantic import Field, model_serializer
 
 from bytelm import codec
 from bytelm.config import Node, parse
@@ -115,6 +115,24 @@ class LeftOut(Node):
     empty_documents: int = 0
     invalid_records: int = 0
     binary_files: int = 0
+    skipped_files: int = 0
+
+
+class InputRecord(Node):
+    """Record of one input: what was read from it, or why it was not read."""
+
+    name: str
+    source: str
+    kind: str
+    """Format in which it was read; ``binary`` or ``skipped`` if it was not."""
+    split: Split | None = None
+    """Split of all its documents, if it was held out whole."""
+    documents: int = 0
+    text_bytes: int = 0
+    empty_documents: int = 0
+    invalid_records: int = 0
+    note: str = ""
+    """Reason why it was not read, or a remark on how it was."""
 
 
 class Manifest(Node):
@@ -124,6 +142,8 @@ class Manifest(Node):
     bytelm: str
     settings: dict[str, object]
     shards: list[ShardRecord]
+    inputs: list[InputRecord] = Field(default_factory=list)
+    """Every file, folder and stream, in reading order; empty in data of earlier versions."""
     left_out: LeftOut = LeftOut()
     scorer: ScorerRecord | None = None
     calibration: Calibration | None = None

@@ -28,7 +28,7 @@ from bytelm.checkpoint import (
     read_config,
     save_scorer,
 )
-from bytelm.data.corpus import Input, Reader, ReadOptions, find_inputs
+from bytelm.data.corpus import Reader
 from bytelm.data.dataset import (
     MANIFEST,
     RESUME,
@@ -42,6 +42,7 @@ from bytelm.data.dataset import (
     read_manifest,
     write_manifest,
 )
+from bytelm.data.inputs import Input, ReadOptions, find_inputs
 from bytelm.data.records import Document
 from bytelm.data.splitting import Splitter
 from bytelm.data.writing import Shard, writers
@@ -135,14 +136,14 @@ def prepare(
     skip = [out, *options.leave_out]
     held_out = find_inputs(options.validation, options.read, skip) if options.validation else []
     inputs = [replace(one, split="validation") for one in held_out]
-    inputs += find_inputs(arguments, options.read, skip)
+    inputs += find_inputs(arguments, options.read, skip, known=inputs)
     settings = _settings(inputs, options)
-    has_stdin = any(one.path is None for one in inputs)
+    streams = [one.name for one in inputs if one.is_stream]
     if (out / MANIFEST).exists():
-        if has_stdin:
+        if streams:
             raise DataError(
-                f"{out} exists, and may have been made from other standard input: remove it, or "
-                "choose another folder"
+                f"{out} exists, and may have been made from other {streams[0]}: remove it, "
+                "or choose another folder"
             )
         manifest = read_manifest(out)
         _check_settings(manifest.settings, settings, out)
@@ -152,8 +153,8 @@ def prepare(
     _check_is_ours(out)
     with disk_errors(out, DataError, RESUME), locked(out):
         remove_unfinished(out)
-        # Standard input may be another text this time, so no shard of it counts as finished.
-        finished = {} if has_stdin else _finished(out, settings)
+        # A stream may hold another text this time, so no shard of it counts as finished.
+        finished = {} if streams else _finished(out, settings)
         if not finished:
             _clear(out)
         _write_journal(out, settings, finished)
@@ -161,21 +162,35 @@ def prepare(
         reader = Reader(options.read)
         shards = _run(inputs, out, options, reader, finished, report)
         if not shards:
-            raise DataError(
-                f"the inputs hold no text ({reader.num_empty} empty documents, "
-                f"{reader.num_invalid} invalid records): name others"
-            )
-        left_out = LeftOut(
-            empty_documents=reader.num_empty,
-            invalid_records=reader.num_invalid,
-            binary_files=reader.num_binary,
-        )
+            raise DataError(f"the inputs hold no text: name others ({_reasons(reader)})")
         manifest = Manifest(
-            bytelm=__version__, settings=settings, shards=shards, left_out=left_out, scorer=scorer
+            bytelm=__version__,
+            settings=settings,
+            shards=shards,
+            inputs=reader.records,
+            left_out=_left_out(reader),
+            scorer=scorer,
         )
         write_manifest(out, manifest)
         (out / JOURNAL).unlink()
     return manifest
+
+
+def _left_out(reader: Reader) -> LeftOut:
+    records = reader.records
+    return LeftOut(
+        empty_documents=sum(one.empty_documents for one in records),
+        invalid_records=sum(one.invalid_records for one in records),
+        binary_files=sum(one.kind == "binary" for one in records),
+        skipped_files=sum(one.kind == "skipped" for one in records),
+    )
+
+
+def _reasons(reader: Reader) -> str:
+    """Return why there are no documents, for a message."""
+    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in _left_out(reader) if count]
+    named = [f"{one.name}: {one.note}" for one in reader.records[:3] if one.note]
+    return "; ".join([", ".join(counts), *named])
 
 
 def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
@@ -184,7 +199,7 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
     if options.scorer is not None:
         scorer = fingerprint(find_checkpoint(options.scorer))
     return {
-        "inputs": [i.identity for i in inputs],
+        "inputs": [i.identity for i in inputs if i.kind != "skipped"],
         "read": asdict(options.read),
         "scorer": scorer,
         "reset_at_newline": options.reset_at_newline,
@@ -194,7 +209,9 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
 
 
 def _check_settings(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    changed = [key for key in new if old.get(key) != new[key]]
+    # Options that an earlier version did not have had their defaults.
+    read = asdict(ReadOptions()) | dict(old.get("read") or {})
+    changed = [key for key in new if (read if key == "read" else old.get(key)) != new[key]]
     if changed:
         raise DataError(
             f"{out} was prepared with other settings ({', '.join(changed)} differ): choose another "
@@ -294,7 +311,8 @@ def _run(
 ) -> list[ShardRecord]:
     """Read the inputs and write all shards; return their records, sorted by name."""
     records = dict[str, ShardRecord]()
-    progress = PreparationState(0, sum(i.num_bytes for i in inputs), 0, 0)
+    total = sum(i.num_bytes for i in inputs if i.is_read)
+    progress = PreparationState(0, total, 0, 0)
     reading = _Reading(inputs, reader, progress, report)
     splitter = Splitter(inputs, options.hashed_share, options.read.cut_bytes)
     # Bytes of input read between a shard and the one before it.
@@ -347,7 +365,7 @@ class _Reading:
     def __iter__(self) -> Iterator[Document]:
         before, reported = 0, 0.0
         for source in self._inputs:
-            num_bytes = source.num_bytes
+            num_bytes = source.num_bytes if source.is_read else 0
             for document in self._reader.read(source):
                 self._progress.documents += 1
                 self._position = before + min(self._reader.position, num_bytes)

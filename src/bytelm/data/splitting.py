@@ -13,8 +13,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bytelm.data.corpus import Input, cut
+from bytelm.data.corpus import cut
 from bytelm.data.dataset import Dataset, Split
+from bytelm.data.inputs import Input
 from bytelm.data.records import Document
 
 

@@ -1,5 +1,6 @@
 """Terminal output of the command line: progress, tables and patches."""
 
+from bytelm.display.inputs import show_inputs
 from bytelm.display.progress import ConsoleProgress, TrainingBar
 from bytelm.display.tables import (
     cost_shares,
@@ -22,6 +23,7 @@ __all__ = [
     "patches_record",
     "show_costs",
     "show_data",
+    "show_inputs",
     "show_likelihood",
     "show_patches",
     "show_quickstart",
