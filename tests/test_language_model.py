@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bytelm
-from builders import random_byte_lm, random_ids, random_patched
+from builders import LearnedRule, random_byte_lm, random_ids, random_patched
 from bytelm.checkpoint import CheckpointConfig, save_model
 from bytelm.config import (
     EntropyPatching,
@@ -19,7 +19,9 @@ from bytelm.config import (
     TransformerConfig,
 )
 from bytelm.errors import ConfigError, DataError
+from bytelm.language_model import LanguageModel
 from bytelm.lm import ScorerLM
+from bytelm.patching import Patcher, build_patcher
 from bytelm.scoring import fit_ngram_scorer
 from study_plan import TINY
 from test_checkpoint import patched_description
@@ -70,6 +72,89 @@ def test_other_rules_can_be_applied(lm):
     # BOS is the first of the positions that static patches count.
     assert lm.patch("abcdef", StaticPatching(length=3)).patches == [b"ab", b"cde", b"f"]
     assert lm.patch("abc", EntropyPatching(threshold=-1.0)).patches == [b"a", b"b", b"c"]
+
+
+class AfterE:
+    needs_entropies = False
+
+    def __call__(self, seen):
+        return seen.ids == bytelm.codec.OFFSET + ord("e")
+
+
+class AboveMean:
+    """A patch begins where the entropy exceeds the mean of those before it."""
+
+    needs_entropies = True
+
+    def start(self):
+        return (0.0, 0)
+
+    def advance(self, seen, memory):
+        ends = []
+        for entropy in seen.entropies.tolist():
+            total, count = memory
+            ends.append(entropy * count > total)
+            memory = (total + entropy, count + 1)
+        return torch.tensor(ends), memory
+
+
+class FixedScorer:
+    """A scorer that is not a module: the entropy is the byte before, over 64."""
+
+    def entropies(self, ids, documents=None):
+        return ids / 64
+
+    def new_state(self, num_slots=1, strategy="auto"):
+        raise NotImplementedError
+
+
+def test_rules_and_scorers_may_be_objects(lm):
+    patched = lm.patch("the tree", AfterE())
+    assert patched.patches == [b"the", b" tre", b"e"]
+    assert patched.rule.kind == "AfterE"
+    assert lm.patch("the tree", Patcher(AfterE(), 2)).patches == [b"th", b"e", b" t", b"re", b"e"]
+    above = lm.patch("the tree", AboveMean())
+    assert above.boundaries != patched.boundaries
+    assert b"".join(above.patches) == b"the tree"
+    scored = lm.patch("a a", "entropy", threshold=1.0, scorer=FixedScorer())
+    assert scored.entropies.tolist() == [1 / 64, 101 / 64, 36 / 64, 101 / 64]
+    assert scored.patches == [b"a", b" a"]
+
+
+def test_rules_by_name_with_options(lm, tmp_path):
+    text = "some text, and more of it"
+    own = lm.config.patching
+    assert lm.patch(text, threshold=-1.0).patches == [bytes([b]) for b in text.encode()]
+    assert lm.patch(text, max_length=2).rule == own.model_copy(update={"max_length": 2})
+    assert lm.patch(text, "space").patches == lm.patch(text, SpacePatching()).patches
+    assert lm.patch(text, "static").rule == StaticPatching(length=4)
+    lm.save(tmp_path / "m")
+    same = lm.patch(text)
+    for scorer in (tmp_path / "m", str(tmp_path / "m"), lm, lm.module.get_scorer()):
+        assert lm.patch(text, scorer=scorer).boundaries == same.boundaries
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("sapce",), {}, "unknown patching rule 'sapce'.*'space'"),
+        (("space",), {"threshold": 1.0}, "the space rule has no threshold"),
+        ((), {"treshold": 1.0}, "unknown option 'treshold'.*'threshold'"),
+        ((SpacePatching(),), {"max_length": 3}, "max_length belongs to a rule that is named"),
+        (("combined",), {"threshold": 1.0}, "'increase' is missing"),
+    ],
+)
+def test_mistakes_in_rules_are_explained(lm, arguments, options, message):
+    with pytest.raises(ConfigError, match=message):
+        lm.patch("text", *arguments, **options)
+
+
+def test_rules_that_read_states_need_an_encoder(lm):
+    rule = LearnedRule(32)
+    assert b"".join(lm.patch("some text", rule).patches) == b"some text"
+    plain = LanguageModel(random_byte_lm(), lm.config)
+    with pytest.raises(ConfigError, match="LearnedRule reads the encoder's states"):
+        plain.patch("some text", rule)
 
 
 def test_bits_per_byte_of_one_text_or_several(lm):
@@ -193,7 +278,7 @@ def test_an_ngram_scorer_patches_and_does_not_predict(tmp_path):
 
 
 def test_a_model_without_scorer_says_so(tmp_path):
-    model = random_patched(rule=bytelm.language_model.build_patcher(SpacePatching()).rule)
+    model = random_patched(rule=build_patcher(SpacePatching()).rule)
     model.scorer = None
     description = patched_description(model).model_copy(update={"scorer": None})
     save_model(tmp_path / "m", model, description)

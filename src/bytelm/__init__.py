@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bytelm.lm import register_model
     from bytelm.patching import register_rule
     from bytelm.scoring import register_scorer
+    from bytelm.workflow import build, prepare, train
 
 # Loaded when first used, so that `bytelm --help` does not wait for torch.
 _LAZY = {
@@ -36,11 +37,14 @@ _LAZY = {
     "LanguageModel": "bytelm.language_model",
     "PatchedText": "bytelm.language_model",
     "Sampling": "bytelm.inference",
+    "build": "bytelm.workflow",
     "chat_prompt": "bytelm.chat",
     "load": "bytelm.language_model",
+    "prepare": "bytelm.workflow",
     "register_model": "bytelm.lm",
     "register_rule": "bytelm.patching",
     "register_scorer": "bytelm.scoring",
+    "train": "bytelm.workflow",
 }
 
 
@@ -69,10 +73,13 @@ __all__ = [
     "Sampling",
     "TrainingError",
     "__version__",
+    "build",
     "chat_prompt",
     "interop",
     "load",
+    "prepare",
     "register_model",
     "register_rule",
     "register_scorer",
+    "train",
 ]

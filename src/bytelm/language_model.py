@@ -1,12 +1,9 @@
 """A saved model, ready to use: patch text, measure bits per byte, generate."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -15,14 +12,17 @@ from numpy.typing import NDArray
 from bytelm import codec
 from bytelm.checkpoint import CheckpointConfig, Precision, load_model, save_model
 from bytelm.codec import Text
-from bytelm.config import PatchingConfig, kind_of
+from bytelm.config import PatchingConfig, kind_of, nearest
+from bytelm.config.rules import RULE_OPTIONS, named_rule
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.evaluation import Labelled, Likelihood, evaluate, log_likelihoods, log_probs
 from bytelm.inference import GREEDY, Generated, Sampling, stream, stream_many
-from bytelm.lm import CausalLM, PatchedLM
+from bytelm.lm import CausalLM
 from bytelm.lm.kinds import CANNOT_PREDICT
-from bytelm.patching import Patcher, build_patcher
-from bytelm.scoring import score_documents
+from bytelm.patched_text import AnyRule, PatchedText, patch_text, text_entropies
+from bytelm.patching import Scorer
+
+__all__ = ["LanguageModel", "PatchedText", "load"]
 
 DEFAULT_CONTEXT_BYTES = 8192
 """Context length, in bytes, of models that do not record the one they were trained with."""
@@ -31,36 +31,8 @@ DEFAULT_SLOTS = 16
 """Prompts that are decoded at once."""
 
 
-@dataclass(frozen=True)
-class PatchedText:
-    """Text and its patches."""
-
-    data: bytes
-    boundaries: tuple[int, ...]
-    """Positions in ``data`` that start a patch; the first is 0, since BOS is a patch by itself."""
-    entropies: NDArray[np.float32] | None
-    """``entropies[i]`` is the entropy, in nats, of the prediction of byte ``i``. There is one more
-    than there are bytes: the last is that of the byte after the text."""
-    rule: PatchingConfig
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """Begin and end of each patch in ``data``; empty if there is no text."""
-        return list(pairwise([*self.boundaries, len(self.data)]))
-
-    @property
-    def patches(self) -> list[bytes]:
-        """The bytes of each patch."""
-        return [self.data[begin:end] for begin, end in self.spans]
-
-    @property
-    def patch_size(self) -> float:
-        """Mean bytes per patch, without the patch of BOS."""
-        return len(self.data) / max(len(self.boundaries), 1)
-
-
 class LanguageModel:
-    """Saved model, as :func:`load` returns it.
+    """Model, as :func:`load` returns it.
 
     Text may be ``str`` (encoded as UTF-8) or any bytes (``bytes``, ``bytearray``, ``memoryview``).
     """
@@ -112,61 +84,60 @@ class LanguageModel:
         Raises:
             ConfigError: the model has no scorer and cannot serve as one.
         """
-        ids = torch.from_numpy(codec.encode(text)).to(self.device)
-        scorer = self.module.get_scorer()
-        entropies = score_documents(scorer, [ids], name=lambda _: "the text")[0]
-        return entropies.float().cpu().numpy()
+        return text_entropies(self.module, codec.to_bytes(text))
 
-    def patch(self, text: Text, rule: PatchingConfig | None = None) -> PatchedText:
+    def patch(
+        self,
+        text: Text,
+        rule: str | AnyRule | None = None,
+        *,
+        scorer: "Scorer | LanguageModel | str | PathLike[str] | None" = None,
+        **options: Any,
+    ) -> PatchedText:
         """Segment a text into patches.
+
+        ::
+
+            lm.patch(text)  # by the model's own rule
+            lm.patch(text, threshold=1.3)  # by the same with another threshold
+            lm.patch(text, "static", length=6)
+            lm.patch(text, MyRule(), scorer=my_scorer)
 
         Args:
             text: any bytes.
-            rule: rule to use instead of the model's own; its entropies come from the model's
-                scorer, or from the model itself if it can score.
+            rule: rule to use instead of the model's own: the name of a kind, a configuration, or an
+                object that decides (:class:`bytelm.patching.Rule`, ``StatefulRule`` or a
+                ``Patcher``), registered or not.
+            scorer: scorer to use instead of the model's own, or of the model itself if it can
+                score: an object (:class:`bytelm.patching.Scorer`), a loaded model, or a checkpoint.
+            options: ``threshold`` and ``increase`` in nats, ``length`` and ``max_length`` in bytes,
+                with a name or the model's own rule.
 
         Raises:
-            ConfigError: no rule is given and the model has none; the rule needs entropies and the
-                model has no scorer; or the rule is learned, and is not the model's own.
+            ConfigError: there is no rule or no scorer; an option does not belong to the rule; or
+                the rule is learned, or reads the encoder's states, and this model has none.
             PatchingError: the rule has no threshold.
         """
-        rule = rule or self.config.patching
-        if rule is None:
-            raise ConfigError(
-                f"a {kind_of(type(self.config.model))} model has no patching rule of its own: "
-                "name one, such as EntropyPatching(threshold=1.3)"
-            )
-        own = self._own_patcher(rule)
-        patcher = own or build_patcher(rule)
-        if own is None and patcher.is_learned:
-            raise ConfigError(
-                f"the {rule.kind} rule is learned, and this model was not trained with it: load a "
-                "model that was, or name another rule"
-            )
-        data = codec.to_bytes(text)
-        entropies = None
-        with nullcontext() if patcher.needs_entropies else suppress(ConfigError):
-            entropies = self.entropies(data)
-        device = self.device if own else torch.device("cpu")
-        scores = None if entropies is None else torch.from_numpy(entropies)[None].to(device)
-        ids = torch.from_numpy(codec.encode(data))[None].to(device)
-        with torch.inference_mode():
-            states = None
-            if patcher.needs_states:
-                assert isinstance(self.module, PatchedLM)
-                states = self.module.encoder_states(ids)
-            next_boundary = patcher.next_boundary(ids, scores, states=states)[0, : len(data)]
-        boundaries = tuple(next_boundary.nonzero().flatten().tolist())
-        return PatchedText(data, boundaries, entropies, rule)
+        if options or isinstance(rule, str):
+            rule = self._named_rule(rule, options)
+        if isinstance(scorer, str | PathLike):
+            scorer = load(scorer, str(self.device))
+        if isinstance(scorer, LanguageModel):
+            scorer = scorer.module.get_scorer()
+        return patch_text(self.module, self.config, codec.to_bytes(text), rule, scorer)
 
-    def _own_patcher(self, rule: PatchingConfig) -> Patcher | None:
-        """Return the model's own patcher if it applies the rule, with the rule's limit."""
+    def _named_rule(self, rule: str | AnyRule | None, options: dict[str, Any]) -> PatchingConfig:
         own = self.config.patching
-        if own is None or not isinstance(self.module, PatchedLM):
-            return None
-        if rule.model_copy(update={"max_length": own.max_length}) != own:
-            return None
-        return replace(self.module.patcher, max_length=rule.max_length)
+        if rule is not None and not isinstance(rule, str):
+            raise ConfigError(
+                f"{', '.join(options)} belongs to a rule that is named: set it in the given rule"
+            )
+        if unknown := [name for name in options if name not in RULE_OPTIONS]:
+            raise ConfigError(
+                f"unknown option {unknown[0]!r}{nearest(unknown[0], RULE_OPTIONS)}: "
+                f"{', '.join(RULE_OPTIONS)}"
+            )
+        return named_rule(rule or (own.kind if own else "entropy"), own, **options)
 
     def likelihood(
         self, texts: Iterable[Labelled], *, stride: int | None = None

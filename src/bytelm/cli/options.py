@@ -2,7 +2,8 @@
 
 import re
 
-from bytelm.config import RULES, PatchingConfig, import_kinds, nearest, parse
+from bytelm.config import PatchingConfig
+from bytelm.config.rules import named_rule
 from bytelm.errors import ConfigError
 
 
@@ -28,30 +29,11 @@ def build_rule(
     Raises:
         ConfigError: the kind is unknown, or the rule lacks an option.
     """
-    if kind not in RULES.nodes:
-        import_kinds()
-    if kind not in RULES.nodes:
-        known = list(RULES.nodes)
-        raise ConfigError(
-            f"--rule {kind}: unknown rule{nearest(kind, known)} (known: {', '.join(known)})"
-        )
-    node = RULES.nodes[kind]
-    options = {
-        "threshold": threshold,
-        "increase": increase,
-        "length": length,
-        "max_length": max_length,
-    }
-    values = {"length": 4} if kind == "static" else {}
-    if own is not None and type(own) is node:
-        values = own.model_dump()
-    elif own is not None:
-        values |= {k: v for k, v in own.model_dump(exclude_none=True).items() if k in options}
-    values |= {k: v for k, v in options.items() if v is not None}
-    values = {k: v for k, v in values.items() if k in node.model_fields}
-    if kind == "combined" and "increase" not in values:
+    if kind == "combined" and increase is None and getattr(own, "increase", None) is None:
         raise ConfigError("the combined rule needs --increase")
-    return parse(node, values, f"the {kind} rule")
+    return named_rule(
+        kind, own, threshold=threshold, increase=increase, length=length, max_length=max_length
+    )
 
 
 def seconds(text: str) -> float:

@@ -10,6 +10,7 @@ import io
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -144,13 +145,15 @@ def shipped_text(kind: str, name: str) -> str:
         raise ConfigError(f"cannot read {what} {name!r}: {error}") from None
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecipe:
+def load_recipe(
+    name: str | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> Recipe | NgramRecipe:
     """Load a recipe and apply overrides.
 
     What a recipe with ``init.from`` leaves out of its model is taken from that checkpoint.
 
     Args:
-        name: a shipped recipe or a path to a YAML file.
+        name: a shipped recipe, a path to a YAML file, or a mapping with the contents of one.
         overrides: ``key.path=value`` strings, applied in order.
 
     Returns:
@@ -161,20 +164,24 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe | NgramRecip
         CheckpointError: the checkpoint to begin with, which is to complete the recipe, is missing
             or damaged.
     """
-    data = complete(read_mapping(recipe_text(name), f"recipe {name!r}", overrides))
+    is_name = isinstance(name, str)
+    where = f"recipe {name!r}" if is_name else "the recipe"
+    data = complete(read_mapping(recipe_text(name) if is_name else name, where, overrides))
     model = data.get("model")
     is_counted = isinstance(model, dict) and model.get("kind") == "ngram"
-    return parse(NgramRecipe if is_counted else Recipe, data, f"recipe {name!r}")
+    return parse(NgramRecipe if is_counted else Recipe, data, where)
 
 
-def read_mapping(text: str, where: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Parse a YAML mapping, and apply ``key.path=value`` overrides in order.
+def read_mapping(
+    text: str | Mapping[str, Any], where: str, overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Parse the YAML of a mapping, or take a mapping, and apply ``key.path=value`` overrides.
 
     Raises:
         ConfigError: the text is not valid YAML or not a mapping, or an override is invalid.
     """
     try:
-        data = _load(text)
+        data = _load(text) if isinstance(text, str) else deepcopy(dict(text))
     except YAMLError as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{where} is not valid YAML: {what}") from None
