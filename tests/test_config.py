@@ -577,3 +577,10 @@ def test_open_fields_of_nodes_made_elsewhere_follow_too(registries):
         parse(Holder, {"thing": {"kind": "second"}}, "test")
     things.add(Second)
     assert parse(Holder, {"thing": {"kind": "second"}}, "test").thing == Second()
+
+
+def test_a_home_folder_is_expanded_in_overrides(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = load_recipe("blt-1m", ["data.path=~/x"])
+    assert recipe.data.path == "/home/someone/x"
+    assert load_recipe("blt-1m", ["data.path=a~/x"]).data.path == "a~/x"

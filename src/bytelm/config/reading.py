@@ -7,6 +7,7 @@ overrides change single values, read as YAML.
 
 import difflib
 import io
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -244,7 +245,8 @@ def _override_value(override: str, text: str) -> Any:
     with suppress(YAMLError):
         if "#" in text and _load(f"{text}.") == value:
             raise ConfigError(f"override {override!r}: # begins a comment in YAML; {remedy}")
-    return value
+    # A shell expands ~ at the beginning of a word only.
+    return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
 
 
 def _has_unknown_kind(error: ValidationError) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from bytelm.data.dataset import MANIFEST, Split, read_manifest
 from bytelm.data.jsonfiles import json_records
-from bytelm.data.opening import DAMAGED, Content, compression_of, examine
+from bytelm.data.opening import DAMAGED, Content, compression_of, examine, suffix_of
 from bytelm.data.records import Fields, InvalidRecord, valid_name
 from bytelm.errors import DataError
 from bytelm.storage import FILES
@@ -194,7 +194,7 @@ class _Search:
             where = "standard input" if path is None else f"the pipe {path}"
             raise DataError(f"Parquet cannot be read from {where}: name a file")
         if kind == "auto":
-            suffix = PurePath(_without_compression(path.name)).suffix.lower() if path else ""
+            suffix = suffix_of(_without_compression(path.name)) if path else ""
             kind = _RECORDS.get(suffix, "text")
         self._add(Input(path, source, kind, is_stream=True))
 
@@ -211,8 +211,9 @@ class _Search:
             self._add(Input(path, source or valid_name(path.resolve().name), "datasets"))
             return
         before = len(self.found)
+        label = source or valid_name(path.resolve().name)
         for file, real in self._files_below(path):
-            self._add_file(file, source, real, top=path)
+            self._add_file(file, source, real, label)
         if len(self.found) == before:
             include = self._options.include
             self._skip(path, "no file in it matches --include" if include else "no file in it")
@@ -265,12 +266,12 @@ class _Search:
             fnmatch.fnmatch(one, include) for one in (path.name, str(path.relative_to(top)))
         )
 
-    def _add_file(self, path: Path, source: str, real: str, top: Path | None = None) -> None:
-        """Add a file that is named, or that was found below ``top``."""
+    def _add_file(self, path: Path, source: str, real: str, folder: str | None = None) -> None:
+        """Add a file that is named, or that was found in a folder with the name ``folder``."""
         try:
             file = path.open("rb")
         except OSError as error:
-            if top is None:
+            if folder is None:
                 raise _unreadable(path, error) from None
             self._skip(path, _reason(error), source)
             return
@@ -280,11 +281,11 @@ class _Search:
             except DAMAGED:
                 # Reading it reports what is wrong.
                 content = Content(file, b"", _without_compression(path.name))
-            kind, note = self._kind(path, content, is_named=top is None)
-        suffix = PurePath(content.inner_name).suffix.lower()
+            kind, note = self._kind(path, content, is_named=folder is None)
+        suffix = suffix_of(content.inner_name)
         is_text = kind == "text" and suffix in _AMBIGUOUS
-        if not source and top is not None and (suffix not in _RECORDS or is_text):
-            source = valid_name(top.resolve().name)
+        if not source and folder is not None and (suffix not in _RECORDS or is_text):
+            source = folder
         source = source or _short_name(content.inner_name)
         self._add(Input(path, source, kind, note=note), real)
 
@@ -295,7 +296,7 @@ class _Search:
             if is_named:
                 raise DataError(f"cannot read {path}: {content.refusal}")
             return "binary", content.refusal
-        suffix = PurePath(content.inner_name).suffix.lower()
+        suffix = suffix_of(content.inner_name)
         is_parquet = content.head.startswith(b"PAR1") and not content.compression
         may_be_binary = is_named or options.binary or is_parquet or suffix in _RECORDS
         if content.is_binary and not may_be_binary:

@@ -15,7 +15,6 @@ import lzma
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any, cast
 
 import pyarrow as pa
@@ -74,14 +73,21 @@ def examine(file: io.BufferedIOBase, name: str, *, convert: bool = True) -> Cont
     if refusal:
         return replace(content, refusal=refusal)
     encoding = _encoding(head) if convert else ""
-    if encoding:
-        stream, head = _peek(io.BufferedReader(_Utf8(stream, encoding)), can_seek=False)
+    if not encoding:
+        return content
+    stream, head = _peek(io.BufferedReader(_Utf8(stream, encoding)), can_seek=False)
     return replace(content, stream=stream, head=head, encoding=encoding)
 
 
 def compression_of(name: str) -> str:
     """Return the compression that a file's name ends with, or ""."""
-    return _SUFFIXES.get(PurePath(name).suffix.lower(), "")
+    return _SUFFIXES.get(suffix_of(name), "")
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file's name in lower case, such as ``.txt``, or ""."""
+    stem, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() if stem else ""
 
 
 def _compression(head: bytes, name: str) -> str:
@@ -197,7 +203,7 @@ def _decoded(head: bytes, encoding: str) -> str:
 
 def _refusal(content: Content) -> str:
     """Return why a file is no text, and what to do about it, or ""."""
-    head, suffix = content.head, PurePath(content.inner_name).suffix.lower()
+    head, suffix = content.head, suffix_of(content.inner_name)
     inside = f" inside {content.compression}" if content.compression else ""
     archive = next((kind for kind, magic in _ARCHIVES if head.startswith(magic)), "")
     if head[257:262] == b"ustar" or (suffix == ".tar" and b"\0" in head):
