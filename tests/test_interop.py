@@ -12,14 +12,27 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import bytelm
-from builders import random_ids
+from builders import LearnedRule, blt_config, random_byte_lm, random_ids, random_patched
 from bytelm import codec, interop
-from bytelm.config import EntropyPatching, ModelDescription, StaticPatching, load_recipe
+from bytelm.checkpoint import CheckpointConfig
+from bytelm.config import (
+    EntropyPatching,
+    FittedNgramConfig,
+    ModelDescription,
+    MonotonicPatching,
+    ScorerConfig,
+    StaticPatching,
+    TransformerConfig,
+    load_recipe,
+)
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.interop import huggingface, weights
+from bytelm.language_model import LanguageModel
+from bytelm.patching import EntropyRule, StaticRule
 from bytelm.training import Trainer, train
 from foreign import SCALED, VARIANTS, hf_model, save_consolidated, save_official
+from test_checkpoint import SCORER
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -505,3 +518,51 @@ def test_models_transformers_cannot_run_are_refused_by_name(tmp_path, model):
         with pytest.raises(ConfigError, match=message):
             exported(lm, tmp_path, **{**base, **changes})
     assert not (tmp_path / "out").exists()
+
+
+NGRAMS = FittedNgramConfig(max_order=3, num_contexts=9)
+# Options of the model, its rule, and its scorer.
+PATCHERS = {
+    "n-gram scorer": ({"ngram_scorer": True}, EntropyPatching(threshold=1.0), NGRAMS),
+    "static": ({"rule": StaticRule(3)}, StaticPatching(length=3), None),
+    "limited": ({"max_length": 3}, EntropyPatching(threshold=1.0, max_length=3), None),
+    "rises": ({"rule": EntropyRule(increase=0.05)}, MonotonicPatching(increase=0.05), None),
+}
+
+
+@pytest.mark.parametrize("name", PATCHERS)
+def test_any_rule_and_scorer_is_exported_with_patch_lengths(tmp_path, name):
+    options, patching, scorer = PATCHERS[name]
+    module = random_patched(**options)
+    scorer = scorer or TransformerConfig(**SCORER)
+    config = CheckpointConfig(
+        model=blt_config(), patching=patching, scorer=ScorerConfig(model=scorer)
+    )
+    lm = LanguageModel(module, config)
+    with pytest.raises(ConfigError, match="--no-patch-in-forward"):
+        interop.export_hf(lm, tmp_path / "hf")
+    interop.export_hf(lm, tmp_path / "hf", patch_in_forward=False)
+    opened = transformers.BltForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert opened.model.patcher is None
+    for text in ("the cat sat on\nthe mat", b"\xff\x00 any bytes", "ab", "x"):
+        lengths = interop.patch_lengths(lm, text)
+        ids = torch.from_numpy(codec.encode(text))[None]
+        assert lengths.sum() == ids.shape[1]
+        with torch.no_grad():
+            found = opened(ids, patch_lengths=lengths, use_cache=False).logits
+            torch.testing.assert_close(found, module(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="patch_in_forward"):
+        interop.import_hf(tmp_path / "hf")
+
+
+def test_what_has_no_patches_to_export_is_refused(tmp_path):
+    config = CheckpointConfig(model=TransformerConfig(**SCORER))
+    with pytest.raises(ConfigError, match="only a BLT has patches"):
+        interop.patch_lengths(LanguageModel(random_byte_lm(), config), "text")
+    lm = LanguageModel(
+        random_patched(rule=LearnedRule(32)),
+        CheckpointConfig(model=blt_config(), patching=StaticPatching(length=3)),
+    )
+    with pytest.raises(ConfigError, match="a learned patching rule cannot be exported"):
+        interop.export_hf(lm, tmp_path / "hf", patch_in_forward=False)
+    assert not (tmp_path / "hf").exists()

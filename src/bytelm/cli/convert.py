@@ -67,6 +67,13 @@ def import_hf(
 def export_hf(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint or a training run.")],
     out: Out,
+    patch_in_forward: Annotated[
+        bool,
+        typer.Option(
+            help="Let transformers find the patches; without, a model with any rule and scorer can "
+            "be exported, and patch lengths must be given to each forward pass.",
+        ),
+    ] = True,
 ) -> None:
     """Export a BLT and its tokenizer for transformers: BltForCausalLM.from_pretrained(OUT).
 
@@ -76,8 +83,15 @@ def export_hf(
     from bytelm.language_model import load
 
     with console.status("exporting"):
-        export_hf(load(checkpoint, "cpu", "stored"), out)
+        lm = load(checkpoint, "cpu", "stored")
+        export_hf(lm, out, patch_in_forward=patch_in_forward)
     console.print(f"written to {out}: generate with use_cache=False, one document per row")
+    if not patch_in_forward:
+        console.print(
+            "give every forward pass patch_lengths=bytelm.interop.patch_lengths(lm, text): without "
+            "them transformers makes every byte a patch",
+            soft_wrap=True,
+        )
 
 
 def _show(config: "CheckpointConfig", out: Path) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from bytelm import cpu
+from bytelm import codec, cpu
 from bytelm.checkpoint import (
     MODEL,
     SCORER,
@@ -28,6 +30,7 @@ from bytelm.checkpoint import (
     write_config,
 )
 from bytelm.config import BLTConfig, ModelDescription, TransformerConfig
+from bytelm.errors import ConfigError
 from bytelm.interop import huggingface, official
 from bytelm.interop.names import NameMap, Naming, blt_names, part_sizes, scorer_names
 from bytelm.interop.sources import ENTROPY_FOLDER, find_folder
@@ -44,6 +47,7 @@ __all__ = [
     "export_hf",
     "import_hf",
     "import_official",
+    "patch_lengths",
 ]
 
 Source = str | PathLike[str]
@@ -142,18 +146,34 @@ def convert_hf(source: Source, out: str | PathLike[str]) -> CheckpointConfig:
     return _open_hf(source).convert(Path(out))
 
 
-def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
+def export_hf(
+    lm: LanguageModel, out: str | PathLike[str], *, patch_in_forward: bool = True
+) -> None:
     """Write a model and its tokenizer for ``BltForCausalLM.from_pretrained``.
+
+    ``transformers`` finds patches by itself only with an entropy rule and a transformer as scorer.
+    With ``patch_in_forward=False`` a model with any other rule or scorer, such as an n-gram scorer,
+    is exported without it, and :func:`patch_lengths` must be passed to each forward pass; without
+    them, ``transformers`` would make every byte a patch.
+
+    Args:
+        lm: the model.
+        out: folder to create.
+        patch_in_forward: whether ``transformers`` is to find the patches.
 
     Raises:
         ConfigError: ``transformers`` cannot run such a model; the message names the options.
         CheckpointError: ``out`` exists or cannot be written, or a weight is NaN or infinite.
     """
     check_absent(Path(out))
-    config, (blt, scorer) = huggingface.describe(lm.config)
+    config, (blt, scorer) = huggingface.describe(lm.config, patch_in_forward=patch_in_forward)
     assert isinstance(lm.module, PatchedLM)
+    if lm.module.patcher.is_learned:
+        raise ConfigError("a learned patching rule cannot be exported: transformers has none")
     entries = _split(lm.module.blt, blt_names(blt, huggingface.NAMING))
-    entries |= _split(_scorer_transformer(lm.module), scorer_names(scorer, huggingface.NAMING))
+    if scorer is not None:
+        names = scorer_names(scorer, huggingface.NAMING)
+        entries |= _split(_scorer_transformer(lm.module), names)
     # transformers loads all weights in one dtype; the entropy model must not lose precision.
     widest = reduce(torch.promote_types, (entry.dtype for entry in entries.values()))
     config["dtype"] = str(widest).removeprefix("torch.")
@@ -162,6 +182,30 @@ def export_hf(lm: LanguageModel, out: str | PathLike[str]) -> None:
         for name, contents in tokenizer_files().items():
             write_json(folder / name, contents)
         write_tensors(folder / SAFETENSORS, entries)
+
+
+def patch_lengths(lm: LanguageModel, text: codec.Text) -> Int[Tensor, "1 patches"]:
+    """Return the patch lengths of one document, as ``BltForCausalLM`` takes them.
+
+    They are those of the ids BOS and the bytes of the text, which is to be the only document of its
+    row. The last is 0 if the byte after the text starts a patch::
+
+        model(ids, patch_lengths=patch_lengths(lm, text), use_cache=False).logits
+
+    Raises:
+        ConfigError: the model is not a BLT.
+    """
+    if not isinstance(lm.module, PatchedLM):
+        raise ConfigError("only a BLT has patches: load one")
+    ids = torch.from_numpy(codec.encode(text))[None].to(lm.device)
+    with torch.inference_mode():
+        scores = None
+        if lm.module.patcher.needs_entropies:
+            scores = torch.from_numpy(lm.entropies(text))[None].to(lm.device)
+        states = lm.module.encoder_states(ids) if lm.module.patcher.needs_states else None
+        next_boundary = lm.module.patcher.next_boundary(ids, scores, states=states)[0]
+        starts = torch.cat((next_boundary.new_ones(1), next_boundary)).nonzero().flatten()
+    return starts.diff(append=starts.new_tensor([ids.shape[1]])).clone()[None]
 
 
 def _split(module: torch.nn.Module, names: NameMap) -> dict[str, Entry]:

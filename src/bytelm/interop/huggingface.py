@@ -1,7 +1,8 @@
 """The format of Hugging Face ``transformers``: ``BltForCausalLM``.
 
 Its implementation has the doubled residual, entropy patching and a transformer as entropy model,
-and no options for anything else, so only models trained with these can be exported. Configurations
+and no options for anything else, so only models trained with these can be exported; rule and scorer
+may be others if patch lengths are given to each forward pass. Configurations
 from which it computes something else than the official code (see ``docs/fidelity.md``) are refused,
 except for a maximum patch length, which is applied as in the official code.
 """
@@ -14,6 +15,7 @@ from bytelm.config import (
     BlockConfig,
     BLTConfig,
     EntropyPatching,
+    FittedNgramConfig,
     ModelDescription,
     ScorerConfig,
     StackConfig,
@@ -286,14 +288,20 @@ def _blt(options: Options, encoder: Options, decoder: Options, where: str) -> BL
 
 
 def describe(
-    description: ModelDescription,
-) -> tuple[dict[str, Any], tuple[BLTConfig, TransformerConfig]]:
+    description: ModelDescription, *, patch_in_forward: bool = True
+) -> tuple[dict[str, Any], tuple[BLTConfig, TransformerConfig | None]]:
     """Return the equivalent configuration of ``transformers``, and those of BLT and scorer.
+
+    Args:
+        description: description of the model.
+        patch_in_forward: whether ``transformers`` is to find the patches; if not, the scorer is
+            left out.
 
     Raises:
         ConfigError: ``transformers`` has no equivalent configuration.
     """
-    config, scorer, patching = _expressible(description)
+    config = _expressible_blt(description)
+    patcher = _expressible_patcher(description) if patch_in_forward else None
     local, cross = config.local, config.cross_attention
     context = description.context_bytes or DEFAULT_BYTES
     width = cross.slots * local.dim
@@ -322,10 +330,7 @@ def describe(
         "tie_word_embeddings": False,
         # Generation with a cache differs from that without one in transformers.
         "use_cache": False,
-        "patch_in_forward": True,
-        "patching_mode": "entropy",
-        "patching_threshold": patching.threshold,
-        "patch_size": max(round(patching.patch_size or 4), 1),
+        "patch_in_forward": patch_in_forward,
         "local_attention_window_len": local.window,
         "cross_attn_k": cross.slots,
         "encoder_hash_byte_group_size": list(config.hash_embeddings.sizes),
@@ -334,14 +339,19 @@ def describe(
         "encoder_config": encoder,
         "decoder_config": decoder,
         "global_config": middle,
+        OWN: {"version": __version__, "context_bytes": description.context_bytes},
+    }
+    if patcher is None:
+        return described, (config, None)
+    scorer, patching = patcher
+    described |= {
+        "patching_mode": "entropy",
+        "patching_threshold": patching.threshold,
+        "patch_size": max(round(patching.patch_size or 4), 1),
         "patcher_config": _stack(scorer, "blt_patcher", context)
         | {"sliding_window": scorer.window},
-        OWN: {
-            "version": __version__,
-            "patch_size": patching.patch_size,
-            "context_bytes": description.context_bytes,
-        },
     }
+    described[OWN]["patch_size"] = patching.patch_size
     return described, (config, scorer)
 
 
@@ -379,15 +389,13 @@ def _unknown_options(block: BlockConfig) -> dict[str, bool]:
     }
 
 
-def _expressible(
-    description: ModelDescription,
-) -> tuple[BLTConfig, TransformerConfig, EntropyPatching]:
-    """Return the parts of a description that ``transformers`` can express.
+def _expressible_blt(description: ModelDescription) -> BLTConfig:
+    """Return the BLT of a description.
 
     Raises:
-        ConfigError: it cannot express them.
+        ConfigError: ``transformers`` cannot express it.
     """
-    config, scorer, patching = description.model, description.scorer, description.patching
+    config = description.model
     if not isinstance(config, BLTConfig):
         raise ConfigError(f"a {kind_of(type(config))} model cannot be exported: only a BLT can")
     cross, hashed = config.cross_attention, config.hash_embeddings
@@ -406,32 +414,53 @@ def _expressible(
         ),
         "hash_embeddings.combine=mean (only sum)": hashed.combine == "mean",
     }
-    blocks: dict[str, BlockConfig] = {
-        "local": config.local,
-        "global_model": config.global_model,
-    }
-    if scorer is not None and isinstance(scorer.model, TransformerConfig):
-        blocks["scorer.model"] = scorer.model
-    for name, block in blocks.items():
+    for name, block in (("local", config.local), ("global_model", config.global_model)):
         refusals |= {f"{name}.{what}": wrong for what, wrong in _unknown_options(block).items()}
-    if patching is not None:
-        refusals[f"patching.kind={patching.kind} (only entropy)"] = patching.kind != "entropy"
-        refusals["patching.max_length (applied incorrectly)"] = patching.max_length is not None
+    _refuse(refusals, "")
+    return config
+
+
+def _expressible_patcher(
+    description: ModelDescription,
+) -> tuple[TransformerConfig, EntropyPatching]:
+    """Return the scorer and the rule of a description.
+
+    Raises:
+        ConfigError: ``transformers`` cannot find patches with them.
+    """
+    scorer, patching = description.scorer, description.patching
+    assert patching is not None
+    refusals = {
+        f"patching.kind={patching.kind} (only entropy)": patching.kind != "entropy",
+        "patching.max_length (applied incorrectly)": patching.max_length is not None,
+    }
+    model = scorer.model if scorer is not None else None
     if scorer is not None:
-        refusals["an n-gram scorer as entropy model (only a transformer)"] = not isinstance(
-            scorer.model, TransformerConfig
-        )
-        refusals["scorer.model.hash_embeddings (unsupported)"] = (
-            isinstance(scorer.model, TransformerConfig) and scorer.model.hash_embeddings is not None
-        )
-        refusals["scorer.reset_at_newline (unsupported)"] = scorer.reset_at_newline
+        is_transformer = isinstance(model, TransformerConfig)
+        what = "an n-gram" if isinstance(model, FittedNgramConfig) else "this kind of"
+        refusals |= {
+            f"{what} scorer as entropy model (only a transformer)": not is_transformer,
+            "scorer.reset_at_newline (unsupported)": scorer.reset_at_newline,
+        }
+    if isinstance(model, TransformerConfig):
+        hashed = model.hash_embeddings is not None
+        refusals["scorer.model.hash_embeddings (unsupported)"] = hashed
+        for name, wrong in _unknown_options(model).items():
+            refusals[f"scorer.model.{name}"] = wrong
+    _refuse(
+        refusals,
+        ", or export it with --no-patch-in-forward (in Python, patch_in_forward=False) and give "
+        "transformers the patch lengths",
+    )
+    assert isinstance(model, TransformerConfig)
+    assert isinstance(patching, EntropyPatching)
+    return model, patching
+
+
+def _refuse(refusals: dict[str, bool], remedy: str) -> None:
     wrong = [what for what, is_wrong in refusals.items() if is_wrong]
     if wrong:
         raise ConfigError(
             f"transformers cannot run this model, because of {'; '.join(wrong)}: to export a "
-            "model, train it with options that transformers supports"
+            f"model, train it with options that transformers supports{remedy}"
         )
-    assert isinstance(patching, EntropyPatching)
-    assert scorer is not None
-    assert isinstance(scorer.model, TransformerConfig)
-    return config, scorer.model, patching
