@@ -18,6 +18,7 @@ from bytelm.storage import read_lines
 from bytelm.study.costs import inference_flops
 from bytelm.study.plan import Plan
 from bytelm.study.resolving import Resolved
+from bytelm.study.resources import RESIDENT
 from bytelm.study.results import identity
 from bytelm.study.text import scorer_training_flops
 from bytelm.tracking import read_jsonl
@@ -30,6 +31,28 @@ SLICES = "slices.jsonl"
 """File in a run's folder with a line for each slice."""
 BEGIN = '{"steps": '
 """Beginning of each line of that file."""
+NO_SOURCES = (
+    "__main__.py",
+    "cli",
+    "display",
+    "evaluation",
+    "figures.py",
+    "inference",
+    "interop",
+    "language_model.py",
+    "progress.py",
+    "quickstart.py",
+    "serving",
+    "tracking.py",
+    "version.py",
+    "study/bootstrap.py",
+    "study/comparison.py",
+    "study/drawing.py",
+    "study/fit.py",
+    "study/page.py",
+    "study/words.py",
+)
+"""The package's code that cannot change what a run computes or how it is measured."""
 
 
 def measure(
@@ -61,7 +84,7 @@ def measure(
         "padded_bytes": _mean([row["padded_bytes"] for row in padded]),
         "padded_patches": _mean([row.get("padded_patches", 0.0) for row in padded]),
         "seconds": sum(one["seconds"] for one in slices),
-        "peak_bytes": max(one["peak_bytes"] for one in slices),
+        **_resources(slices),
         "slices": len(slices),
         "machines": _distinct(one["machine"] for one in slices),
         "failure": None,
@@ -98,6 +121,20 @@ def held_out_likelihood(
     return by_document, {number: names[int(ids[number])] for number in by_document}
 
 
+def _resources(slices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return time of processors and peak memory over all slices.
+
+    Slices of earlier versions did not record the former, and their memory is of resident pages.
+    """
+    cpu_seconds = [one["cpu_seconds"] for one in slices if "cpu_seconds" in one]
+    kinds = {one.get("memory", RESIDENT) for one in slices}
+    return {
+        "cpu_seconds": sum(cpu_seconds) if len(cpu_seconds) == len(slices) else None,
+        "peak_bytes": max(one["peak_bytes"] for one in slices),
+        "memory": kinds.pop() if len(kinds) == 1 else "mixed",
+    }
+
+
 def read_slices(folder: Path) -> list[dict[str, Any]]:
     """Return the record of each slice of a run, without one that a kill cut short."""
     # Earlier versions appended to a line that was cut short; its last record is complete.
@@ -128,9 +165,12 @@ def describe(plan: Plan, resolved: Resolved, out: Path) -> dict[str, Any]:
 
 @cache
 def source_hash() -> str:
-    """Return a short hash of the package's code, which tables record for each run."""
+    """Return a short hash of the code that decides results; tables record it for each run."""
     root = Path(bytelm.__file__).parent
-    parts = [path.read_bytes() for path in sorted(root.rglob("*.py"))]
+    paths = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py"))]
+    left_out = tuple(f"{name}/" for name in NO_SOURCES)
+    kept = [path for path in paths if not f"{path}/".startswith(left_out)]
+    parts = [(root / path).read_bytes() for path in kept]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 

@@ -15,9 +15,16 @@ from bytelm.study.comparison import Comparison, compare
 from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
 from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Curve
 from bytelm.study.plan import Plan
+from bytelm.study.resources import RESIDENT
 from bytelm.study.table import budget, read_table
 
 PAGE = "results.md"
+ABOUT_COSTS = (
+    "Seconds depend on what else the machine did; rates are per second of its processors where "
+    "those were measured. Peaks of anonymous memory leave out memory-mapped text and entropies; "
+    "peaks of resident memory, which earlier versions measured, count the pages of them that were "
+    "read."
+)
 UNPAIRED = "\u2020"
 """Mark of differences of runs that have no seed in common."""
 AXES = {"training": "training FLOPs", "inference": "training bytes"}
@@ -61,7 +68,8 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
     draw_units(plain, out / "units.svg")
     draw_costs(plain, out / "costs.svg")
     lines += ["## Bytes per patch and quality", "", "![bytes per patch](units.svg)", ""]
-    lines += ["## Time and memory", "", "![time and memory](costs.svg)", "", *_costs(plain), ""]
+    lines += ["## Time and memory", "", "![time and memory](costs.svg)", "", ABOUT_COSTS, ""]
+    lines += [*_costs(plain), ""]
     lines += ["## By source", "", *_sources(bootstrap), ""]
     write_text(out / PAGE, "\n".join(lines))
     return out / PAGE
@@ -71,6 +79,8 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     rows = bootstrap.results.rows
     counts = Counter(_machine(row) for row in rows)
     machines = "; ".join(f"{name} ({count} runs)" for name, count in counts.items())
+    sources = Counter(source for row in rows for source in _sources_of(row))
+    counted_sources = ", ".join(f"`{name}` ({count} runs)" for name, count in sources.items())
     off = [abs(row["flops"] / row["budget_flops"] - 1) for row in rows if row["budget_flops"]]
     worst = max(off, default=0.0)
     met = f" Each run's FLOPs are within {worst:.2%} of its budget." if off else ""
@@ -89,6 +99,7 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
         f"held-out documents, none of which is in the training text. {spread}",
         "",
         f"Machines: {machines}.",
+        f"Hashes of the source: {counted_sources}; the table of time and memory has each run's.",
         "Brackets are 95% bootstrap intervals over held-out documents and seeds. Differences are "
         "those of runs with the same seed; where there are none, of the means of all seeds, marked "
         f"{UNPAIRED}. Of many intervals, one in twenty excludes 0 by chance.",
@@ -96,12 +107,17 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
 
 
 def _machine(row: dict[str, Any]) -> str:
-    """Describe the machine of a run, or all of them if it moved or the code changed."""
-    return ", then ".join(
-        f"{one['device']}, {one['threads']} thread(s), torch {one['torch']}, bytelm "
-        f"{one['bytelm']} (source {one['source']})"
+    """Describe the machine of a run, or all of them if it moved."""
+    machines = [
+        f"{one['device']}, {one['threads']} thread(s), torch {one['torch']}, bytelm {one['bytelm']}"
         for one in json.loads(row["machines"])
-    )
+    ]
+    return ", then ".join(dict.fromkeys(machines))
+
+
+def _sources_of(row: dict[str, Any]) -> list[str]:
+    """Return the hashes of the source that trained a run, in order."""
+    return list(dict.fromkeys(one["source"] for one in json.loads(row["machines"])))
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -244,11 +260,15 @@ def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
             "+ scoring": f"{row['scorer_flops']:.2g}",
             "+ scorer's training": f"{row['scorer_training_flops']:.2g}",
             "seconds": f"{row['seconds']:.0f}",
-            "GFLOP/s": f"{row['flops'] / row['seconds'] / 1e9:.1f}",
-            "peak GB": f"{row['peak_bytes'] / 1e9:.2f}",
+            "CPU seconds": f"{row['cpu_seconds']:.0f}" if row["cpu_seconds"] else "-",
+            "GFLOP per CPU second": f"{row['flops'] / row['cpu_seconds'] / 1e9:.1f}"
+            if row["cpu_seconds"]
+            else "-",
+            "peak GB": f"{row['peak_bytes'] / 1e9:.2f} {row['memory'] or RESIDENT}",
             "padded bytes": f"{row['padded_bytes']:.1%}",
             "padded units": f"{row['padded_patches']:.1%}",
             "slices": str(row["slices"]),
+            "source": ", then ".join(_sources_of(row)),
         }
         for row in sorted(rows, key=lambda row: (row["flops"], row["label"]))
     ]

@@ -12,7 +12,6 @@ resolved before the processes start.
 """
 
 import json
-import re
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from bytelm.storage import append_line, to_json, write_text
 from bytelm.study.measuring import SLICES, describe, machine, measure
 from bytelm.study.plan import Plan, Run
 from bytelm.study.resolving import Resolved, Resolver
+from bytelm.study.resources import Resources
 from bytelm.study.results import RESULT, finished_result, run_folder, write_result
 from bytelm.training import train
 from bytelm.training.run import METRICS
@@ -190,18 +190,13 @@ def run_slice(plan: Plan, resolved: Resolved, out: Path, time_limit: float | Non
     run, recipe = resolved.run, resolved.recipe
     folder = run_folder(out, run)
     device = choose_device(recipe.train)
-    began = time.monotonic()
     try:
-        trained = train(recipe, folder, time_limit=time_limit)
+        with Resources(device) as resources:
+            trained = train(recipe, folder, time_limit=time_limit)
     except TrainingError as error:
         write_result(out, run, {**describe(plan, resolved, out), "failure": str(error)})
         return True
-    record = {
-        "steps": trained.step,
-        "seconds": time.monotonic() - began,
-        "peak_bytes": _peak_bytes(device),
-        "machine": machine(device),
-    }
+    record = {"steps": trained.step, **resources.record(), "machine": machine(device)}
     append_line(folder / SLICES, to_json(record))
     if trained.finished:
         write_result(out, run, measure(plan, resolved, out, folder, trained.bytes_seen))
@@ -225,21 +220,6 @@ def share_done(out: Path, run: Run, steps: int) -> float:
             # The first line is cut off, the last may be incomplete, others may have no step.
             continue
     return 0.0
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        # On Linux the peak that getrusage gives includes the parent's.
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text("ascii"))
-        if found:
-            return int(found[1]) * 1024
-    import resource  # not there on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _problem(out: Path, run: Run, exit_code: int) -> str:

@@ -48,7 +48,9 @@ RUN_SCHEMA = pa.schema(
         ("padded_bytes", pa.float64()),
         ("padded_patches", pa.float64()),
         ("seconds", pa.float64()),
+        ("cpu_seconds", pa.float64()),
         ("peak_bytes", pa.int64()),
+        ("memory", pa.string()),
         ("slices", pa.int64()),
         ("machines", pa.string()),
         ("failure", pa.string()),
@@ -153,6 +155,8 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
     """
     try:
         rows = pq.read_table(folder / RESULTS).to_pylist()
+        # Tables of earlier versions lack some columns.
+        rows = [{**dict.fromkeys(RUN_SCHEMA.names), **row} for row in rows]
         documents = pq.read_table(folder / DOCUMENTS)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder} holds no table of a study: {error}") from None
