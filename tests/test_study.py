@@ -137,7 +137,7 @@ def test_a_run_in_slices_reaches_the_same_numbers(study, tmp_path):
         json.loads((folder / "runs" / run.name / RESULT).read_text()) for folder in (out, tmp_path)
     )
     assert sliced["slices"] == slices + 1
-    varying = {"seconds", "peak_bytes", "slices", "machines", "recipe"}
+    varying = {"seconds", "cpu_seconds", "peak_bytes", "slices", "machines", "recipe"}
     assert {k: v for k, v in whole.items() if k not in varying} == {
         k: v for k, v in sliced.items() if k not in varying
     }
