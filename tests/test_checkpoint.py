@@ -24,6 +24,7 @@ from bytelm.checkpoint import (
     load_scorer,
     load_tensors,
     save_model,
+    save_scorer,
     save_tensors,
     saved_steps,
 )
@@ -273,10 +274,27 @@ def test_other_folders_among_the_checkpoints_are_left_out(tmp_path):
     assert [p.name for p in saved_steps(tmp_path)] == ["step-00000020", "step-00000100"]
 
 
-def test_a_blt_is_no_scorer(tmp_path):
-    _, folder = saved(tmp_path)
+def test_the_scorer_of_a_blt_is_the_one_it_was_trained_with(tmp_path):
+    model, folder = saved(tmp_path)
+    scorer, config = load_scorer(folder, reset_at_newline=False)
+    assert config.reset_at_newline
+    ids = random_ids(60)[None]
+    with torch.no_grad():
+        assert torch.equal(scorer.entropies(ids), model.scorer.entropies(ids))
+    save_scorer(tmp_path / "alone", scorer, config)
+    alone, again = load_scorer(tmp_path / "alone", reset_at_newline=True)
+    assert again == config
+    with torch.no_grad():
+        assert torch.equal(alone.entropies(ids), scorer.entropies(ids))
+
+
+def test_a_blt_without_a_scorer_is_no_scorer(tmp_path):
+    model = random_patched(rule=SpaceRule())
+    model.scorer = None
+    description = ModelDescription(model=blt_config(), patching=SpacePatching())
+    save_model(tmp_path / "m", model, description)
     with pytest.raises(CheckpointError, match="holds a blt model, not a scorer"):
-        load_scorer(folder, reset_at_newline=False)
+        load_scorer(tmp_path / "m", reset_at_newline=False)
 
 
 def test_nothing_is_overwritten(tmp_path):

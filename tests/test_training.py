@@ -42,6 +42,7 @@ from bytelm.config import (
     Recipe,
     RopeScaling,
     StaticPatching,
+    TrackConfig,
     TransformerConfig,
     dump_yaml,
     parse,
@@ -571,6 +572,9 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
     train(recipe(data, "transformer", steps=1), tmp_path / "transformer")
     init = parse(InitConfig, {"from": str(tmp_path / "blt")}, "test")
     Trainer(recipe(data).model_copy(update={"init": init}))
+    track = parse(TrackConfig, {"wandb": {"project": "p", "mode": "disabled"}}, "test")
+    tracked = recipe(data, "transformer", steps=1).model_copy(update={"track": track})
+    train(tracked, tmp_path / "tracked")
     scaled = TransformerConfig(**{**SMALL, "rope_scaling": RopeScaling(kind="llama3", factor=2.0)})
     Trainer(recipe(data, "transformer").model_copy(update={"model": scaled})).step()
     Trainer(changed(recipe(data), "optimizer", schedule="wsd")).step()

@@ -4,12 +4,15 @@
 
     RUN/recipe.yaml                    recipe of the run
     RUN/checkpoints/step-00000500/     a checkpoint: complete by itself
+    RUN/best.json                      step of the one with the lowest held-out bits per byte
+
+``RUN`` names the newest checkpoint of a run, ``RUN/best`` the best.
 """
 
 from pathlib import Path
 
 from bytelm.errors import CheckpointError
-from bytelm.storage import FILES, check_folder
+from bytelm.storage import FILES, check_folder, read_json
 
 CONFIG, MODEL, SCORER, TOKENIZER = (
     "config.json",
@@ -18,6 +21,8 @@ CONFIG, MODEL, SCORER, TOKENIZER = (
     "tokenizer.json",
 )
 """Files of a checkpoint."""
+BEST = "best.json"
+"""Record of the best checkpoint of a run."""
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -37,11 +42,23 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder of the checkpoint at ``path``, or of the newest one of a training run.
+    """Return the folder of a checkpoint.
+
+    Args:
+        path: a checkpoint; a training run, for its newest checkpoint; or ``RUN/best``, for the best
+            one of a run.
 
     Raises:
-        CheckpointError: the training run has no checkpoint yet.
+        CheckpointError: the training run has no checkpoint yet, or none that was validated.
     """
+    if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
+        best = best_step(path.parent)
+        if best is None:
+            raise CheckpointError(
+                f"the run in {path.parent} has no best checkpoint yet: only steps that are both "
+                "saved and validated count (train.checkpoint_every, train.validate_every)"
+            )
+        return best
     steps = saved_steps(path)
     if steps:
         return steps[-1]
@@ -50,6 +67,23 @@ def find_checkpoint(path: Path) -> Path:
             f"the run in {path} has not saved a checkpoint yet: train it for longer"
         )
     return path
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def best_step(run: Path) -> Path | None:
+    """Return the checkpoint of a run with the lowest held-out bits per byte, if one is recorded.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    if not (run / BEST).exists():
+        return None
+    folder = step_folder(run, int(read_json(run / BEST)["step"]))
+    return folder if folder.is_dir() else None
 
 
 def saved_steps(run: Path) -> list[Path]:

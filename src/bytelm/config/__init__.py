@@ -49,7 +49,9 @@ from bytelm.config.recipe import (
     NgramRecipe,
     OptimizerConfig,
     Recipe,
+    TrackConfig,
     TrainConfig,
+    WandbConfig,
 )
 
 __all__ = [
@@ -85,8 +87,10 @@ __all__ = [
     "SpacePatching",
     "StackConfig",
     "StaticPatching",
+    "TrackConfig",
     "TrainConfig",
     "TransformerConfig",
+    "WandbConfig",
     "differences",
     "dump_yaml",
     "import_kinds",

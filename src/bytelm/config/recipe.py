@@ -1,6 +1,6 @@
 """Configuration of training runs and of saved models."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -124,6 +124,35 @@ class TrainConfig(Node):
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
     tensorboard: bool = False
+    """Earlier name of ``track.tensorboard``."""
+
+
+class WandbConfig(Node):
+    """A run of Weights & Biases."""
+
+    project: str
+    entity: str | None = None
+    """User or team; null for the default one."""
+    name: str | None = None
+    """Name of the run; null for that of its folder."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """offline: to upload later with ``wandb sync``; null for that of WANDB_MODE."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of :class:`bytelm.tracking.WandbMetrics`."""
+        return {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name,
+            "mode": self.mode,
+        }
+
+
+class TrackConfig(Node):
+    """Trackers that receive the metrics of ``metrics.jsonl`` as well."""
+
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
 
 
 @open_node
@@ -137,6 +166,7 @@ class Recipe(Node):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    track: TrackConfig = TrackConfig()
 
     @property
     def row_length(self) -> int:

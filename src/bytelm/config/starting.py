@@ -95,7 +95,7 @@ def _check_trainable(model: Any, name: str) -> None:
 
 def _folder(name: str) -> Path:
     path = Path(name).expanduser()
-    if not path.is_dir():
+    if not (path.parent if path.name == "best" else path).is_dir():
         hub = "; for a repository of the Hugging Face Hub, import it first" * (name.count("/") == 1)
         raise CheckpointError(
             f"init.from: no checkpoint at {name}: there is no such folder{hub} (`bytelm import "

@@ -12,12 +12,14 @@ from bytelm.errors import CheckpointError, ConfigError, NumericalError, Training
 from bytelm.progress import BeginCooldown, Callback, StopTraining
 from bytelm.stopping import Stopped, Stopping
 from bytelm.storage import disk_errors, is_vacant, locked, read_json, write_json, write_text
-from bytelm.tracking import JsonlMetrics, TensorBoardMetrics
+from bytelm.tracking import JsonlMetrics
+from bytelm.training.best import BestCheckpoint
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.state import TrainerState, load_step, save_step, step_folder
+from bytelm.training.trackers import check_trackers, open_trackers
 from bytelm.training.trainer import Trainer, with_cooldowns
 
-RECIPE, METRICS, TENSORBOARD = "recipe.yaml", "metrics.jsonl", "tensorboard"
+RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 ORIGIN = "init.json"
 """Record of the checkpoint that a run began with."""
 RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
@@ -37,6 +39,12 @@ RESUME_FREELY = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.tensorboard",
+    "track.tensorboard",
+    "track.wandb",
+    "track.wandb.project",
+    "track.wandb.entity",
+    "track.wandb.name",
+    "track.wandb.mode",
 }
 
 
@@ -99,6 +107,7 @@ def open_run(
     ``stop`` has the requests to stop, which interrupt if it is listening.
     """
     stop = stop or Stopping()
+    check_trackers(recipe)
     _check_folder(recipe, folder)
     with stop.interruptible():
         trainer = Trainer(_as_recorded(recipe, folder), has_weights=bool(saved_steps(folder)))
@@ -132,8 +141,8 @@ class Run:
         self.origin = _read_origin(folder)
         self.jsonl = JsonlMetrics(folder / METRICS, state.metrics_bytes if state else 0)
         self.writers: list[Callback] = [self.jsonl]
-        if trainer.recipe.train.tensorboard:
-            self.writers.append(TensorBoardMetrics(folder / TENSORBOARD, trainer.num_steps))
+        self.writers.append(BestCheckpoint(folder))
+        self.writers += open_trackers(trainer.recipe, folder, trainer.num_steps)
         self.validation: dict[str, Likelihood] = {}
         """Likelihood of held-out text by source at the last validation."""
         self.is_validation_due = state is not None and state.is_validation_due

@@ -24,11 +24,11 @@ from bytelm.checkpoint import (
     check_checkpoint,
     load_tensors,
     save_tensors,
-    saved_steps,
     write_model,
 )
 from bytelm.data import LoaderState
 from bytelm.errors import CheckpointError
+from bytelm.layout import best_step, saved_steps, step_folder
 from bytelm.storage import atomic_folder, read_json, remove_unfinished, write_json
 from bytelm.training.setup import Setup
 
@@ -53,11 +53,6 @@ class TrainerState:
     """Whether the validation of this step follows; it preceded checkpoints of earlier versions."""
 
 
-def step_folder(run: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
 def save_step(
     run: Path,
     setup: Setup,
@@ -65,7 +60,7 @@ def save_step(
     state: TrainerState,
     training: dict[str, Any],
 ) -> None:
-    """Save a step, then remove all but the newest ``train.keep_checkpoints``.
+    """Save a step, then remove all but the newest ``train.keep_checkpoints`` and the best.
 
     Args:
         run: folder of the run.
@@ -83,8 +78,10 @@ def save_step(
         write_model(temporary, setup.lm, setup.description, training)
         save_tensors(temporary / OPTIMIZER, _moments(setup.lm.trained, optimizer))
         write_json(temporary / TRAINER, asdict(state))
+    best = best_step(run)
     for old in saved_steps(run)[: -setup.recipe.train.keep_checkpoints]:
-        shutil.rmtree(old)
+        if old != best:
+            shutil.rmtree(old)
 
 
 def load_step(
