@@ -5,6 +5,7 @@
     RUN/recipe.yaml                    recipe of the run
     RUN/checkpoints/step-00000500/     a checkpoint: complete by itself
     RUN/best.json                      step of the one with the lowest held-out bits per byte
+    RUN/metrics.jsonl                  metrics of the run
 
 ``RUN`` names the newest checkpoint of a run, ``RUN/best`` the best.
 """
@@ -21,8 +22,8 @@ CONFIG, MODEL, SCORER, TOKENIZER = (
     "tokenizer.json",
 )
 """Files of a checkpoint."""
-BEST = "best.json"
-"""Record of the best checkpoint of a run."""
+RECIPE, METRICS, BEST = "recipe.yaml", "metrics.jsonl", "best.json"
+"""Files of a run; the last one records its best checkpoint."""
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -90,4 +91,9 @@ def saved_steps(run: Path) -> list[Path]:
     """Return the checkpoint folders of a training run, oldest first."""
     folders = (run / "checkpoints").glob("step-*") if run.is_dir() else []
     steps = [p for p in folders if p.name.removeprefix("step-").isdecimal()]
-    return sorted(steps, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(steps, key=step_number)
+
+
+def step_number(checkpoint: Path) -> int:
+    """Return the step of a checkpoint of a run."""
+    return int(checkpoint.name.removeprefix("step-"))

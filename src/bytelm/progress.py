@@ -58,6 +58,14 @@ class Callback:
     def on_begin(self, step: int, steps: int) -> None:
         """Called when a run begins, or resumes after ``step`` of ``steps`` steps."""
 
+    def on_extend(self, step: int, superseded: Path | None) -> None:
+        """Called before ``on_begin`` when a run is given more steps.
+
+        Args:
+            step: step of the checkpoint that it is extended from.
+            superseded: folder that later checkpoints were moved to, if there were any.
+        """
+
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called with the metrics since the last call, or of held-out text (``validation_*``)."""
 

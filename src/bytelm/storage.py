@@ -242,6 +242,19 @@ def atomic_folder(target: Path, *, record: bool = True) -> Iterator[Path]:
     _flush_entry(target)
 
 
+def move_folder(folder: Path, target: Path) -> None:
+    """Move a folder within a file system: at any moment it is whole, and at one of the places.
+
+    Raises:
+        CheckpointError: ``target`` exists.
+        OSError: the folder cannot be moved.
+    """
+    check_absent(target)
+    folder.rename(target)
+    _flush_entry(target)
+    _flush_entry(folder)
+
+
 def check_absent(target: Path) -> None:
     """Check that nothing exists at ``target``.
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -108,6 +109,13 @@ class TrainingBar(Callback):
     def on_begin(self, step: int, steps: int) -> None:
         """Show the bar."""
         self._bar = Bar(self._console, self._title, steps, step)
+
+    def on_extend(self, step: int, superseded: Path | None) -> None:
+        """Print what happens to the run."""
+        text = f"  extended from the checkpoint of step {step}"
+        if superseded is not None:
+            text += f": later ones, and the metrics so far, are in {superseded}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics."""

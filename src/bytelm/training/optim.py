@@ -71,6 +71,19 @@ def planned_cooldown(steps: int, config: OptimizerConfig) -> Cooldown:
     return Cooldown(start=steps - max(round(config.cooldown_fraction * steps), 1), end=steps)
 
 
+def last_shared_step(steps: int, config: OptimizerConfig) -> int | None:
+    """Return the last step at which a wsd run is as one with more steps; ``None`` for others.
+
+    It precedes the cooldown. A cooldown that was decided in the run belongs to the step at which it
+    was decided.
+    """
+    if config.schedule != "wsd":
+        return None
+    if config.cooldowns:
+        return config.cooldowns[0].start - 1
+    return planned_cooldown(steps, config).start
+
+
 def cooldown_progress(step: int, steps: int, config: OptimizerConfig) -> float:
     """Return the share of the cooldown before a step: 0 until it starts, 1 when training ends.
 

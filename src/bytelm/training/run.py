@@ -4,22 +4,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bytelm.checkpoint import read_config, saved_steps
 from bytelm.config import Cooldown, Recipe, differences, dump_yaml, load_recipe
 from bytelm.errors import CheckpointError, ConfigError, NumericalError, TrainingError
+from bytelm.layout import METRICS as METRICS
+from bytelm.layout import RECIPE
 from bytelm.progress import BeginCooldown, Callback, StopTraining
 from bytelm.stopping import Stopped, Stopping
 from bytelm.storage import disk_errors, is_vacant, locked, read_json, write_json, write_text
 from bytelm.tracking import JsonlMetrics
 from bytelm.training.best import BestCheckpoint
+from bytelm.training.extension import extend, find_base
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.state import TrainerState, load_step, save_step, step_folder
 from bytelm.training.trackers import check_trackers, open_trackers
 from bytelm.training.trainer import Trainer, with_cooldowns
 
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 ORIGIN = "init.json"
 """Record of the checkpoint that a run began with."""
 RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
@@ -70,6 +72,10 @@ def train(
 ) -> TrainingResult:
     """Train a recipe in a folder, or resume the run in that folder.
 
+    If ``train.steps`` exceeds the steps of that run, the run is extended, from the newest
+    checkpoint whose steps had the learning rates of the longer run. Later checkpoints are moved to
+    ``superseded`` in the folder.
+
     SIGINT and SIGTERM end the run at once, with a checkpoint of the last complete step. A
     validation that is not complete then is made when the run is resumed.
 
@@ -81,7 +87,8 @@ def train(
             :data:`bytelm.stopping.OVERTIME` longer.
 
     Raises:
-        ConfigError: the recipe is incomplete, or differs from that of the run in the folder.
+        ConfigError: the recipe is incomplete, or differs from that of the run in the folder, or
+            that run cannot be extended.
         DataError: the data is missing, damaged or unsuitable.
         PatchingError: the wanted patch size cannot be reached.
         CheckpointError: a checkpoint is damaged or cannot be written.
@@ -108,17 +115,26 @@ def open_run(
     """
     stop = stop or Stopping()
     check_trackers(recipe)
-    _check_folder(recipe, folder)
+    start = _check_folder(recipe, folder).start
     with stop.interruptible():
-        trainer = Trainer(_as_recorded(recipe, folder), has_weights=bool(saved_steps(folder)))
+        trainer = Trainer(_as_recorded(recipe, start), has_weights=start is not None)
     with ExitStack() as stack:
         with _writing(folder):
             stack.enter_context(locked(folder))
-            # Only now, so that an invalid recipe does not occupy the folder.
-            _write_recipe(recipe, folder, trainer.setup.origin)
-            state = _resume(folder, trainer)
+            # Another process may have trained in the meantime.
+            start, is_extended = _check_folder(recipe, folder)
+            state = superseded = None
+            if start is None:
+                # Only now, so that an invalid recipe does not occupy the folder.
+                _write_recipe(recipe, folder, trainer.setup.origin)
+            else:
+                state = _resume(folder, start, trainer)
+            if start is not None and is_extended:
+                superseded = extend(recipe, folder, start)
             run = Run(folder, trainer, state, callbacks, stop)
         try:
+            if is_extended:
+                run.announce(superseded)
             yield run
         finally:
             run.end()
@@ -176,6 +192,10 @@ class Run:
             self.save()
         return self.result()
 
+    def announce(self, superseded: Path | None) -> None:
+        """Report that the run was extended, and the folder that later checkpoints are in."""
+        self._call(lambda callback: callback.on_extend(self.trainer.num_steps, superseded))
+
     def begin(self) -> None:
         """Begin, or resume with a validation that is due; to be called once, before the first step.
 
@@ -201,7 +221,8 @@ class Run:
         self.is_validation_due = step % config.validate_every == 0 or is_last
         if step % config.log_every == 0 or is_last:
             self._report(trainer.report())
-        if step % config.checkpoint_every == 0 or is_last:
+        # The run can be extended from the step before its cooldown.
+        if step % config.checkpoint_every == 0 or is_last or trainer.begins_cooldown:
             self.save()
         if self.is_validation_due:
             self.validate()
@@ -304,6 +325,7 @@ class Run:
                 trainer.optimizer,
                 trainer.state(self.jsonl.position(), self.is_validation_due),
                 training,
+                trainer.last_shared_step,
             )
         self._call(lambda callback: callback.on_checkpoint(trainer.num_steps, folder))
 
@@ -313,29 +335,43 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
     return disk_errors(folder, CheckpointError, RESUME)
 
 
-def _check_folder(recipe: Recipe, folder: Path) -> None:
-    """Check that a folder is vacant, or holds a run of the same recipe or without checkpoints."""
-    path = folder / RECIPE
-    if saved_steps(folder):
+class _Start(NamedTuple):
+    start: Path | None
+    """Checkpoint to resume from, if there is one."""
+    is_extended: bool = False
+    """Whether the run is given more steps from there."""
+
+
+def _check_folder(recipe: Recipe, folder: Path) -> _Start:
+    """Check that a folder is vacant, or holds a run of the same recipe or without checkpoints.
+
+    Returns:
+        Where to start in it.
+    """
+    path, saved = folder / RECIPE, saved_steps(folder)
+    if saved:
         old = load_recipe(str(path)).model_dump(mode="json")
         changed = differences(old, recipe.model_dump(mode="json"))
         serious = [line for line in changed if line.split(":")[0] not in RESUME_FREELY]
         if serious:
+            base = find_base(recipe, folder, [line.split(":")[0] for line in serious])
+            if base is not None:
+                return _Start(base, is_extended=True)
             raise ConfigError(
                 f"{folder} holds a run of another recipe ({'; '.join(serious)}): use another "
                 "folder, or the same settings to resume it"
             )
     elif not path.exists() and not is_vacant(folder):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
+    return _Start(saved[-1] if saved else None)
 
 
-def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe with what the newest checkpoint's run decided: units in a row, cooldowns."""
-    saved = saved_steps(folder)
-    if not saved:
+def _as_recorded(recipe: Recipe, start: Path | None) -> Recipe:
+    """Return a recipe with what a checkpoint's run decided: units in a row, cooldowns."""
+    if start is None:
         return recipe
     try:
-        recorded = read_config(saved[-1]).training or {}
+        recorded = read_config(start).training or {}
     except CheckpointError:
         # Explained when the checkpoint is loaded.
         return recipe
@@ -352,9 +388,7 @@ def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _write_recipe(recipe: Recipe, folder: Path, origin: dict[str, Any] | None) -> None:
-    """Write the recipe and the record of ``init``, unless the run has checkpoints already."""
-    if saved_steps(folder):
-        return
+    """Write the recipe of a new run, and the record of ``init``."""
     if origin is not None:
         write_json(folder / ORIGIN, origin)
     elif (folder / ORIGIN).exists():
@@ -368,12 +402,9 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     return {"init": read_json(path)} if path.exists() else {}
 
 
-def _resume(folder: Path, trainer: Trainer) -> TrainerState | None:
-    """Resume from the newest checkpoint, if any, and return its state."""
-    saved = saved_steps(folder)
-    if not saved:
-        return None
-    state = load_step(saved[-1], trainer.lm.trained, trainer.optimizer, trainer.device)
+def _resume(folder: Path, start: Path, trainer: Trainer) -> TrainerState:
+    """Resume from a checkpoint, and return its state."""
+    state = load_step(start, trainer.lm.trained, trainer.optimizer, trainer.device)
     if state.data_fingerprint != trainer.data_fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data than {trainer.setup.dataset.folder} now holds: "

@@ -28,7 +28,7 @@ from bytelm.checkpoint import (
 )
 from bytelm.data import LoaderState
 from bytelm.errors import CheckpointError
-from bytelm.layout import best_step, saved_steps, step_folder
+from bytelm.layout import best_step, saved_steps, step_folder, step_number
 from bytelm.storage import atomic_folder, read_json, remove_unfinished, write_json
 from bytelm.training.setup import Setup
 
@@ -59,8 +59,11 @@ def save_step(
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     training: dict[str, Any],
+    last_shared_step: int | None = None,
 ) -> None:
-    """Save a step, then remove all but the newest ``train.keep_checkpoints`` and the best.
+    """Save a step, then remove all but the newest ``train.keep_checkpoints`` and two others.
+
+    These are the best one, and the newest one from which the run could be extended.
 
     Args:
         run: folder of the run.
@@ -68,6 +71,7 @@ def save_step(
         optimizer: optimiser of the run.
         state: state of the trainer.
         training: record of the training for the model's configuration.
+        last_shared_step: last step from which the run can be extended, if there is one.
 
     Raises:
         CheckpointError: the checkpoint cannot be written; earlier ones are unchanged.
@@ -78,9 +82,11 @@ def save_step(
         write_model(temporary, setup.lm, setup.description, training)
         save_tensors(temporary / OPTIMIZER, _moments(setup.lm.trained, optimizer))
         write_json(temporary / TRAINER, asdict(state))
-    best = best_step(run)
-    for old in saved_steps(run)[: -setup.recipe.train.keep_checkpoints]:
-        if old != best:
+    saved, kept = saved_steps(run), {best_step(run)}
+    if last_shared_step is not None:
+        kept.update([one for one in saved if step_number(one) <= last_shared_step][-1:])
+    for old in saved[: -setup.recipe.train.keep_checkpoints]:
+        if old not in kept:
             shutil.rmtree(old)
 
 

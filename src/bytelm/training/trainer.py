@@ -17,7 +17,12 @@ from bytelm.errors import ConfigError, TrainingError
 from bytelm.progress import ignore
 from bytelm.stopping import Stopped, Stopping
 from bytelm.training.objective import Likelihood, measure_spans, position_nats
-from bytelm.training.optim import build_optimizer, learning_rate, planned_cooldown
+from bytelm.training.optim import (
+    build_optimizer,
+    last_shared_step,
+    learning_rate,
+    planned_cooldown,
+)
 from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
 from bytelm.training.validation import held_out_spans
@@ -199,6 +204,17 @@ class Trainer:
         optimizer, steps = self.recipe.optimizer, self.recipe.train.steps
         cooldowns = optimizer.cooldowns or [planned_cooldown(steps, optimizer)]
         return [c for c in cooldowns if c.start < self.num_steps]
+
+    @property
+    def last_shared_step(self) -> int | None:
+        """See :func:`bytelm.training.optim.last_shared_step`."""
+        return last_shared_step(self.last_step, self.recipe.optimizer)
+
+    @property
+    def begins_cooldown(self) -> bool:
+        """Whether the cooldown that the recipe plans begins with the next step."""
+        is_planned = self.recipe.optimizer.cooldowns is None
+        return is_planned and self.num_steps == self.last_shared_step
 
     def report(self) -> dict[str, float]:
         """Return the metrics since the last report, and begin a new interval."""
