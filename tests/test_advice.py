@@ -58,7 +58,9 @@ def test_the_texts_of_the_package_are_found():
 @pytest.mark.parametrize("where", MESSAGES)
 def test_every_option_that_a_message_names_exists(where):
     known = set().union(*OPTIONS.values())
-    assert set(OPTION.findall(MESSAGES[where])) <= known
+    # Commands in backticks may be of other programs: `zstd -d --long=31`.
+    text = re.sub(r"`(?!bytelm )[^`]* [^`]*`", "", MESSAGES[where])
+    assert set(OPTION.findall(text)) <= known
 
 
 @pytest.mark.parametrize("command", OPTIONS)

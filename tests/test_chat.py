@@ -36,7 +36,7 @@ def documents(path, **options):
     chosen = ReadOptions(**options)
     reader = Reader(chosen)
     found = [d for one in find_inputs([str(path)], chosen) for d in reader.read(one)]
-    return found, reader.num_invalid
+    return found, sum(record.invalid_records for record in reader.records)
 
 
 @pytest.mark.parametrize("messages", [CHAT, SHAREGPT, PARTS], ids=["openai", "sharegpt", "parts"])

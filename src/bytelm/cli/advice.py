@@ -29,7 +29,8 @@ def command_options(root: Any) -> dict[str, set[str]]:
             for name, inner in command.commands.items():
                 visit(inner, (*path, name))
         else:
-            own = {o for p in command.params for o in p.opts if o.startswith("--")}
+            flags = (o for p in command.params for o in (*p.opts, *p.secondary_opts))
+            own = {o for o in flags if o.startswith("--")}
             found[" ".join(path)] = own | {"--help"}
 
     visit(root, ())
