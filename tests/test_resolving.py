@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -81,10 +82,12 @@ class Worker:
 
     def start(self):
         Worker.is_inside = True
+        handler = signal.getsignal(signal.SIGINT)
         try:
             self.target(*pickle.loads(self.args))
         finally:
             Worker.is_inside = False
+            signal.signal(signal.SIGINT, handler)
         self.exitcode = 0
 
     def is_alive(self):
