@@ -3,36 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bytelm.errors import ConfigError, DataError
 from bytelm.progress import Progress
-from bytelm.quickstart import equal_flops, run_quickstart
-from bytelm.training import StepCost
-
-positive = st.floats(1e-3, 1e3)
-
-
-@given(positive, positive, st.floats(1e9, 1e13), st.floats(1e9, 1e13), st.floats(1, 1e4))
-def test_both_models_get_the_same_flops_in_the_time_there_is(s1, s2, f1, f2, seconds):
-    costs = {"a": StepCost(s1, f1), "b": StepCost(s2, f2)}
-    wanted = 1e15
-    steps = equal_flops(costs, wanted, seconds)
-    spent = [steps[name] * costs[name].flops for name in costs]
-    # Whole steps: they agree to half a step of each.
-    assert abs(spent[0] - spent[1]) <= (f1 + f2) / 2 or min(steps.values()) == 1
-    assert max(spent) <= wanted + max(f1, f2)
-    taken = sum(steps[name] * costs[name].seconds for name in costs)
-    assert taken <= seconds + s1 + s2
-
-
-def test_no_time_left_is_one_step():
-    costs = {"a": StepCost(1.0, 1e9), "b": StepCost(1.0, 2e9)}
-    assert equal_flops(costs, 1e12, -5.0) == {"a": 1, "b": 1}
+from bytelm.quickstart import FLOPS, run_quickstart
 
 
 def quickstart(*arguments, cwd):
@@ -53,14 +31,21 @@ def source(folder, documents=60):
 @pytest.mark.slow
 def test_the_tour_on_a_folder_and_again(tmp_path):
     data = source(tmp_path / "text")
+    began = time.monotonic()
     done = quickstart("--data", data, "--minutes", "0.5", cwd=tmp_path)
+    assert time.monotonic() - began < 60
     assert done.returncode == 0, done.stderr
+    # Half a minute is too little on any computer, which is said twice: at first, and in the end.
+    assert done.stdout.count("too little for a meaningful result") == 2
+    assert "--minutes" in done.stdout
     for line in ("BLT, entropy patches", "byte transformer", "xz -9, per file"):
         assert line in done.stdout
     out = tmp_path / "bytelm-quickstart"
     results = json.loads((out / "results.json").read_text())
     blt, byte, xz = results["rows"]
-    assert blt["flops"] == pytest.approx(byte["flops"], rel=0.02)
+    assert blt["flops"] == pytest.approx(byte["flops"], rel=0.05)
+    assert blt["flops"] < FLOPS / 2
+    assert results["caution"]
     assert blt["patch_size"] > 2
     assert 0 < blt["bits_per_byte"] < 8
     assert xz["parameters"] is None

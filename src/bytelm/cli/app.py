@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from bytelm.cli.advice import NO_MEMORY, attribute_options, command_of, command_options
 from bytelm.errors import BytelmError
-from bytelm.stopping import SAME_SECONDS, SIGNALS, is_importing
+from bytelm.stopping import SAME_SECONDS, SIGNALS, Stopped, is_importing
 from bytelm.terminal import Terminal, escape_controls
 from bytelm.version import __version__
 
@@ -91,6 +91,11 @@ def resumable() -> Iterator[None]:
     """Say that the same command resumes if the block is interrupted."""
     try:
         yield
+    except Stopped as stop:
+        # Training has its own handler of signals; a time limit is none.
+        if str(stop) in signal.Signals.__members__:
+            _interrupts.number = int(signal.Signals[str(stop)])
+        raise KeyboardInterrupt(RESUMES) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(RESUMES) from None
 

@@ -150,7 +150,10 @@ def show_quickstart(console: Console, found: Quickstart) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
-    console.print(f"{found.rows[0].flops or 0:.2e} training FLOPs each", style="dim")
+    measured = f"measured on {found.evaluated_bytes:,} bytes of held-out text"
+    console.print(f"{found.rows[0].flops or 0:.2e} training FLOPs each, {measured}", style="dim")
+    if found.caution:
+        console.print(f"\n{found.caution}", highlight=False, markup=False, style="yellow")
     console.print()
     shown = (found.prompt + found.sample).decode("utf-8", "replace")
     console.print(shown, highlight=False, markup=False, style="dim")

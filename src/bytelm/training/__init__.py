@@ -12,17 +12,17 @@ from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.parallel import parallelize
 from bytelm.training.run import Run, TrainingResult, open_run, train
 from bytelm.training.setup import resolve, with_room
-from bytelm.training.timing import StepCost, step_cost
 from bytelm.training.trainer import Trainer, step_flops
+from bytelm.training.turns import Turns, train_in_turns
 from bytelm.training.validation import held_out_spans
 
 __all__ = [
     "LabelledSpan",
     "Likelihood",
     "Run",
-    "StepCost",
     "Trainer",
     "TrainingResult",
+    "Turns",
     "build_optimizer",
     "fit_ngrams",
     "held_out_spans",
@@ -32,9 +32,9 @@ __all__ = [
     "parallelize",
     "position_nats",
     "resolve",
-    "step_cost",
     "step_flops",
     "total",
     "train",
+    "train_in_turns",
     "with_room",
 ]
