@@ -32,7 +32,9 @@ def data(tmp_path_factory):
     (folder / "x.jsonl").write_text(
         "\n".join(json.dumps({"text": f"{n} green bottles " * (n % 7 + 1)}) for n in range(99))
     )
-    prepare([str(folder / "x.jsonl")], folder / "d", PrepareOptions(workers=1, validation_share=0.1))
+    prepare(
+        [str(folder / "x.jsonl")], folder / "d", PrepareOptions(workers=1, validation_share=0.1)
+    )
     return str(folder / "d")
 
 
