@@ -131,6 +131,8 @@ def train(
 ) -> TrainingResult:
     """Train a recipe in a folder, or resume the run there; ``bytelm.load(out)`` loads the model.
 
+    More ``train.steps`` extend the run there, if its schedule is wsd or constant.
+
     ::
 
         bytelm.train("blt-1m", "run", overrides={"data.path": "scored", "train.steps": 500})

@@ -56,6 +56,7 @@ def train(
 
     Every value of a recipe can be set as key.path=value: data.path, data.row_bytes, train.steps,
     train.seed, train.device, optimizer.learning_rate, ... `bytelm recipes NAME` prints a recipe.
+    More train.steps extend the run in the folder, if its schedule is wsd or constant.
 
     [dim]bytelm train entropy-tiny data.path=data --out entropy
     bytelm train blt-1m data.path=data-scored train.steps=2000[/]
