@@ -626,6 +626,16 @@ def test_cut_documents_join_to_the_whole_and_end_at_newlines_where_they_can(data
         assert piece.endswith(b"\n") or b"\n" not in piece[cut_bytes // 2 :]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_no_more_than_max_bytes_of_an_input_are_read_which_is_noted(tmp_path, name):
+    (tmp_path / name).write_bytes(JSONL * 3000)
+    (source,) = find_inputs([str(tmp_path)], ReadOptions())
+    reader = Reader(ReadOptions(max_bytes=1000))
+    size = sum(len(document.data) for document in reader.read(source))
+    assert 1000 <= size < 1100
+    assert f"only the first {size:,} bytes are read" in reader.records[0].note
+
+
 def test_a_short_document_is_not_cut(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\n")
     assert read(tmp_path / "a.txt", cut_bytes=8) == [("a", b"one\ntwo\n")]

@@ -1,6 +1,7 @@
 """The tour as a new user takes it, on little text and in little time."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,9 @@ import pytest
 from bytelm.errors import ConfigError, DataError
 from bytelm.progress import Progress
 from bytelm.quickstart import FLOPS, run_quickstart
+from bytelm.quickstart.coach import Coach
+from bytelm.quickstart.text import affordable_bytes, prepare_text
+from bytelm.training import Turns
 
 
 def quickstart(*arguments, cwd):
@@ -104,6 +108,65 @@ def test_an_interrupted_quickstart_keeps_its_folder(tmp_path):
     assert (tmp_path / "out" / "text" / "manifest.json").exists()
     with pytest.raises(ConfigError, match="holds a quickstart with other settings"):
         run_quickstart(data, tmp_path / "out", seed=1)
+
+
+def test_no_more_text_is_read_than_there_is_time_for(tmp_path):
+    data = source(tmp_path / "text", documents=300)
+    whole = sum(path.stat().st_size for path in data.iterdir())
+    text = prepare_text(data, tmp_path / "some", 400_000, Progress())
+    assert 350_000 < sum(s.text_bytes for s in text.sources().values()) < 410_000
+    # A single file is read up to there.
+    one = tmp_path / "one.txt"
+    one.write_bytes(b"".join(path.read_bytes() for path in sorted(data.iterdir())))
+    text = prepare_text(one, tmp_path / "part", 400_000, Progress())
+    assert 350_000 < sum(s.text_bytes for s in text.sources().values()) < 410_000
+    text = prepare_text(data, tmp_path / "all", 2 * whole, Progress())
+    assert sum(s.text_bytes for s in text.sources().values()) == whole
+
+
+def test_slow_computers_prepare_less_text(monkeypatch):
+    clock = iter([0.0, 0.5, 0.0, 5.0, 0.0, 1e6, 0.0, 0.001])
+    monkeypatch.setattr("bytelm.quickstart.text.time.monotonic", lambda: next(clock))
+    usual, slow, slowest, fast = (affordable_bytes(360.0) for _ in range(4))
+    assert fast == 16_000_000
+    assert slow == pytest.approx(usual / 10, rel=0.01)
+    assert slowest == 400_000
+
+
+class Slow(Progress):
+    """Notes what is said."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_slow_computer_is_told_once_with_the_time_that_would_be_enough(tmp_path):
+    progress = Slow()
+    coach = Coach(progress, tmp_path, time.monotonic(), 6.0)
+    # 1 GFLOP/s, and 4e12 FLOPs for each of two models: 8,000 seconds of training.
+    turns = Turns(reachable=0.2e12, seconds=5.0, flops_per_second=1e9)
+    coach.check_speed(turns)
+    assert progress.notes == []
+    turns.seconds = 20.0
+    for _ in range(3):
+        coach.check_speed(turns)
+    (said,) = progress.notes
+    assert "6 minutes allow 5% of the usual training" in said
+    wanted = int(re.search(r"--minutes (\d+)", said)[1])
+    assert 60 * wanted > 8000
+    assert 60 * wanted < 1.3 * 8000
+    assert "6 minutes allow 38%" in str(coach.caution(1.5e12))
+    assert coach.caution(2.5e12) is None
+
+
+def test_a_fast_computer_is_told_nothing(tmp_path):
+    progress = Slow()
+    coach = Coach(progress, tmp_path, time.monotonic(), 6.0)
+    coach.check_speed(Turns(reachable=FLOPS, seconds=20.0, flops_per_second=3e10))
+    assert progress.notes == []
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])

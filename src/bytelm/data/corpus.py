@@ -67,6 +67,10 @@ class Reader:
                     counts.documents += 1
                     counts.text_bytes += len(part.data)
                     yield part
+                most = self.options.max_bytes
+                if most is not None and counts.text_bytes >= most:
+                    counts.notes.append(f"only the first {counts.text_bytes:,} bytes are read")
+                    break
         except DAMAGED as error:
             raise DataError(f"cannot read {source.name}: {error or 'it ends too early'}") from error
         finally:
@@ -92,7 +96,9 @@ class Reader:
     def _read(self, source: Input) -> Iterator[Document]:
         match source.kind:
             case "text":
-                yield Document(self._open(source).stream.read(), source.source)
+                yield Document(
+                    self._open(source).stream.read(self.options.max_bytes or -1), source.source
+                )
             case "lines":
                 for line in self._open(source).stream:
                     yield Document(line.rstrip(b"\r\n"), source.source)

@@ -59,6 +59,8 @@ class ReadOptions:
     cut_bytes: int | None = None
     """Cut longer documents into parts of at most this size, after a newline if one is in the second
     half. The parts of a single long file can then be shuffled and held out."""
+    max_bytes: int | None = None
+    """Stop reading an input after about this many bytes of text; ``None`` to read all."""
 
 
 @dataclass(frozen=True)

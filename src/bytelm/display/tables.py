@@ -153,7 +153,8 @@ def show_quickstart(console: Console, found: Quickstart) -> None:
     measured = f"measured on {found.evaluated_bytes:,} bytes of held-out text"
     console.print(f"{found.rows[0].flops or 0:.2e} training FLOPs each, {measured}", style="dim")
     if found.caution:
-        console.print(f"\n{found.caution}", highlight=False, markup=False, style="yellow")
+        caution = Text(f"\n{found.caution}", style="yellow")
+        console.print(caution, soft_wrap=True)
     console.print()
     shown = (found.prompt + found.sample).decode("utf-8", "replace")
     console.print(shown, highlight=False, markup=False, style="dim")
