@@ -1,11 +1,12 @@
 """Models that train in turns: the same FLOPs, a cooldown, the deadline, and resuming."""
 
 import json
+import shutil
 import time
 
 import pytest
 
-from bytelm.checkpoint import saved_steps
+from bytelm.checkpoint import read_config, saved_steps
 from bytelm.config import Recipe, parse
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import ConfigError
@@ -36,7 +37,7 @@ def recipes(data, folder):
             "data": {"path": data, "row_bytes": 64, "rows_per_step": 2},
             "optimizer": {"schedule": "wsd", "cooldown_fraction": 0.4, "warmup_steps": 2},
             "train": {"steps": 10**9, "log_every": 1, "validate_every": 10**9}
-            | {"checkpoint_every": 10**9, "validation_bytes": 500},
+            | {"checkpoint_every": 10**9, "validation_bytes": 500, "keep_checkpoints": 99},
         }
         found.append((parse(Recipe, settings, "test"), folder / name))
     return found
@@ -111,6 +112,21 @@ def test_a_stop_saves_all_models_and_they_resume(tmp_path, data, step):
     assert all(r.finished for r in found)
     assert found[0].validation == expected[0].validation
     assert rates(pair[0][1]) == rates(whole[0][1])
+
+
+def test_a_model_that_was_killed_before_its_cooldown_was_saved_joins_the_other(tmp_path, data):
+    pair = recipes(data, tmp_path)
+    expected = train_in_turns(pair, 6e8, time.monotonic() + 60)
+    large = pair[1][1]
+    first, *others = saved_steps(large)
+    assert others
+    assert not read_config(first).training["recipe"]["optimizer"]["cooldowns"]
+    for folder in others:
+        shutil.rmtree(folder)
+    # The time and the FLOPs given now would allow much more.
+    found = train_in_turns(pair, 6e9, time.monotonic() + 60)
+    assert [r.step for r in found] == [r.step for r in expected]
+    assert rates(large)[-1] < 0.3 * max(rates(large))
 
 
 def test_schedules_that_cannot_end_at_any_time_are_refused(tmp_path, data):

@@ -12,6 +12,7 @@ from bytelm.progress import Callback
 from bytelm.stopping import Stopped, Stopping
 from bytelm.training.pace import Budget, Speed, next_turn, reachable_flops
 from bytelm.training.run import Run, TrainingResult, open_run
+from bytelm.training.trainer import Trainer
 
 VALIDATION_SHARE = 0.02
 """Share of the time that the last validations are expected to take, until some are measured."""
@@ -94,9 +95,7 @@ def _train(
         flops,
         trainers[0].recipe.optimizer.cooldown_fraction,
     )
-    # A resumed run is in its cooldown if the recipe of its checkpoint records one.
-    has_end = all(trainer.recipe.optimizer.cooldowns for trainer in trainers)
-    last = tuple(trainer.last_step for trainer in trainers) if has_end else None
+    last = _decided(trainers)
     for run in runs:
         run.begin()
     began, speed, turns = time.monotonic(), Speed(), Turns()
@@ -133,6 +132,21 @@ def _train(
             _validate(runs, turns)
             pause = (turns.validation_seconds or 0.0) / MOST_VALIDATION
             next_validation = time.monotonic() - began + pause
+
+
+def _decided(trainers: Sequence[Trainer]) -> tuple[int, ...] | None:
+    """Return the steps of each model if their cooldown began before they were resumed.
+
+    A model that was killed before it was saved in its cooldown joins those that were.
+    """
+    decided = [trainer for trainer in trainers if trainer.recipe.optimizer.cooldowns]
+    if not decided:
+        return None
+    flops = decided[0].last_step * decided[0].step_flops
+    for trainer in trainers:
+        if trainer not in decided:
+            trainer.cool_down(round(flops / trainer.step_flops) - trainer.num_steps)
+    return tuple(trainer.last_step for trainer in trainers)
 
 
 def _validate(runs: Sequence[Run], turns: Turns) -> None:
