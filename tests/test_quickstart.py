@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from bytelm.errors import ConfigError, DataError
+from bytelm.evaluation import Likelihood
+from bytelm.language_model import LanguageModel
 from bytelm.progress import Progress
-from bytelm.quickstart import FLOPS, run_quickstart
+from bytelm.quickstart import FLOPS, _evaluate, run_quickstart
 from bytelm.quickstart.coach import Coach
 from bytelm.quickstart.text import affordable_bytes, prepare_text
 from bytelm.training import Turns
@@ -122,6 +124,29 @@ def test_no_more_text_is_read_than_there_is_time_for(tmp_path):
     assert 350_000 < sum(s.text_bytes for s in text.sources().values()) < 410_000
     text = prepare_text(data, tmp_path / "all", 2 * whole, Progress())
     assert sum(s.text_bytes for s in text.sources().values()) == whole
+
+
+def test_evaluation_ends_on_time_on_the_same_text_for_all_models(tmp_path, monkeypatch):
+    class Fake(LanguageModel):
+        context_bytes = 512
+
+        def __init__(self):
+            self.read = []
+
+        def likelihood(self, texts, *, stride=None):
+            ((_, text),) = texts
+            self.read.append(text)
+            return {"": Likelihood(nats=1.0, num_bytes=len(text))}
+
+    documents = [bytes([n]) * (n + 1) for n in range(9)]
+    clock = iter(map(float, range(99)))
+    monkeypatch.setattr("bytelm.quickstart.time.monotonic", lambda: next(clock))
+    models = [Fake(), Fake()]
+    kept, likelihoods = _evaluate(models, documents, 3.5)
+    assert kept == models[0].read == models[1].read == documents[:5]
+    assert [one.num_bytes for one in likelihoods] == [15, 15]
+    # However late it is, there is a result.
+    assert _evaluate([Fake()], documents, -1.0)[0] == documents[:1]
 
 
 def test_slow_computers_prepare_less_text(monkeypatch):

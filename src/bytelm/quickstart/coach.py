@@ -12,8 +12,8 @@ from bytelm.training import TrainingResult, Turns, train_in_turns
 FLOPS = 4e12
 """Training FLOPs of each of the two models, if the time allows."""
 MIN_FLOPS = FLOPS / 2
-"""Fewer FLOPs than these say little: the BLT is not better than xz."""
-EVALUATION_SHARE, DRAWING_SHARE = 0.06, 0.03
+"""Fewer FLOPs than these say little: the BLT is not yet better than xz, which saw no other text."""
+EVALUATION_SHARE, DRAWING_SHARE = 0.08, 0.02
 """Shares of the time kept for evaluation, and for sampling and figures."""
 PROBE_SECONDS = 10.0
 """Time of training by which its speed is judged."""
