@@ -1,6 +1,7 @@
 """``bytelm quickstart`` and ``bytelm recipes``."""
 
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -27,12 +28,16 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
 ) -> None:
     """Train, evaluate and sample a small BLT on this computer; nothing is downloaded."""
+    # Imports take seconds, and much longer on a busy computer.
+    began = time.monotonic()
     from bytelm.display import ConsoleProgress, show_quickstart
     from bytelm.quickstart import STAGES, run_quickstart
 
     progress = ConsoleProgress(console, STAGES)
     with resumable():
-        found = run_quickstart(data, out, minutes=minutes, seed=seed, progress=progress)
+        found = run_quickstart(
+            data, out, minutes=minutes, began=began, seed=seed, progress=progress
+        )
     show_quickstart(console, found)
 
 

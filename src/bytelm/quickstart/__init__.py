@@ -57,6 +57,7 @@ def run_quickstart(
     out: Path,
     *,
     minutes: float = 6.0,
+    began: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Quickstart:
@@ -66,6 +67,7 @@ def run_quickstart(
         data: file or folder of text; ``None`` for the standard library of the running Python.
         out: folder of the run.
         minutes: maximum duration; a shorter one means less training.
+        began: when the time began, on the clock of ``time.monotonic``; ``None`` for now.
         seed: seed of weights and data order.
         progress: receives the progress, in :data:`STAGES` stages.
 
@@ -74,7 +76,7 @@ def run_quickstart(
         DataError: the text cannot be read, or there is too little of it.
         Stopped: training was stopped; running it again resumes it.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     check_matplotlib()
     if not 0 <= seed < 2**63:
         raise ConfigError(f"the seed must be between 0 and 2^63 - 1, not {seed}")
