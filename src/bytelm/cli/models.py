@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bytelm.cli.app import app, console, resumable, status
-from bytelm.cli.options import build_rule, seconds
+from bytelm.cli.options import Threads, build_rule, seconds
 from bytelm.cli.reading import with_read_options
 from bytelm.config import (
     RULES,
@@ -51,6 +51,7 @@ def train(
             help="Stop with a checkpoint after this time (90s, 9m, 2h); the same command resumes."
         ),
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Train an entropy model, a BLT or a byte transformer; or resume the run in the folder.
 
@@ -62,7 +63,8 @@ def train(
     bytelm train blt-1m data.path=data-scored train.steps=2000[/]
     """
     from bytelm.display import TrainingBar, show_likelihood
-    from bytelm.training import fit_ngrams, train
+    from bytelm.threads import use_threads
+    from bytelm.training import fit_ngrams, recorded_threads, train
 
     resolved = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / Path(recipe).stem
@@ -72,6 +74,10 @@ def train(
         console.print(f"{len(scorer.keys):,} contexts in {folder}", highlight=False)
         return
     limit = seconds(time_limit) if time_limit else None
+    # A resumed run computes with as many threads as before, to the same bits.
+    said = use_threads(threads, resolved.train.device, recorded_threads(folder))
+    if said:
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     bar = TrainingBar(console, folder.name)
     with resumable():
         result = train(resolved, folder, callbacks=[bar], time_limit=limit)
@@ -108,6 +114,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    threads: Threads = None,
     *,
     read: "ReadOptions",
 ) -> None:
@@ -118,8 +125,12 @@ def evaluate(
     from bytelm.data import Reader, find_inputs
     from bytelm.display import show_inputs, show_likelihood
     from bytelm.language_model import load
+    from bytelm.threads import use_threads
 
     lm = load(checkpoint, device, precision)
+    said = use_threads(threads, device)
+    if said:
+        status.print(said, highlight=False, markup=False, soft_wrap=True)
     reader = Reader(read)
     inputs = find_inputs(texts, read)
     documents = (d for one in inputs for d in reader.read(one) if d.split != "train")

@@ -1,10 +1,22 @@
-"""Parse the values of options: patching rules and durations."""
+"""Options that several commands share, and the values of options: patching rules and durations."""
 
 import re
+from typing import Annotated
+
+import typer
 
 from bytelm.config import PatchingConfig
 from bytelm.config.rules import named_rule
 from bytelm.errors import ConfigError
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Threads to compute with. (default: OMP_NUM_THREADS, or the fastest number in a "
+        "measurement of half a second)",
+    ),
+]
 
 
 def build_rule(

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from bytelm.cli.app import app, console, resumable
+from bytelm.cli.options import Threads
 from bytelm.config import shipped_names, shipped_text
 from bytelm.errors import ConfigError
 
@@ -26,13 +27,18 @@ def quickstart(
         float, typer.Option(min=0.2, help="Maximum duration; less means shorter training.")
     ] = 6.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    threads: Threads = None,
 ) -> None:
     """Train, evaluate and sample a small BLT on this computer; nothing is downloaded."""
     # Imports take seconds, and much longer on a busy computer.
     began = time.monotonic()
     from bytelm.display import ConsoleProgress, show_quickstart
     from bytelm.quickstart import STAGES, run_quickstart
+    from bytelm.threads import use_threads
 
+    said = use_threads(threads)
+    if said:
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     progress = ConsoleProgress(console, STAGES)
     with resumable():
         found = run_quickstart(

@@ -23,6 +23,8 @@ from bytelm.progress import Callback, Progress
 
 PLAIN_SECONDS = 10.0
 """Seconds between lines if the output is not a terminal."""
+SLOW = 3.0
+"""How many times slower than at its best a run is when a warning is due."""
 
 
 class ConsoleProgress(Progress):
@@ -105,6 +107,7 @@ class TrainingBar(Callback):
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
         self._bar: Bar | None = None
+        self._best, self._has_warned = 0.0, False
 
     def on_begin(self, step: int, steps: int) -> None:
         """Show the bar."""
@@ -124,6 +127,20 @@ class TrainingBar(Callback):
             self._bar.note(f"  step {step}: held-out {metrics['validation_bpb']:.4f} bpb")
         else:
             self._bar.update(step, _figures(metrics))
+            self._warn_if_slow(metrics["bytes_per_second"])
+
+    def _warn_if_slow(self, rate: float) -> None:
+        """Say once that steps became far slower, and what can be done."""
+        self._best = max(self._best, rate)
+        if self._has_warned or rate * SLOW > self._best:
+            return
+        self._has_warned = True
+        assert self._bar is not None
+        self._bar.note(
+            f"  steps take {self._best / rate:.1f} times as long as before: other programs may be "
+            "using the processors. A stopped run resumes where it was; --threads 1 of "
+            "`bytelm train` is faster on a busy computer"
+        )
 
     def on_end(self) -> None:
         """Leave the bar as it is."""

@@ -12,6 +12,7 @@ from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.parallel import parallelize
 from bytelm.training.run import Run, TrainingResult, open_run, train
 from bytelm.training.setup import resolve, with_room
+from bytelm.training.state import recorded_threads
 from bytelm.training.trainer import Trainer, step_flops
 from bytelm.training.turns import Turns, train_in_turns
 from bytelm.training.validation import held_out_spans
@@ -31,6 +32,7 @@ __all__ = [
     "open_run",
     "parallelize",
     "position_nats",
+    "recorded_threads",
     "resolve",
     "step_flops",
     "total",

@@ -9,7 +9,8 @@
         trainer.json                     step, data position, metrics position
 
 A resumed run is bitwise equal to an uninterrupted one: the order of the data is the only randomness
-in training, and is a function of the position.
+in training, and is a function of the position. Sums depend on the number of threads in their last
+bits, so the command line resumes with the number that the checkpoint was made with.
 """
 
 import shutil
@@ -51,6 +52,8 @@ class TrainerState:
     """Totals since the last report."""
     is_validation_due: bool = False
     """Whether the validation of this step follows; it preceded checkpoints of earlier versions."""
+    threads: int | None = None
+    """Threads that the step was computed with; sums depend on it in their last bits."""
 
 
 def save_step(
@@ -120,6 +123,14 @@ def load_step(
 
 _INTERVAL = {"num_patches": "num_units", "room_patches": "room_units"}
 """Names of totals in earlier versions, and their present names."""
+
+
+def recorded_threads(run: Path) -> int | None:
+    """Return the number of threads of the newest checkpoint of a run, if there is one."""
+    saved = saved_steps(run)
+    if not saved or not (saved[-1] / TRAINER).is_file():
+        return None
+    return read_json(saved[-1] / TRAINER).get("threads")
 
 
 def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -257,6 +257,7 @@ class Trainer:
             bytes_seen=self.bytes_seen,
             interval=asdict(self.interval),
             is_validation_due=is_validation_due,
+            threads=torch.get_num_threads(),
         )
 
     def restore(self, state: TrainerState) -> None:
