@@ -44,8 +44,8 @@ def test_nothing_is_said_of_all_threads(monkeypatch):
     measured(monkeypatch, {1: 4.0, 2: 2.0, 4: 1.0})
     assert threads.use_threads(None) == ""
     assert torch.get_num_threads() == 4
-    # On a tie all are better: what else the computer does may end.
-    measured(monkeypatch, {1: 0.95, 2: 2.0, 4: 1.0})
+    # Fewer are only a little faster: what else the computer does may end.
+    measured(monkeypatch, {1: 0.6, 2: 2.0, 4: 1.0})
     assert threads.use_threads(None) == ""
 
 

@@ -1,7 +1,7 @@
 """How many threads torch computes with on a CPU.
 
-More threads are slower, not faster, if other programs use the processors: every operation waits for
-the thread that got the least time. So the number is measured unless the user gives one.
+More threads are slower, not faster, if the computer has less time for them than they ask for: every
+operation waits for the thread that got the least. The number is measured unless the user gives it.
 """
 
 import os
@@ -12,8 +12,12 @@ import torch
 
 PROBE_SECONDS = 0.4
 """Duration of a measurement of numbers of threads."""
-WORTHWHILE = 0.9
-"""Share of the time with all threads below which fewer are used; other programs may end."""
+WORTHWHILE = 0.5
+"""Share of the time with all threads below which fewer are used.
+
+Threads that wait without spinning lose little to other programs, which may also end; a limit on the
+processors' time, as containers have, stays.
+"""
 
 
 def use_threads(wanted: int | None, device: str = "cpu", recorded: int | None = None) -> str:
