@@ -75,8 +75,8 @@ def prepare(
     a warning says why.
 
     Args:
-        inputs: files, folders, globs, prepared data or saved Hugging Face datasets;
-            ``NAME=INPUT`` names a source.
+        inputs: files, folders, globs, prepared data, saved Hugging Face datasets, or data
+            sets of the Hub (``hub:OWNER/NAME``); ``NAME=INPUT`` names a source.
         out: folder to create.
         scorer: checkpoint of the scorer that computes the entropies.
         patch_size: mean bytes per patch to find a threshold for.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from bytelm.data.dataset import Dataset, InputRecord, Split
+from bytelm.data.hub import hub_records
 from bytelm.data.inputs import Input, ReadOptions
 from bytelm.data.jsonfiles import Found, json_records, line_records
 from bytelm.data.opening import DAMAGED, Content, examine
@@ -112,6 +113,9 @@ class Reader:
                 yield from self._prepared(source)
             case "datasets":
                 yield from self._datasets(source)
+            case "hub":
+                for row, record in enumerate(hub_records(source.name, self._fields)):
+                    yield from self._document(record, f"{source.name}, row {row}", source)
             case "binary" | "skipped":
                 return
 

@@ -11,6 +11,8 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from bytelm.data.dataset import MANIFEST, Split, read_manifest
+from bytelm.data.hub import PREFIX as HUB
+from bytelm.data.hub import hub_parts
 from bytelm.data.jsonfiles import json_records
 from bytelm.data.opening import DAMAGED, Content, compression_of, examine, suffix_of
 from bytelm.data.records import Fields, InvalidRecord, valid_name
@@ -19,7 +21,16 @@ from bytelm.storage import FILES
 
 Format = Literal["auto", "text", "lines", "json", "jsonl", "parquet"]
 Kind = Literal[
-    "text", "lines", "json", "jsonl", "parquet", "prepared", "datasets", "binary", "skipped"
+    "text",
+    "lines",
+    "json",
+    "jsonl",
+    "parquet",
+    "prepared",
+    "datasets",
+    "hub",
+    "binary",
+    "skipped",
 ]
 
 STDIN = "-"
@@ -101,6 +112,8 @@ class Input:
         """Values that change when the input changes, found without reading it."""
         if self.path is None:
             return [self.name, self.source, self.kind, self.split or ""]
+        if self.kind == "hub":
+            return [self.name, self.source, self.kind, self.split or ""]
         named: list[str | int] = [
             str(self.path.resolve()),
             self.source,
@@ -128,7 +141,8 @@ def find_inputs(
     Args:
         arguments: files; directories, searched recursively except for hidden files and output of
             bytelm; globs; ``-`` for standard input; pipes; folders that ``bytelm data prepare`` or
-            the `datasets` library saved. ``NAME=ARGUMENT`` names the source of an argument.
+            the `datasets` library saved; ``hub:OWNER/NAME`` for data sets of the Hub.
+            ``NAME=ARGUMENT`` names the source of an argument.
         options: how to read them.
         leave_out: folders not to search.
         known: inputs found before, which are not read again.
@@ -172,6 +186,10 @@ class _Search:
             raise DataError(f"{named!r} matches no file: check the path")
         if named == STDIN:
             self._add_stream(None, source or "stdin")
+            return
+        if paths == [Path(named)] and named.startswith(HUB) and not paths[0].exists():
+            name, _, _ = hub_parts(named)
+            self._add(Input(paths[0], source or valid_name(PurePath(name).name), "hub"))
             return
         for path in paths:
             try:
@@ -389,7 +407,7 @@ def _expand(argument: str) -> tuple[str, str, list[Path]]:
 def _matches(named: str) -> list[Path]:
     """Return the files and folders at a path or glob, sorted; standard input matches itself."""
     path = Path(named).expanduser()
-    if named == STDIN or path.exists():
+    if named == STDIN or named.startswith(HUB) or path.exists():
         return [path]
     return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
 

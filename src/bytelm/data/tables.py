@@ -58,14 +58,39 @@ def dataset_records(folder: Path, fields: Fields) -> Iterator[dict[str, Any]]:
     except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"cannot read {folder}: {error!r}; save it again") from None
     schema = dataset.features.arrow_schema
-    fields.check_columns(_paths(schema), str(folder))
-    wanted = fields.columns(schema.names)
-    # A nested field is read with its whole column.
-    columns = [c for c in schema.names if any(w == c or w.startswith(f"{c}.") for w in wanted)]
+    columns = _wanted(schema, fields, str(folder))
     converters = _converters(schema)
     for table in dataset.select_columns(columns).with_format("arrow").iter(BATCH):
         for batch in table.to_batches():
             yield from _records(batch, converters)
+
+
+def table_records(
+    table: pa.Table, features: Any, fields: Fields, name: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table, with the columns that the fields name.
+
+    Args:
+        table: rows of a dataset.
+        features: the dataset's types; ``None`` if they are not known, as those of JSON.
+        fields: what is read of each row.
+        name: name of the dataset for messages.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    schema = table.schema if features is None else features.arrow_schema
+    columns = _wanted(schema, fields, name)
+    converters = _converters(schema)
+    for batch in table.select(columns).to_batches():
+        yield from _records(batch, converters)
+
+
+def _wanted(schema: pa.Schema, fields: Fields, name: str) -> list[str]:
+    fields.check_columns(_paths(schema), name)
+    wanted = fields.columns(schema.names)
+    # A nested field is read with its whole column.
+    return [c for c in schema.names if any(w == c or w.startswith(f"{c}.") for w in wanted)]
 
 
 def _records(batch: pa.RecordBatch, converters: dict[str, Convert]) -> Iterator[dict[str, Any]]:
