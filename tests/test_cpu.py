@@ -1,6 +1,7 @@
 """The CPU's fast path against the model itself, and that it steps aside where it must."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -24,6 +25,7 @@ from builders import (
 )
 from bytelm import cpu
 from bytelm.inference import Session
+from bytelm.kernels import projections
 from bytelm.model.attention import StackSpec
 from bytelm.model.layers import Block, FeedForward, build_blocks
 from bytelm.patching import StaticRule
@@ -49,10 +51,9 @@ def models(request):
 @pytest.fixture(params=[3, 1024])
 def chunk(request, monkeypatch):
     """Chunks far smaller than the rows, and larger."""
-    from bytelm.kernels import projections
-
     monkeypatch.setattr("bytelm.kernels.segments.CHUNK", request.param)
-    monkeypatch.setattr(projections.row_chunks, "__kwdefaults__", {"size": request.param})
+    small = functools.partial(projections.row_chunks, size=request.param)
+    monkeypatch.setattr(projections, "row_chunks", small)
 
 
 def logits_and_gradients(model, ids, documents):
