@@ -1,13 +1,18 @@
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
+
+import shape_checks
 
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=16, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("default")
+# What --jaxtyping-packages decorates the functions of the package with.
+jaxtyping.jaxtyped = shape_checks.checked
 
 
 def pytest_configure(config):
