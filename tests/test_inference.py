@@ -67,16 +67,16 @@ def record(run):
     def replay():
         made = {}
 
-        def now(tensor):
-            return made.get(id(tensor), tensor)
+        def now(value):
+            if isinstance(value, torch.Tensor):
+                return made.get(id(value), value)
+            return list(map(now, value)) if isinstance(value, list) else value
 
         for function, args, kwargs, out in recording.calls:
-            args, kwargs = tree_map_only(torch.Tensor, now, (args, kwargs))
-            new = function(*args, **kwargs)
-            old_tensors, new_tensors = [], []
-            tree_map_only(torch.Tensor, old_tensors.append, out)
-            tree_map_only(torch.Tensor, new_tensors.append, new)
-            made.update((id(a), b) for a, b in zip(old_tensors, new_tensors, strict=True))
+            new = function(*map(now, args), **{name: now(one) for name, one in kwargs.items()})
+            several = isinstance(out, tuple | list)
+            for a, b in zip(out, new, strict=True) if several else [(out, new)]:
+                made[id(a)] = b
         return tree_map_only(torch.Tensor, now, result)
 
     return replay
