@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import shape_checks
+from commands import invoke
 
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=16, derandomize=True, print_blob=True
@@ -25,3 +26,14 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; returns its exit status, output and error output."""
+
+    def run(*arguments, stdin=b""):
+        status = invoke(*arguments, stdin=stdin)
+        return status, *capsys.readouterr()
+
+    return run

@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,11 +97,10 @@ def test_the_command_is_found_in_the_arguments(arguments, command):
     assert command_of(arguments, OPTIONS) == command
 
 
-def test_quickstart_advises_options_of_the_command_that_has_them(tmp_path):
+def test_quickstart_advises_options_of_the_command_that_has_them(run, tmp_path, monkeypatch):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\nnot json\n')
-    command = [sys.executable, "-m", "bytelm", "quickstart", "--data", "x.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    advised = unattributed(done.stderr)
-    assert advised <= OPTIONS["quickstart"]
-    assert "--skip-invalid of `bytelm data prepare`" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("quickstart", "--data", "x.jsonl")
+    assert status == 1
+    assert unattributed(err) <= OPTIONS["quickstart"]
+    assert "--skip-invalid of `bytelm data prepare`" in err

@@ -11,36 +11,15 @@ import numpy as np
 import pytest
 
 from builders import BASE_BLT
-from bytelm import cli
 from bytelm.cli.options import build_rule
 from bytelm.config import RULES, MonotonicPatching, PatchingConfig
 from bytelm.data import read_manifest
 from bytelm.terminal import escape_controls
+from commands import invoke
 from foreign import hf_model, save_official
 
 SMALL = {"kind": "transformer", "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48}
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command; returns its exit status, output and error output."""
-
-    def run(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["bytelm", *map(str, arguments)])
-        if stdin:
-            monkeypatch.setattr(
-                sys, "stdin", type("In", (), {"buffer": __import__("io").BytesIO(stdin)})
-            )
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_prepare_ends_with_a_table_of_what_was_read_and_what_was_not(run, tmp_path, monkeypatch):
@@ -99,15 +78,16 @@ def world(tmp_path_factory):
         recipe = {**recipe, **options, "optimizer": {"warmup_steps": 1}}
         (folder / f"{name}.yaml").write_text(json.dumps(recipe))
 
-    def bytelm(*arguments):
-        command = [sys.executable, "-m", "bytelm", *map(str, arguments)]
-        subprocess.run(command, check=True, cwd=folder, capture_output=True)
-
-    bytelm("data", "prepare", "text.jsonl", "--out", "d", "--validation-share", "0.1")
-    bytelm("train", "entropy.yaml", "data.path=d", "--out", "entropy")
-    bytelm("data", "prepare", "d", "--scorer", "entropy", "--out", "scored",
-           "--workers", "1")  # fmt: skip
-    bytelm("train", "blt.yaml", "data.path=scored", "--out", "blt")
+    commands = [
+        ("data", "prepare", "text.jsonl", "--out", "d", "--validation-share", "0.1"),
+        ("train", "entropy.yaml", "data.path=d", "--out", "entropy"),
+        ("data", "prepare", "d", "--scorer", "entropy", "--out", "scored", "--workers", "1"),
+        ("train", "blt.yaml", "data.path=scored", "--out", "blt"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in commands:
+            assert invoke(*command) == 0
     return folder
 
 
@@ -198,14 +178,15 @@ def test_eval_of_prepared_data_leaves_out_what_was_trained_on(run, world):
     assert json.loads(out)["text"]["bytes"] == held_out
 
 
-def test_text_comes_through_a_pipe(tmp_path):
-    command = [sys.executable, "-m", "bytelm", "data", "prepare", "-", "--out", "d"]
+def test_text_comes_through_a_pipe(run, tmp_path):
+    command = ["data", "prepare", "-", "--out", tmp_path / "d"]
     text = b"any bytes \xff\n" * 200
-    subprocess.run(command, input=text, cwd=tmp_path, check=True, capture_output=True)
+    process = [sys.executable, "-m", "bytelm", *command]
+    subprocess.run(process, input=text, check=True, capture_output=True)
     assert read_manifest(tmp_path / "d").sources()["stdin"].text_bytes == len(text)
-    again = subprocess.run(command, input=b"other", cwd=tmp_path, capture_output=True)
-    assert again.returncode == 1
-    assert b"may have been made from other standard input" in again.stderr
+    status, _, err = run(*command, stdin=b"other")
+    assert status == 1
+    assert "may have been made from other standard input" in err
 
 
 def test_names_may_hold_what_looks_like_markup(run, world, tmp_path):

@@ -1,13 +1,11 @@
 """From prompts and responses to a model that gives the responses and ends."""
 
 import json
-import sys
-from contextlib import suppress
 
 import pytest
 
 from builders import BASE_BLT
-from bytelm import chat_prompt, cli, load
+from bytelm import chat_prompt, load
 from bytelm.config import Recipe, parse
 from bytelm.data import PrepareOptions, ReadOptions, prepare
 from bytelm.training import train
@@ -51,19 +49,16 @@ def test_a_response_is_generated_exactly_and_ends(tmp_path, model):
     assert lm.bits_per_byte(["Say A: "]) > 1.0  # prompts are not trained on
 
 
-def test_every_reply_of_a_conversation_ends(tmp_path, monkeypatch, capsys):
+def test_every_reply_of_a_conversation_ends(run, tmp_path):
     lm = fine_tune(tmp_path, [{"messages": CHAT}], "messages", "patches")
     for turn in (1, 3):
         prompt = chat_prompt(CHAT[:turn])
         assert lm.generate(prompt, max_bytes=100) == CHAT[turn]["content"].encode()
     arguments = ["generate", tmp_path / "run", CHAT[0]["content"], "--chat", "--temperature", "0"]
-    monkeypatch.setattr(sys, "argv", ["bytelm", *map(str, arguments)])
-    with suppress(SystemExit):
-        cli.main()
-    assert capsys.readouterr().out == "Paris\n"
+    assert run(*arguments)[:2] == (0, "Paris\n")
 
 
-def test_a_chat_on_the_command_line_has_the_format_of_the_data(tmp_path, monkeypatch, capsys):
+def test_a_chat_on_the_command_line_has_the_format_of_the_data(run, monkeypatch):
     prompts = []
 
     class Model:
@@ -72,15 +67,10 @@ def test_a_chat_on_the_command_line_has_the_format_of_the_data(tmp_path, monkeyp
             return iter(["hi"])
 
     monkeypatch.setattr("bytelm.language_model.load", lambda *arguments: Model())
-    for more in (["--chat", "--system", "Be brief."], ["--system", "x"]):
-        monkeypatch.setattr(sys, "argv", ["bytelm", "generate", "run", "Hello", *more])
-        with suppress(SystemExit):
-            cli.main()
+    assert run("generate", "run", "Hello", "--chat", "--system", "Be brief.")[:2] == (0, "hi\n")
+    assert "add --chat" in run("generate", "run", "Hello", "--system", "x")[2]
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
     ]
     assert prompts == [chat_prompt(messages)]
-    captured = capsys.readouterr()
-    assert captured.out == "hi\n"
-    assert "add --chat" in captured.err

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 
 import bytelm
 from builders import BASE_BLT, merged
-from bytelm import cli
 from bytelm.config import load_recipe
 from bytelm.layout import best_step, saved_steps
 
@@ -78,25 +76,13 @@ def commands():
                 yield shlex.split(command)
 
 
-def run(command, patch, capsys):
-    patch.setattr(sys, "argv", command)
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as error:
-        status = error.code
-    captured = capsys.readouterr()
-    assert not status, (command, captured.err)
-    return captured.out
-
-
 def smaller(text):
     for old, new in SMALLER.items():
         text = text.replace(old, new)
     return text
 
 
-def test_the_page_runs(place, monkeypatch, capsys):
+def test_the_page_runs(run, place):
     assert all(old in PAGE for old in SMALLER)
     recipes = [text for kind, text in BLOCKS if kind == "yaml"]
     (tune,) = [smaller(text) for text in recipes if text.startswith("# tune.yaml\n")]
@@ -110,7 +96,8 @@ def test_the_page_runs(place, monkeypatch, capsys):
             command += ["--validation-share", share, "--workers", "1"]
         if {"data.path=pairs", "data.path=chats"} & set(command):
             command.insert(3, "train.steps=100")
-        shown[tuple(command)] = run(list(map(smaller, command)), monkeypatch, capsys)
+        status, shown[tuple(command)], err = run(*map(smaller, command[1:]))
+        assert not status, (command, err)
 
     def output(*words):
         (found,) = [text for command, text in shown.items() if set(words) <= set(command)]
@@ -137,8 +124,8 @@ def test_the_page_runs(place, monkeypatch, capsys):
     assert [*replies, namespace["reply"]] == [b"Paris", b"Rome"]
 
 
-def test_the_commands_that_need_released_weights_have_these_options(monkeypatch, capsys):
+def test_the_commands_that_need_released_weights_have_these_options(run):
     for command in commands():
         if command[1] == "import":
-            out = run([*command[:3], "--help"], monkeypatch, capsys)
+            out = run(*command[1:3], "--help")[1]
             assert all(word in out for word in command if word.startswith("--"))

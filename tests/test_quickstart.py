@@ -73,12 +73,13 @@ def test_the_tour_on_a_folder_and_again(tmp_path):
         (b"a few words\n" * 20, "needs at least 100,000 bytes"),
     ],
 )
-def test_too_little_text_is_said_at_once(tmp_path, content, message):
+def test_too_little_text_is_said_at_once(run, tmp_path, monkeypatch, content, message):
     (tmp_path / "small.txt").write_bytes(content)
-    done = quickstart("--data", "small.txt", cwd=tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("quickstart", "--data", "small.txt")
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
 
 
 def test_a_failed_quickstart_does_not_claim_its_folder(tmp_path):

@@ -2,8 +2,6 @@
 
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -164,11 +162,6 @@ def test_patches_can_be_read_back_from_what_is_printed(parts, is_bytes):
 # The command line
 
 
-def command(*arguments):
-    line = [sys.executable, "-m", "bytelm", *arguments]
-    return subprocess.run(line, capture_output=True)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -178,12 +171,12 @@ def command(*arguments):
         ["\x1b[31m[/b]"],
     ],
 )
-def test_errors_quote_what_was_typed_without_obeying_it(arguments):
-    done = command(*arguments)
-    assert done.returncode in (1, 2)
-    assert not unsafe(done.stderr.decode() + done.stdout.decode())
-    assert b"x1b[" in done.stderr
-    assert b"Traceback" not in done.stderr
+def test_errors_quote_what_was_typed_without_obeying_it(run, arguments):
+    status, out, err = run(*arguments)
+    assert status in (1, 2)
+    assert not unsafe(err + out)
+    assert "x1b[" in err
+    assert "Traceback" not in err
 
 
 def test_consoles_are_made_in_one_place():
