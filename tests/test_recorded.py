@@ -16,7 +16,7 @@ import pytest
 from bytelm.config import Recipe, parse
 from bytelm.data import PrepareOptions, prepare
 from bytelm.tokens import train_tokenizer
-from bytelm.training import train
+from bytelm.training import Trainer, train
 
 RECORD = Path(__file__).with_name("recorded_losses.json")
 WORDS = ["the", "patch", "of", "bytes", "ends", "where", "entropy", "rises", "caf\u00e9", "\n"]
@@ -29,8 +29,9 @@ BLT = {
     "cross_attention": {"slots": 2, "num_heads": 2},
 }
 TRANSFORMER = {"kind": "transformer", **GLOBAL}
+SCORER = "entropy model"
 RUNS = {
-    "entropy model": ("text", {"model": {**TRANSFORMER, "window": 16}}),
+    SCORER: ("text", {"model": {**TRANSFORMER, "window": 16}}),
     "BLT, entropy patches": (
         "scored",
         {
@@ -76,10 +77,17 @@ def losses_of(name: str, folder: Path) -> list[float]:
     if "tokenizer" in own:
         own["tokenizer"] = str(folder / own["tokenizer"])
     values["data"] = {"path": str(folder / data), "row_bytes": 192, "rows_per_step": 4, **own}
-    run = folder / name.replace(" ", "-")
-    train(parse(Recipe, values, name), run)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    recipe = parse(Recipe, values, name)
+    if name == SCORER:
+        train(recipe, folder / "scorer")
+        lines = (folder / "scorer" / "metrics.jsonl").read_text("utf-8").splitlines()
+        return [metrics["loss"] for metrics in map(json.loads, lines) if "loss" in metrics]
+    # Checkpoints of the others are not needed, and would be of more than a gigabyte.
+    trainer, losses = Trainer(recipe), []
+    while trainer.num_steps < trainer.last_step:
+        trainer.step()
+        losses.append(trainer.report()["loss"])
+    return losses
 
 
 def all_losses(folder: Path) -> dict[str, list[float]]:
@@ -87,8 +95,8 @@ def all_losses(folder: Path) -> dict[str, list[float]]:
     losses = {}
     for name in RUNS:
         losses[name] = losses_of(name, folder)
-        if name == "entropy model":
-            prepare_as(folder, "scored", folder / "entropy-model")
+        if name == SCORER:
+            prepare_as(folder, "scored", folder / "scorer")
     return losses
 
 
