@@ -9,6 +9,7 @@ has passed once passes again.
 import dataclasses
 import functools
 import inspect
+import threading
 from types import FunctionType
 from typing import get_args
 
@@ -28,20 +29,25 @@ def checked(function=None, *, typechecker):
     assert isinstance(function, FunctionType)
     if not any(map(_has_arrays, function.__annotations__.values())):
         return typechecker(function)  # quick, and there are no axes to compare
-    whole, passed = jaxtyped(function, typechecker=typechecker), {}
+    passed, local = {}, threading.local()
+    check = jaxtyped(function, typechecker=typechecker)
+    # Checks what the function has returned, once its arguments have passed before.
+    check_result = jaxtyped(
+        functools.wraps(function)(lambda *args, **kwargs: local.result), typechecker=typechecker
+    )
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         arguments = kind(args), kind(kwargs)
         results = passed.get(arguments)
         if results is None:
-            result = whole(*args, **kwargs)
+            result = check(*args, **kwargs)
             passed[arguments] = {kind(result)}
             return result
         result = function(*args, **kwargs)
         if kind(result) not in results:
-            known = functools.wraps(function)(lambda *args, **kwargs: result)
-            jaxtyped(known, typechecker=typechecker)(*args, **kwargs)
+            local.result = result
+            check_result(*args, **kwargs)
             results.add(kind(result))
         return result
 
