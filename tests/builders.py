@@ -65,6 +65,18 @@ BLT_VARIANTS = {
 
 NGRAMS = HashEmbeddingConfig(sizes=(2, 4), num_buckets=89, functions=2)
 """Hash embeddings for a plain transformer."""
+SPACE_BLT = {
+    "model": {
+        "kind": "blt",
+        "local": {"dim": 16, "num_heads": 2, "ffn_dim": 24, "decoder_layers": 1, "window": 8},
+        "global_model": {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24},
+        "cross_attention": {"num_heads": 2},
+        "hash_embeddings": {"num_buckets": 53},
+    },
+    "patching": {"kind": "space"},
+    "data": {"row_bytes": 64, "rows_per_step": 2},
+}
+"""A recipe without steps: a small BLT with space patches."""
 
 
 def merged(base, changes):

@@ -62,9 +62,9 @@ PLAN = {
         },
     },
     "runs": [
-        {"families": ["byte", "tokens"], "sizes": ["s"], "flops": [6.0e8, 8.0e8]},
-        {"families": ["space", "entropy"], "sizes": ["s"], "flops": [6.0e8]},
-        {"families": ["byte"], "sizes": ["s"], "flops": [6.0e8], "seeds": [1]},
+        {"families": ["byte", "tokens"], "sizes": ["s"], "flops": [6.2e8, 8.2e8]},
+        {"families": ["space", "entropy"], "sizes": ["s"], "flops": [6.2e8]},
+        {"families": ["byte"], "sizes": ["s"], "flops": [6.2e8], "seeds": [1]},
     ],
     "comparisons": {
         "training": {

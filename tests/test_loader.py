@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -7,9 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import SPACE_BLT
 from bytelm import codec
+from bytelm.config import Recipe, parse
 from bytelm.data import (
     IGNORED,
+    OPEN_SPANS,
     Dataset,
     Loader,
     LoaderState,
@@ -18,9 +22,12 @@ from bytelm.data import (
     Row,
     prepare,
 )
+from bytelm.data.balancing import best_cut
 from bytelm.data.packing import make_batch
 from bytelm.errors import DataError
-from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patches
+from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patcher, build_patches
+from bytelm.training import resolve
+from bytelm.training.rows import load_rows
 from bytelm.units import ByteUnits, PatchUnits, Span
 
 SIZES = {"alpha": [5, 700, 40], "beta": [1, 1, 90], "gamma": [2000]}
@@ -64,28 +71,47 @@ def rows_of(batch):
     return [tuple(row.tolist()) for row in torch.cat((batch.ids, batch.targets), 1)]
 
 
+@pytest.mark.parametrize("packing", ["in-order", "balanced"])
 @pytest.mark.parametrize("mixture", [None, {"alpha": 1.0, "gamma": 2.0}])
-def test_a_restored_loader_goes_on_exactly(dataset, mixture):
-    first = loader(dataset, mixture=mixture)
+def test_a_restored_loader_goes_on_exactly(dataset, mixture, packing):
+    first = loader(dataset, mixture=mixture, packing=packing)
     states, batches = [], []
     for _ in range(12):
         states.append(json.loads(json.dumps(vars(first.state()))))
         batches.append(first.next_batch())
     for step in range(12):
-        resumed = loader(dataset, mixture=mixture)
+        resumed = loader(dataset, mixture=mixture, packing=packing)
         resumed.restore(LoaderState(**states[step]))
         assert resumed.step == step
         for expected in batches[step : step + 2]:
             assert equal(resumed.next_batch(), expected)
 
 
+def test_a_state_of_earlier_versions_is_restored(dataset):
+    """They had one span in progress, which could be used up."""
+    first = loader(dataset)
+    for _ in range(20):
+        state = first.state()
+        streams = []
+        for stream in state.streams:
+            document, begin, end = stream["open"][0] if stream["open"] else (3, 7, 7)
+            old = {"draws": stream["draws"], "document": document, "begin": begin, "end": end}
+            streams.append(old)
+        resumed = loader(dataset)
+        resumed.restore(LoaderState(state.step, streams))
+        assert equal(resumed.next_batch(), first.next_batch())
+
+
 @pytest.mark.parametrize("mixture", [None, {"alpha": 1.0, "beta": 1.0, "gamma": 1.0}])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 6])
-def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(dataset, world_size, mixture):
-    alone = loader(dataset, mixture=mixture)
-    ranks = [
-        loader(dataset, mixture=mixture, rank=r, world_size=world_size) for r in range(world_size)
-    ]
+@pytest.mark.parametrize(
+    ("world_size", "packing"), [(2, "balanced"), (3, "in-order"), (4, "in-order"), (6, "balanced")]
+)
+def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(
+    dataset, world_size, packing, mixture
+):
+    settings = {"mixture": mixture, "packing": packing}
+    alone = loader(dataset, **settings)
+    ranks = [loader(dataset, rank=r, world_size=world_size, **settings) for r in range(world_size)]
     for _ in range(5):
         expected = rows_of(alone.next_batch())
         together = [row for rank in ranks for row in rows_of(rank.next_batch())]
@@ -103,11 +129,33 @@ def test_every_id_is_a_target_once_an_epoch(dataset):
         for span in row.spans:
             for offset in range(span.num_positions):
                 seen[span.document, span.begin + offset] += 1
-        if sum(seen.values()) >= 3 * total and state.begin == state.end:
+        if sum(seen.values()) >= 3 * total and not state.open:
             break
     positions = {(d, p) for d in range(len(dataset)) for p in range(int(dataset.lengths[d]) + 1)}
     assert set(seen) == positions
     assert max(seen.values()) - min(seen.values()) <= 1
+
+
+@pytest.mark.parametrize("room", [8, 14, 64])
+def test_balanced_rows_use_every_position_that_is_drawn_once(dataset, room):
+    one = loader(dataset, rows_per_step=1, row_units=room, packing="balanced")
+    drawn, used = Counter(), Counter()
+    draw, state = one._draw, one._streams[0]
+
+    def draw_and_count(number, state):
+        draw(number, state)
+        document, begin, end = state.open[-1]
+        drawn.update((document, at) for at in range(begin, end))
+
+    one._draw = draw_and_count
+    for _ in range(200):
+        for span in one._fill(0).spans:
+            used.update((span.document, span.begin + n) for n in range(span.num_positions))
+    for document, begin, end in state.open:
+        used.update((document, at) for at in range(begin, end))
+    assert used == drawn
+    # No span waits for ever: all but the last draws are used up.
+    assert len(state.open) <= OPEN_SPANS
 
 
 def test_epochs_are_shuffled_differently_and_by_the_seed(dataset):
@@ -125,8 +173,9 @@ def test_epochs_are_shuffled_differently_and_by_the_seed(dataset):
     assert order(2, epoch) != order(1, epoch) == twice[:epoch]
 
 
-def test_rows_keep_to_both_budgets_and_one_of_them_is_used_up(dataset):
-    one = loader(dataset)
+@pytest.mark.parametrize("packing", ["in-order", "balanced"])
+def test_rows_keep_to_both_budgets_and_one_of_them_is_used_up(dataset, packing):
+    one = loader(dataset, packing=packing)
     for _ in range(20):
         batch = one.next_batch()
         assert batch.ids.shape == (6, 64)
@@ -137,6 +186,67 @@ def test_rows_keep_to_both_budgets_and_one_of_them_is_used_up(dataset):
         assert ((used == 64) | (batch.unit_counts == 20)).all()
         assert (batch.unit_counts <= 20).all()
         assert torch.equal(batch.targets == IGNORED, batch.documents < 0)
+
+
+@st.composite
+def spans_and_room(draw):
+    """Patches in the beginnings of some spans, and the room of a row."""
+    starts = st.lists(st.booleans(), max_size=12).map(lambda b: [0, *accumulate([1, *b])])
+    counts = [np.array(one, np.int32) for one in draw(st.lists(starts, min_size=1, max_size=4))]
+    return counts, draw(st.integers(1, 14)), draw(st.integers(1, 14))
+
+
+@given(spans_and_room())
+def test_the_best_cut_is_the_best_of_all(case):
+    counts, room, room_units = case
+    first, *others = counts
+    cuts = [
+        (abs(first[k] + other[room - k] - room_units), -max(k, room - k))
+        for other in others
+        for k in range(1, len(first))
+        if 1 <= room - k < len(other)
+    ]
+    if len(first) > room:
+        cuts.append((abs(first[room] - room_units), -room))
+    found = best_cut(counts, room, room_units)
+    if not cuts:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.misfit, -max(found.length, room - found.length)) == min(cuts)
+    rest = 0 if found.partner is None else counts[found.partner][room - found.length]
+    assert found.misfit == abs(first[found.length] + rest - room_units)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Documents of long words, of short words, and of both."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(1)
+    lines = []
+    for number in range(90):
+        lengths = rng.integers(*((1, 4), (4, 12), (1, 12))[number % 3], size=rng.integers(9, 200))
+        lines.append(json.dumps({"text": " ".join("x" * int(n) for n in lengths)}))
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    prepare([str(folder / "x.jsonl")], folder / "d", PrepareOptions(validation_share=0.0))
+    return Dataset(folder / "d", "train")
+
+
+def test_balanced_rows_are_hardly_padded(mixed):
+    padded = {}
+    recipe = parse(Recipe, {**SPACE_BLT, "train": {"steps": 1}}, "test")
+    units = PatchUnits(build_patcher(recipe.patching))
+    for packing in ("in-order", "balanced"):
+        data = recipe.data.model_copy(update={"packing": packing, "row_bytes": 256})
+        resolved, _ = resolve(recipe.model_copy(update={"data": data}), mixed)
+        one = load_rows(resolved, mixed, units)
+        batches = [one.next_batch() for _ in range(60)]
+        rows, room = 60 * 2, resolved.data.row_patches
+        num_bytes = sum(int(batch.byte_counts.sum()) for batch in batches)
+        num_units = sum(int(batch.unit_counts.sum()) for batch in batches)
+        padded[packing] = 1 - num_bytes / (rows * 256), 1 - num_units / (rows * room)
+    assert sum(padded["in-order"]) > 0.1
+    assert max(padded["balanced"]) < 0.02
 
 
 def test_targets_are_the_next_ids_of_the_same_document(dataset):

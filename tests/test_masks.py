@@ -18,6 +18,7 @@ from bytelm import codec
 from bytelm.config import Recipe, parse
 from bytelm.data import (
     IGNORED,
+    OPEN_SPANS,
     Dataset,
     Loader,
     PrepareOptions,
@@ -141,9 +142,11 @@ def masked_loader(folder, units, **changes):
     return Loader(dataset, units=UNITS[units], **{**options, **changes})
 
 
-@pytest.mark.parametrize("units", UNITS)
-def test_rows_hold_prompts_with_their_whole_responses(folder, units):
-    loader = masked_loader(folder, units, rows_per_step=1)
+@pytest.mark.parametrize(
+    ("units", "packing"), [*((units, "in-order") for units in UNITS), ("patches", "balanced")]
+)
+def test_rows_hold_prompts_with_their_whole_responses(folder, units, packing):
+    loader = masked_loader(folder, units, rows_per_step=1, packing=packing)
     found, decode = Counter(), UNITS[units].decode
     # These may be cut, since all of each is trained on.
     plain = b"plain text, all of it, only a response"
@@ -154,13 +157,17 @@ def test_rows_hold_prompts_with_their_whole_responses(folder, units):
             chosen = targets[targets != IGNORED].tolist()
             text = b"".join(map(decode, chosen))
             assert int(batch.target_bytes[batch.documents == number].sum()) == len(text)
-            if not text or text not in plain:
+            # A part of the plain text may be its end alone.
+            is_plain = text in plain if text else len(targets) == 1
+            if not is_plain:
                 assert chosen[-1] == codec.EOS
                 assert batch.ids[batch.documents == number][0] == codec.BOS
                 found[text] += 1
     for text, count in Counter(r.encode() for p, r in PAIRS if p).items():
         if text:
-            assert 3 * count <= found[text] <= 4 * count
+            # Some of what a balanced stream has drawn is still in progress.
+            slack = OPEN_SPANS if packing == "balanced" else 0
+            assert 3 * count - slack <= found[text] <= 4 * count + slack
 
 
 @pytest.mark.parametrize("units", UNITS)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelm.errors import DataError
-from bytelm.study import words
+from bytelm.study import load_plan, words
 from bytelm.study.bootstrap import Bootstrap, Difference, seed_noise
+from bytelm.study.drawing import frontier
 from bytelm.study.fit import (
     PowerLaw,
     SlopeDifference,
@@ -19,6 +20,7 @@ from bytelm.study.fit import (
     fit_power_law,
     through,
 )
+from bytelm.study.palette import looks
 from bytelm.study.table import Results
 
 
@@ -323,6 +325,30 @@ def test_sentences_about_several_budgets_and_members():
         "behind: a at 1e+12 and 3e+13",
         "cannot be told apart: a at 5e+12; b at 5e+12",
     ]
+
+
+def test_a_family_looks_the_same_in_all_figures():
+    """In any plan that has it; variants have the colour of what they are like, and other marks."""
+    found = {name: looks(load_plan(name)) for name in ("cpu-study", "cpu-inference", "gpu-study")}
+    study = found["cpu-study"]
+    tokens = "BPE transformer, 4,096 tokens"
+    for others in found.values():
+        for label in study.keys() & others.keys():
+            assert study[label].colour == others[label].colour
+        assert len(set(others.values())) == len(others)
+    assert study[tokens].colour == study[f"{tokens}, 65,536 buckets"].colour
+    plain = [
+        study[label].colour
+        for label in (tokens, "byte transformer", "BLT, entropy patches", "SpaceByte-style")
+    ]
+    assert len(set(plain)) == 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
+def test_the_frontier_is_what_no_other_beats_in_both(points):
+    points = sorted({(float(a), float(b)) for a, b in points})
+    best = [p for p in points if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points)]
+    assert frontier(points) == best
 
 
 def test_laws_are_compared_in_pairs():

@@ -313,7 +313,7 @@ def test_accumulating_micro_batches_equals_one_large_batch(data, tmp_path, kind,
     train(changed(settings, "train", micro_rows=micro_rows), tmp_path / "small")
     a, b = (load_model(tmp_path / name)[0].state_dict() for name in ("large", "small"))
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=5e-5)
     for one, other in zip(metrics(tmp_path / "large"), metrics(tmp_path / "small"), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 

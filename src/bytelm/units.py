@@ -105,8 +105,6 @@ class Units(Protocol):
     """Whether spans must carry entropies."""
     has_budget: bool
     """Whether rows have a budget of units as well as one of bytes."""
-    margin: float
-    """Ratio of a row's budget of units to the units that its bytes need on average."""
     byte_room: float
     """Ratio of the bytes that a row may hold to its nominal number. It exceeds 1 for tokens, whose
     rows are closed by the budget of tokens."""
@@ -154,7 +152,6 @@ class ByteUnits:
     name: str = "bytes"
     needs_entropies = False
     has_budget = False
-    margin = 1.0
     byte_room = 1.0
     sample_bytes = 0
     fingerprint = ""
@@ -190,7 +187,6 @@ class PatchUnits(ByteUnits):
 
     name: str = "patches"
     has_budget = True
-    margin = 1.1
     sample_bytes = 4_000_000
 
     def __init__(self, patcher: Patcher) -> None:
@@ -243,7 +239,6 @@ class TokenUnits:
     name: str = "tokens"
     needs_entropies = False
     has_budget = True
-    margin = 1.0
     byte_room = 2.0
     sample_bytes = 1_000_000
 

@@ -1,16 +1,21 @@
 """Exact counts of FLOPs, parameters and memory, by part of a model.
 
 A multiply-add is 2 FLOPs; only matrix products and attention are counted (embeddings are look-ups;
-norms, rotations and softmax are below 1%). Attention counts the pairs that the mask admits in a row
-that is one document: with a window ``w``, position ``i`` sees ``min(i + 1, w)`` keys. Training
-costs three times the forward pass.
+norms, rotations and softmax are below 1%). Attention counts the pairs of a query and a key that the
+mask admits: with a window ``w``, position ``i`` of a document sees ``min(i + 1, w)`` keys. A row is
+taken to be one document, unless the documents in it are given. Training costs three times the
+forward pass.
 
 The scorer of a BLT is a separate model, and is not included in its counts.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from bytelm.accounting.parts import Matrix, Part, SelfAttention, model_parts
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.accounting.parts import Axis, Matrix, Part, SelfAttention, model_parts
 from bytelm.config import Node
 
 TRAINING_FACTOR = 3
@@ -51,8 +56,41 @@ def forward_flops(config: Node, num_bytes: int, num_patches: int = 0) -> dict[st
         num_bytes: bytes in the row, with padding if it is computed.
         num_patches: patches in the row, likewise; not used by a plain transformer.
     """
+    lengths = {"byte": num_bytes, "patch": num_patches}
+
+    def pairs(axis: Axis, window: int | None) -> int:
+        return _visible_pairs(np.array([lengths[axis]]), window)
+
     return {
-        name: _forward(part, num_bytes, num_patches) for name, part in model_parts(config).items()
+        name: _forward(part, num_bytes, num_patches, pairs)
+        for name, part in model_parts(config).items()
+    }
+
+
+def packed_flops(
+    config: Node,
+    documents: NDArray[np.generic],
+    patch_documents: NDArray[np.generic] | None = None,
+) -> dict[str, Flops]:
+    """Return the forward FLOPs of packed rows by part, with the attention of each document.
+
+    Args:
+        config: configuration of the model.
+        documents: ``[row, byte or token]``, the document of each. Padding is computed: a number of
+            its own stands for it, and it is counted like a document.
+        patch_documents: ``[row, patch]``, likewise; not used by a plain transformer.
+    """
+    of = {"byte": documents, "patch": np.empty((len(documents), 0), np.int64)}
+    if patch_documents is not None:
+        of["patch"] = patch_documents
+    lengths = {axis: _run_lengths(rows) for axis, rows in of.items()}
+
+    def pairs(axis: Axis, window: int | None) -> int:
+        return _visible_pairs(lengths[axis], window)
+
+    return {
+        name: _forward(part, of["byte"].size, of["patch"].size, pairs)
+        for name, part in model_parts(config).items()
     }
 
 
@@ -118,13 +156,15 @@ def parameter_counts(config: Node) -> tuple[int, int]:
     return sum(counts.values()) - embeddings, embeddings
 
 
-def _forward(part: Part, num_bytes: int, num_patches: int) -> Flops:
+def _forward(
+    part: Part, num_bytes: int, num_patches: int, pairs: Callable[[Axis, int | None], int]
+) -> Flops:
     lengths = {"byte": num_bytes, "patch": num_patches}
     linear = sum(2 * m.parameters * m.vectors * lengths[m.per] for m in part.matrices)
     attention = 4 * num_bytes * part.cross_width
     if stack := part.self_attention:
-        pairs = _visible_pairs(lengths[stack.per], stack.window)
-        attention += 4 * stack.num_layers * stack.query_width * pairs
+        seen = pairs(stack.per, stack.window)
+        attention += 4 * stack.num_layers * stack.query_width * seen
     return Flops(linear, attention)
 
 
@@ -152,7 +192,14 @@ def _cached(stack: SelfAttention, num_bytes: int, num_patches: int) -> int:
     return 2 * stack.num_layers * stack.key_width * min(length, stack.window or length)
 
 
-def _visible_pairs(length: int, window: int | None) -> int:
-    """Return the number of query-key pairs of a row, ``sum_i min(i + 1, window)``."""
-    ramp = min(length, window or length)
-    return ramp * (ramp + 1) // 2 + (length - ramp) * ramp
+def _visible_pairs(lengths: NDArray[np.integer], window: int | None) -> int:
+    """Return the number of query-key pairs of documents, ``sum_i min(i + 1, window)`` of each."""
+    ramps = lengths if window is None else np.minimum(lengths, window)
+    return int((ramps * (ramps + 1) // 2 + (lengths - ramps) * ramps).sum())
+
+
+def _run_lengths(rows: NDArray[np.generic]) -> NDArray[np.integer]:
+    """Return the lengths of the runs of equal numbers in each row."""
+    begins = np.ones(rows.shape, np.bool_)
+    begins[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    return np.diff(np.flatnonzero(begins), append=rows.size)

@@ -10,6 +10,8 @@ from bytelm.config.patching import RULES, PatchingConfig
 
 Seed = Annotated[Int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Packing = Literal["balanced", "in-order"]
+"""How rows of patches are filled: up to both budgets, or by spans in their order."""
 SAVED: Kinds[Node] = Kinds("model", MODELS, SCORERS)
 """Models that a checkpoint may hold."""
 
@@ -51,10 +53,22 @@ class DataConfig(Node):
     """Patches (or tokens) in a row; null to derive it from ``row_bytes`` and their mean size."""
     rows_per_step: Positive = 8
     """Rows in an optimiser step."""
+    packing: Packing | None = None
+    """How rows of patches are filled. in-order: by spans in their order, until bytes or patches are
+    used up; a tenth of either is padding. balanced: by spans of long and of short patches, so that
+    both are used up. null for balanced, or for what the run began with."""
     mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Relative shares of bytes by source; null for the shares of the data."""
     verify: bool = True
     """Check the hash of every shard before training."""
+
+    @property
+    def room_margin(self) -> float:
+        """Ratio of a row's room for patches or tokens to those that its bytes need on average.
+
+        Rows that are filled in order need more room; those of tokens are closed by it.
+        """
+        return 1.1 if self.packing == "in-order" and self.tokenizer is None else 1.0
 
 
 class Cooldown(Node):

@@ -9,7 +9,7 @@ from bytelm.data.calibration import (
 from bytelm.data.corpus import Reader
 from bytelm.data.dataset import Dataset, InputRecord, Manifest, read_manifest
 from bytelm.data.inputs import Input, ReadOptions, find_inputs
-from bytelm.data.loader import Loader, LoaderState, SpanOrder
+from bytelm.data.loader import OPEN_SPANS, Loader, LoaderState, SpanOrder
 from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.data.preparation import PreparationState, PrepareOptions, prepare
 from bytelm.data.records import Document
@@ -17,6 +17,7 @@ from bytelm.units import IGNORED
 
 __all__ = [
     "IGNORED",
+    "OPEN_SPANS",
     "Batch",
     "Dataset",
     "Document",

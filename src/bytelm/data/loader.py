@@ -6,6 +6,9 @@ by its own stream: stream ``r`` of ``R`` takes spans ``r, r + R, r + 2R, ...`` o
 concatenation of epochs. A stream's state is a few integers, and a rank runs only the streams of its
 own rows, so the rows of a step are the same at any world size.
 
+A stream fills its rows with spans in their order, or balances them (:mod:`bytelm.data.balancing`):
+it has several spans in progress, and each row takes the oldest, and another that fills it up.
+
 If only some bytes of a document are trained on, such as a response, a span of it is not cut at the
 end of a row but begins a new one, since the rest would be trained on without its prompt.
 """
@@ -13,15 +16,20 @@ end of a row but begins a new one, since the rest would be trained on without it
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bytelm.config import Packing
+from bytelm.data.balancing import Counts, best_cut
 from bytelm.data.dataset import Dataset
 from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.errors import DataError
 from bytelm.units import Span, Units
+
+OPEN_SPANS = 16
+"""Spans in progress in each stream whose rows are balanced; fewer leave more padding."""
 
 
 class SpanOrder:
@@ -60,18 +68,36 @@ class SpanOrder:
         return int(self.documents[row]), span - first
 
 
+class _Rest(NamedTuple):
+    """What is left of a span."""
+
+    document: int
+    begin: int
+    end: int
+
+
 @dataclass
 class _StreamState:
     """Position of one stream."""
 
     draws: list[int]
     """Spans taken from each component of the mixture."""
-    document: int = 0
-    """Document of the span in progress."""
-    begin: int = 0
-    """Next position of the span in progress."""
-    end: int = 0
-    """End of the span in progress; a new one is drawn when ``begin`` has reached it."""
+    open: list[_Rest] = field(default_factory=list)
+    """Spans in progress, the oldest first."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "_StreamState":
+        """Return a saved state; in earlier versions, one span was in progress."""
+        if "open" in data:
+            return cls(data["draws"], [_Rest(*rest) for rest in data["open"]])
+        rest = _Rest(data["document"], data["begin"], data["end"])
+        return cls(data["draws"], [rest] if rest.begin < rest.end else [])
+
+    def advance(self, index: int, positions: int) -> None:
+        """Use up positions of a span in progress."""
+        rest = self.open.pop(index)
+        if rest.begin + positions < rest.end:
+            self.open.insert(index, rest._replace(begin=rest.begin + positions))
 
 
 @dataclass
@@ -90,6 +116,7 @@ class Loader:
         units: units of the model.
         row_bytes: bytes in a row.
         row_units: units in a row; ``None`` for no limit.
+        packing: how rows with budgets of bytes and of units are filled; others are filled in order.
         rows_per_step: rows in a step, over all ranks.
         mixture: relative shares of bytes by source name; ``None`` for the shares of the data.
         seed: seed of the order.
@@ -109,6 +136,7 @@ class Loader:
         row_bytes: int,
         row_units: int | None,
         rows_per_step: int,
+        packing: Packing = "in-order",
         mixture: dict[str, float] | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -131,6 +159,9 @@ class Loader:
         self._max_bytes = row_bytes
         if self._row_units is not None:
             self._max_bytes = math.ceil(units.byte_room * row_bytes)
+        has_two_budgets = self._row_units is not None and units.byte_room == 1.0
+        self._is_balanced = packing == "balanced" and has_two_budgets
+        self._counts: dict[_Rest, Counts | None] = {}
         self._seed = seed
         self._num_streams = rows_per_step
         self._rows = range(rank, rows_per_step, world_size)
@@ -160,37 +191,101 @@ class Loader:
                 f"{len(self._rows)}: resume with the same data.rows_per_step and number of ranks"
             )
         self.step = state.step
-        streams = [_StreamState(**s) for s in state.streams]
+        streams = [_StreamState.from_json(s) for s in state.streams]
         self._streams = dict(zip(self._rows, streams, strict=True))
 
     @property
     def epochs(self) -> float:
-        """Epochs so far, as the ratio of spans drawn to all spans."""
-        drawn = sum(sum(s.draws) for s in self._streams.values())
+        """Epochs so far, as the ratio of spans drawn to all spans.
+
+        Of the spans in progress in a stream, only one counts.
+        """
+        drawn = sum(sum(s.draws) - len(s.open[1:]) for s in self._streams.values())
         return drawn / sum(map(len, self._components))
 
     def _fill(self, number: int) -> Row:
         row = Row(self._max_bytes, self._row_units, self._units)
         state = self._streams[number]
+        wanted, add = (OPEN_SPANS, self._balance) if self._is_balanced else (1, self._add_next)
         while not row.is_full:
-            if state.begin >= state.end:
+            while len(state.open) < wanted:
                 self._draw(number, state)
-            is_masked = self._dataset.trained(state.document) is not None
-            limit = self._max_bytes - (0 if is_masked else row.num_bytes)
-            span = self._span(state, limit)
-            if is_masked and row.spans and not row.has_room(span):
+            if not add(row, state):
                 break
-            state.begin += row.add(span)
         return row
 
-    def _span(self, state: _StreamState, limit: int) -> Span:
-        end = min(state.end, state.begin + limit)
+    def _add_next(self, row: Row, state: _StreamState) -> bool:
+        """Add as much as fits of the oldest span; return whether anything was added."""
+        rest = state.open[0]
+        is_masked = self._is_masked(rest)
+        span = self._span(rest, self._max_bytes - (0 if is_masked else row.num_bytes))
+        if is_masked and row.spans and not row.has_room(span):
+            return False
+        state.advance(0, row.add(span))
+        return True
+
+    def _balance(self, row: Row, state: _StreamState) -> bool:
+        """Fill a row with the oldest span and another; return whether anything was added.
+
+        If both are too short, or do not fit well, the oldest is added as a whole.
+        """
+        known = [self._count(rest) for rest in state.open]
+        if known[0] is None:
+            return self._add_whole(row, state)
+        assert row.budget is not None
+        room, room_units = self._max_bytes - row.num_bytes, row.budget - row.num_units
+        chosen = [i for i, counts in enumerate(known) if counts is not None]
+        cut = best_cut([counts for counts in known if counts is not None], room, room_units)
+        leaves_room = len(known[0]) <= room and known[0][-1] < room_units - 1
+        if cut is None or (cut.misfit > 1 and leaves_room):
+            return self._add_part(row, state, 0, room)
+        if cut.partner is None:
+            return self._add_part(row, state, 0, cut.length)
+        # The partner first, whose index holds until the oldest span is used up.
+        self._add_part(row, state, chosen[cut.partner], room - cut.length)
+        return row.is_full or self._add_part(row, state, 0, cut.length)
+
+    def _add_whole(self, row: Row, state: _StreamState) -> bool:
+        """Add the first span of which only some bytes are trained on and which fits as a whole."""
+        for index, rest in enumerate(state.open):
+            if self._count(rest) is None and row.has_room(self._span(rest, self._max_bytes)):
+                return self._add_part(row, state, index, self._max_bytes)
+        return not row.spans and self._add_part(row, state, 0, self._max_bytes)
+
+    def _add_part(self, row: Row, state: _StreamState, index: int, limit: int) -> bool:
+        """Add as much as fits of the beginning of a span in progress."""
+        rest = state.open[index]
+        self._counts.pop(rest, None)
+        state.advance(index, row.add(self._span(rest, limit)))
+        return True
+
+    def _is_masked(self, rest: _Rest) -> bool:
+        """Whether only some bytes of a span's document are trained on."""
+        return self._dataset.trained(rest.document) is not None
+
+    def _count(self, rest: _Rest) -> Counts | None:
+        """Return the patches in the beginnings of a span; ``None`` if it must not be cut."""
+        if rest not in self._counts and self._is_masked(rest):
+            self._counts[rest] = None
+        elif rest not in self._counts:
+            segment = self._units.segment(self._span(rest, self._max_bytes))
+            assert segment.next_boundary is not None
+            counts = np.zeros(len(segment.next_boundary) + 1, np.int32)
+            counts[1:] = 1
+            counts[2:] += np.cumsum(segment.next_boundary[:-1], dtype=np.int32)
+            self._counts[rest] = counts
+        return self._counts[rest]
+
+    def _span(self, rest: _Rest, limit: int) -> Span:
+        """Return the beginning of a span in progress, at most ``limit`` positions."""
+        document, begin = rest.document, rest.begin
+        end = min(rest.end, begin + limit)
         entropies = None
         if self._units.needs_entropies:
-            entropies = self._dataset.entropies(state.document, state.begin, end)
-        ids = self._dataset.ids(state.document, state.begin, end + 1)
-        targets = self._dataset.targets(state.document, state.begin, ids)
-        return Span(state.document, state.begin, ids, entropies, targets)
+            entropies = self._dataset.entropies(document, begin, end)
+        ids = self._dataset.ids(document, begin, end + 1)
+        targets = self._dataset.targets(document, begin, ids)
+        return Span(document, begin, ids, entropies, targets)
 
     def _draw(self, number: int, state: _StreamState) -> None:
         """Draw the stream's next span."""
@@ -205,10 +300,9 @@ class Loader:
         index = number + self._num_streams * state.draws[component]
         document, span = spans.at(index, [self._seed, component])
         state.draws[component] += 1
-        state.document = document
-        state.begin = span * self._row_bytes
+        begin = span * self._row_bytes
         num_positions = int(self._dataset.lengths[document]) + 1
-        state.end = min(state.begin + self._row_bytes, num_positions)
+        state.open.append(_Rest(document, begin, min(begin + self._row_bytes, num_positions)))
 
 
 def _mix(

@@ -51,7 +51,7 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         table.add_row(*row)
     console.print(table)
     left_out = [
-        f"{count:,} {name.replace('_', ' ')}"
+        f"{name.replace('_', ' ')}: {count:,}"
         for name, count in manifest.left_out.model_dump().items()
         if count
     ]

@@ -35,6 +35,11 @@ class Comparison:
     budget_name: str
     """Unit that budgets were planned in."""
 
+    @property
+    def every_difference(self) -> list[Difference]:
+        """Return the differences of all members."""
+        return [one for some in self.differences.values() for one in some]
+
 
 def compare(name: str, plan: Plan, bootstrap: Bootstrap) -> Comparison:
     """Make one comparison of a plan from the runs that are finished."""

@@ -10,7 +10,6 @@ from bytelm.data import Dataset
 from bytelm.data.dataset import MANIFEST
 from bytelm.study.plan import Plan, Run
 from bytelm.study.resolving import Resolved, Resolver
-from bytelm.units import PatchUnits, TokenUnits
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:
 def _cost(resolved: Resolved, text_bytes: int | None, speed: float) -> Cost:
     run, data = resolved.run, resolved.recipe.data
     parameters, embedding_parameters = resolved.parameters()
-    units = PatchUnits if data.tokenizer is None else TokenUnits
-    unit = units.margin * data.row_bytes / data.row_patches if data.row_patches else None
+    unit = data.room_margin * data.row_bytes / data.row_patches if data.row_patches else None
     return Cost(
         name=run.name,
         parameters=parameters,

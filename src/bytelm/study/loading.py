@@ -149,3 +149,25 @@ def _shipped(name: str, where: str) -> Partial:
         if isinstance(mine := data.get(section), dict):
             mine.pop(key, None)
     return data
+
+
+def with_steps(plan: Plan, recipe: Recipe, steps: int) -> Recipe:
+    """Return a recipe with its number of steps, and with what follows from it.
+
+    That is the warm-up, and how often the run reports, validates and saves; a setting that the
+    plan makes itself stays.
+    """
+    often = max(steps // 8, 1)
+    usual = {
+        "log_every": max(steps // 200, 1),
+        "validate_every": often,
+        "checkpoint_every": often,
+        "keep_checkpoints": 1,
+    }
+    settings = {k: v for k, v in usual.items() if k not in recipe.train.model_fields_set}
+    train_config = recipe.train.model_copy(update={"steps": steps, **settings})
+    optimizer = recipe.optimizer
+    if "warmup_steps" not in optimizer.model_fields_set:
+        warmup = {"warmup_steps": round(plan.warmup_share * steps)}
+        optimizer = optimizer.model_copy(update=warmup)
+    return recipe.model_copy(update={"train": train_config, "optimizer": optimizer})

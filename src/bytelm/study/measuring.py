@@ -22,11 +22,13 @@ from bytelm.study.resources import RESIDENT
 from bytelm.study.results import identity
 from bytelm.study.text import scorer_training_flops
 from bytelm.tracking import read_jsonl
-from bytelm.training import Likelihood, held_out_spans, measure_spans, total
+from bytelm.training import Likelihood, TrainingResult, held_out_spans, measure_spans, total
 from bytelm.training.run import METRICS
 from bytelm.training.setup import choose_device
 from bytelm.version import __version__
 
+FULL_ROWS, DOCUMENTS = "full rows", "documents"
+"""What attention is counted in: rows as if each were one document, or the documents in them."""
 SLICES = "slices.jsonl"
 """File in a run's folder with a line for each slice."""
 BEGIN = '{"steps": '
@@ -56,7 +58,7 @@ NO_SOURCES = (
 
 
 def measure(
-    plan: Plan, resolved: Resolved, out: Path, folder: Path, train_bytes: int
+    plan: Plan, resolved: Resolved, out: Path, folder: Path, trained: TrainingResult
 ) -> dict[str, Any]:
     """Return the complete result of a trained run, ready for JSON.
 
@@ -65,9 +67,10 @@ def measure(
         resolved: the run.
         out: folder of the study.
         folder: folder of the run, with its metrics and slices.
-        train_bytes: bytes of text that the run has read.
+        trained: outcome of the training.
     """
     about = describe(plan, resolved, out)
+    scoring = about["scorer_flops"] if resolved.counts_scorer else 0.0
     by_document, sources = held_out_likelihood(plan, resolved, folder)
     whole = total(by_document.values())
     unit = whole.unit_bytes if whole.num_units else None
@@ -75,8 +78,9 @@ def measure(
     padded = [row for row in read_jsonl(folder / METRICS) if "padded_bytes" in row]
     return {
         **about,
-        "train_bytes": train_bytes,
-        "epochs": train_bytes / about["text_bytes"],
+        "flops": trained.flops + scoring,
+        "train_bytes": trained.bytes_seen,
+        "epochs": trained.bytes_seen / about["text_bytes"],
         "bpb": whole.bits_per_byte,
         "unit_bytes": unit,
         "inference_flops": inference_flops(resolved.recipe, unit),
@@ -153,6 +157,7 @@ def describe(plan: Plan, resolved: Resolved, out: Path) -> dict[str, Any]:
         "label": family.label,
         "steps": resolved.steps,
         "flops": resolved.flops,
+        "attention": FULL_ROWS if resolved.charges_full_rows else DOCUMENTS,
         "scorer_flops": resolved.steps * resolved.scorer_step_flops,
         "scorer_training_flops": scorer_training,
         "parameters": parameters,

@@ -12,18 +12,32 @@ from bytelm.storage import write_text
 from bytelm.study import words
 from bytelm.study.bootstrap import Bootstrap, Difference
 from bytelm.study.comparison import Comparison, compare
-from bytelm.study.drawing import draw_comparison, draw_costs, draw_units
+from bytelm.study.drawing import (
+    draw_comparison,
+    draw_costs,
+    draw_differences,
+    draw_frontiers,
+    draw_units,
+)
 from bytelm.study.fit import MIN_POINTS_FOR_FLOOR, Curve
+from bytelm.study.measuring import DOCUMENTS, FULL_ROWS
+from bytelm.study.palette import looks
 from bytelm.study.plan import Plan
 from bytelm.study.resources import RESIDENT
 from bytelm.study.table import budget, read_table
 
 PAGE = "results.md"
+FOREST = "differences.svg"
+ABOUT_FOREST = (
+    "Differences from the baselines of the tables below, with 95% intervals: blue where the "
+    "interval is below 0 (ahead), red where it is above (behind)."
+)
 ABOUT_COSTS = (
     "Seconds depend on what else the machine did; rates are per second of its processors where "
     "those were measured. Peaks of anonymous memory leave out memory-mapped text and entropies; "
     "peaks of resident memory, which earlier versions measured, count the pages of them that were "
-    "read."
+    "read. A peak is mixed if some slices of a run measured the one and some the other: it is the "
+    "largest of both."
 )
 UNPAIRED = "\u2020"
 """Mark of differences of runs that have no seed in common."""
@@ -45,17 +59,22 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
     results = read_table(tables, plan)
     bootstrap = Bootstrap(results)
     out.mkdir(parents=True, exist_ok=True)
-    rows = results.rows
+    rows, look = results.rows, looks(plan)
     lines = [f"# {plan.title}", "", *_preamble(plan, bootstrap), ""]
-    for name, config in plan.comparisons.items():
-        comparison = compare(name, plan, bootstrap)
+    comparisons = {name: compare(name, plan, bootstrap) for name in plan.comparisons}
+    forest = [one for one in comparisons.values() if one.differences and not one.curves]
+    if forest:
+        draw_differences({one.config.title: one.every_difference for one in forest}, out / FOREST)
+        lines += [f"![Differences]({FOREST})", "", ABOUT_FOREST, ""]
+    for name, comparison in comparisons.items():
+        config = comparison.config
         if not comparison.rows:
             left_out = [f"- {why}" for why in comparison.left_out]
             lines += [f"## {config.title}", "", "Nothing to show yet.", "", *left_out, ""]
             continue
         lines += [f"## {config.title}", ""]
         if comparison.curves:
-            draw_comparison(comparison, out / f"{name}.svg", AXES[config.kind])
+            draw_comparison(comparison, look, out / f"{name}.svg", AXES[config.kind])
             lines += [f"![{config.title}]({name}.svg)", "", *_summary(comparison), ""]
         lines += [*_words(comparison), *_differences(comparison)]
         if comparison.curves:
@@ -65,9 +84,11 @@ def write_page(plan: Plan, tables: Path, out: Path) -> Path:
     if results.failures:
         lines += ["## Diverged", "", *(f"- {failure}" for failure in results.failures), ""]
     plain = [row for row in rows if row["settings"] == "{}"] or rows
-    draw_units(plain, out / "units.svg")
-    draw_costs(plain, out / "costs.svg")
+    draw_units(plain, look, out / "units.svg")
+    draw_frontiers(plain, look, out / "frontiers.svg")
+    draw_costs(plain, look, out / "costs.svg")
     lines += ["## Bytes per patch and quality", "", "![bytes per patch](units.svg)", ""]
+    lines += ["## Inference cost, memory and quality", "", "![frontiers](frontiers.svg)", ""]
     lines += ["## Time and memory", "", "![time and memory](costs.svg)", "", ABOUT_COSTS, ""]
     lines += [*_costs(plain), ""]
     lines += ["## By source", "", *_sources(bootstrap), ""]
@@ -92,9 +113,10 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
     )
     return [
         f"Plan `{plan.name}`: {len(rows)} runs, {sum(r['flops'] for r in rows):.3g} training FLOPs "
-        f"in all.{met} FLOPs include padding. Scoring the training text with the entropy model is "
-        f"{counted} a run's FLOPs; the table of time and memory lists it in a column of its own, "
-        f"and the training of the entropy model in another. Measured on "
+        f"in all.{met} FLOPs include padding. {_attention(rows)} Scoring the training text with "
+        f"the entropy model is {counted} a run's FLOPs; the table of time and memory "
+        f"lists it in a column of its own, and the training of the entropy model in another. "
+        f"Measured on "
         f"{int(bootstrap.results.num_bytes.sum()):,} bytes of {len(bootstrap.results.num_bytes):,} "
         f"held-out documents, none of which is in the training text. {spread}",
         "",
@@ -104,6 +126,20 @@ def _preamble(plan: Plan, bootstrap: Bootstrap) -> list[str]:
         "those of runs with the same seed; where there are none, of the means of all seeds, marked "
         f"{UNPAIRED}. Of many intervals, one in twenty excludes 0 by chance.",
     ]
+
+
+def _attention(rows: Sequence[dict[str, Any]]) -> str:
+    """Say how the FLOPs of attention are counted."""
+    full = sum(row["attention"] != DOCUMENTS for row in rows)
+    if not full:
+        return "Attention is counted within the documents of each row."
+    as_one = "as if each row were one document, which is more than they compute"
+    if full == len(rows):
+        return f"Attention is counted {as_one}, as earlier versions did."
+    return (
+        f"**Budgets differ in what they count:** the attention of {full} runs is counted {as_one}, "
+        f"as earlier versions did; that of {len(rows) - full} runs within documents."
+    )
 
 
 def _machine(row: dict[str, Any]) -> str:
@@ -146,7 +182,7 @@ def _words(comparison: Comparison) -> list[str]:
     """Return what the intervals allow to be said of each member and the baseline."""
     if not comparison.differences:
         return []
-    every = [one for some in comparison.differences.values() for one in some]
+    every = comparison.every_difference
     heads = [f"Compared with {every[0].baseline}:", ""]
     if not comparison.curves:
         return [*heads, *(f"- {line}" for line in words.groups(every)), ""]
@@ -167,7 +203,7 @@ def _differences(comparison: Comparison) -> list[str]:
     """Return a table of the differences from the baseline by member and budget."""
     if not comparison.differences:
         return []
-    every = [one for some in comparison.differences.values() for one in some]
+    every = comparison.every_difference
     budgets = sorted({one.budget for one in every})
 
     def line(name: str, differences: Sequence[Difference]) -> list[str]:
@@ -267,6 +303,7 @@ def _costs(rows: Sequence[dict[str, Any]]) -> list[str]:
             "peak GB": f"{row['peak_bytes'] / 1e9:.2f} {row['memory'] or RESIDENT}",
             "padded bytes": f"{row['padded_bytes']:.1%}",
             "padded units": f"{row['padded_patches']:.1%}",
+            "attention in": row["attention"] or FULL_ROWS,
             "slices": str(row["slices"]),
             "source": ", then ".join(_sources_of(row)),
         }

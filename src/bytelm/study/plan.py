@@ -29,6 +29,7 @@ from bytelm.errors import ConfigError
 
 Budget = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Colour = Literal["blue", "vermilion", "black", "green", "purple", "orange", "sky", "grey"]
 Partial = dict[str, Any]
 """Part of a recipe: some of its sections, and some keys of each; ``like: NAME`` puts a shipped
 recipe below them."""
@@ -66,6 +67,9 @@ class Family(Node):
 
     label: str
     """Name on pages and in figures."""
+    colour: Colour | None = None
+    """Colour in figures; null for one that no other family has, as long as there are any. Families
+    of one colour differ in their marks."""
     recipe: Partial = Field(default_factory=dict)
     sizes: dict[Name, Partial] = Field(default_factory=dict)
     """Recipes over the family's, by the name of the size."""

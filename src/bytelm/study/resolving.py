@@ -2,18 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from bytelm.accounting import forward_flops, parameter_counts
 from bytelm.config import NgramRecipe, PatchingConfig, Recipe, load_recipe
-from bytelm.data import Dataset
+from bytelm.data import Batch, Dataset
 from bytelm.data.dataset import MANIFEST
 from bytelm.errors import ConfigError
-from bytelm.study.loading import run_recipe
+from bytelm.study.loading import run_recipe, with_steps
 from bytelm.study.plan import Plan, Run
+from bytelm.study.results import recipe_changes, run_folder
 from bytelm.study.text import text_folder, tokenizer_path
+from bytelm.training import (
+    charges_full_rows,
+    full_step_flops,
+    mean_step_flops,
+    recorded_recipe,
+    sample_rows,
+    with_room,
+)
 from bytelm.training import resolve as resolve_recipe
-from bytelm.training import step_flops, with_room
-from bytelm.units import PatchUnits, TokenUnits
 
 TOLERANCE = 0.01
 """Largest relative deviation of a run's FLOPs from its budget."""
@@ -29,11 +37,14 @@ class Resolved:
     run: Run
     recipe: Recipe
     step_flops: float
-    """Training FLOPs of a step, padding included; see :mod:`bytelm.accounting`."""
+    """Training FLOPs to expect of a step, padding included; see :mod:`bytelm.accounting`."""
     scorer_step_flops: float
     """FLOPs of scoring the rows of a step with the entropy model."""
     counts_scorer: bool
     """Whether the budget includes the FLOPs of scoring."""
+    charges_full_rows: bool = False
+    """Whether attention is counted as if each row were one document, as earlier versions did and as
+    a dry run without text has to."""
 
     @property
     def steps(self) -> int:
@@ -57,11 +68,22 @@ class Resolved:
         return parameter_counts(self.recipe.model)
 
 
+class _Measured(NamedTuple):
+    """What was measured on the text."""
+
+    patching: PatchingConfig | None
+    rows: dict[str, Any]
+    """Settings of how rows are filled."""
+    sample: list[Batch]
+
+
 class Resolver:
     """Completes the recipes of a plan's runs, and measures the text once for each question.
 
-    With the study's text (and tokenizer) in its folder, thresholds and the mean length of patches
-    and tokens are measured; without it, for a dry run, the plan gives that length.
+    With the study's text (and tokenizer) in its folder, thresholds, the mean length of patches and
+    tokens, and the documents in rows are measured; without it, for a dry run, the plan gives that
+    length, and rows are taken to be one document. A run that has begun keeps its recipe, and how
+    its FLOPs are counted.
 
     Args:
         plan: the plan of the study.
@@ -71,7 +93,7 @@ class Resolver:
     def __init__(self, plan: Plan, out: Path) -> None:
         self.plan, self.out = plan, out
         self._resolved: dict[str, Resolved] = {}
-        self._measured: dict[tuple[object, ...], tuple[PatchingConfig | None, int | None]] = {}
+        self._measured: dict[tuple[object, ...], _Measured] = {}
 
     def resolve(self, run: Run) -> Resolved:
         """Return a run with its complete recipe.
@@ -86,8 +108,10 @@ class Resolver:
         return self._resolved[run.name]
 
     def _resolve(self, run: Run) -> Resolved:
-        recipe = self._with_data(run, run_recipe(self.plan, run))
-        one = step_flops(recipe)
+        if (begun := self._begun(run)) is not None:
+            return begun
+        recipe, rows = self._with_data(run, run_recipe(self.plan, run))
+        one = full_step_flops(recipe) if rows is None else mean_step_flops(recipe, rows)
         step_bytes = recipe.data.rows_per_step * recipe.data.row_bytes
         scorer = scorer_flops(self.plan, run.family, step_bytes)
         if run.flops is None:
@@ -96,10 +120,34 @@ class Resolver:
         else:
             steps = _steps(run, run.flops, one + (scorer if self.plan.include_scorer else 0.0))
         recipe = with_steps(self.plan, recipe, steps)
-        return Resolved(run, recipe, one, scorer, self.plan.include_scorer)
+        return Resolved(run, recipe, one, scorer, self.plan.include_scorer, rows is None)
 
-    def _with_data(self, run: Run, recipe: Recipe) -> Recipe:
-        """Fill in the data of a recipe, its threshold, and its room for patches or tokens."""
+    def _begun(self, run: Run) -> Resolved | None:
+        """Return a run that has checkpoints of the plan's recipe as it began, or ``None``."""
+        folder = run_folder(self.out, run)
+        recipe = recorded_recipe(folder)
+        if recipe is None or recipe_changes(self.plan, run, recipe):
+            return None
+        data = recipe.data
+        # Earlier versions did not record how rows are filled.
+        filled = data.model_copy(update={"packing": data.packing or "in-order"})
+        known, rows = self._with_data(run, recipe.model_copy(update={"data": filled}))
+        places = known.data.model_dump(include={"path", "tokenizer", "verify"})
+        recipe = recipe.model_copy(update={"data": data.model_copy(update=places)})
+        is_full = rows is None or charges_full_rows(folder)
+        one = full_step_flops(recipe)
+        if rows is not None and not is_full:
+            one = mean_step_flops(known, rows)
+        step_bytes = recipe.data.rows_per_step * recipe.data.row_bytes
+        scorer = scorer_flops(self.plan, run.family, step_bytes)
+        return Resolved(run, recipe, one, scorer, self.plan.include_scorer, is_full)
+
+    def _with_data(self, run: Run, recipe: Recipe) -> tuple[Recipe, list[Batch] | None]:
+        """Fill in the data of a recipe, its threshold, and its room for patches or tokens.
+
+        Returns:
+            The recipe, and some of its rows if the text is there.
+        """
         vocab_size = self.plan.families[run.family].vocab_size
         folder = text_folder(self.plan, run.family, self.out)
         data = recipe.data.model_copy(update={"verify": False})
@@ -113,42 +161,23 @@ class Resolver:
             return self._measure(recipe.model_copy(update={"data": data}), folder)
         unit = _assumed_unit(self.plan, run, recipe)
         if unit and data.row_patches is None:
-            units = PatchUnits if vocab_size is None else TokenUnits
-            data = with_room(data, unit, units.margin)
-        return recipe.model_copy(update={"data": data})
+            data = with_room(data, unit)
+        return recipe.model_copy(update={"data": data}), None
 
-    def _measure(self, recipe: Recipe, folder: Path) -> Recipe:
+    def _measure(self, recipe: Recipe, folder: Path) -> tuple[Recipe, list[Batch]]:
         """Resolve a recipe, unless one with the same rows of the same text was resolved before."""
-        data = recipe.data
-        question = (recipe.patching, folder, data.row_bytes, data.row_patches, data.tokenizer)
+        mixture = tuple((recipe.data.mixture or {}).items())
+        rows = recipe.data.model_dump(include={"row_bytes", "row_patches", "packing", "tokenizer"})
+        question = (recipe.patching, folder, mixture, *rows.values())
         if question not in self._measured:
-            found = resolve_recipe(recipe, Dataset(folder, "train"))
-            self._measured[question] = found.patching, found.data.row_patches
-        patching, row_patches = self._measured[question]
-        data = data.model_copy(update={"row_patches": row_patches})
-        return recipe.model_copy(update={"patching": patching, "data": data})
-
-
-def with_steps(plan: Plan, recipe: Recipe, steps: int) -> Recipe:
-    """Return a recipe with its number of steps, and with what follows from it.
-
-    That is the warm-up, and how often the run reports, validates and saves; a setting that the
-    plan makes itself stays.
-    """
-    often = max(steps // 8, 1)
-    usual = {
-        "log_every": max(steps // 200, 1),
-        "validate_every": often,
-        "checkpoint_every": often,
-        "keep_checkpoints": 1,
-    }
-    settings = {k: v for k, v in usual.items() if k not in recipe.train.model_fields_set}
-    train_config = recipe.train.model_copy(update={"steps": steps, **settings})
-    optimizer = recipe.optimizer
-    if "warmup_steps" not in optimizer.model_fields_set:
-        warmup = {"warmup_steps": round(plan.warmup_share * steps)}
-        optimizer = optimizer.model_copy(update=warmup)
-    return recipe.model_copy(update={"train": train_config, "optimizer": optimizer})
+            dataset = Dataset(folder, "train")
+            found, units = resolve_recipe(recipe, dataset)
+            sample = sample_rows(found, dataset, units)
+            decided = found.data.model_dump(include={"row_patches", "packing"})
+            self._measured[question] = _Measured(found.patching, decided, sample)
+        known = self._measured[question]
+        data = recipe.data.model_copy(update=known.rows)
+        return recipe.model_copy(update={"patching": known.patching, "data": data}), known.sample
 
 
 def scorer_flops(plan: Plan, family: str, num_bytes: int) -> float:

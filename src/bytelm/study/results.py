@@ -6,7 +6,8 @@
     STUDY/runs/NAME/result.json     written last, when the run is trained and measured
 
 Recognising a result resolves nothing. What the plan sets must be in the recorded recipe; what it
-leaves to the data and the budget (threshold, room in rows, number of steps) is taken from there.
+leaves to the data and the budget (threshold, how rows are filled, number of steps) is taken from
+there.
 """
 
 from pathlib import Path
@@ -16,9 +17,8 @@ from bytelm.config import CalibratedPatching, Recipe, differences, parse
 from bytelm.data import Dataset
 from bytelm.errors import ConfigError
 from bytelm.storage import read_json, write_json
-from bytelm.study.loading import run_recipe
+from bytelm.study.loading import run_recipe, with_steps
 from bytelm.study.plan import Plan, Run, alternative_names
-from bytelm.study.resolving import with_steps
 from bytelm.study.text import text_folder, tokenizer_path
 from bytelm.tokens import load_tokenizer
 from bytelm.training.run import RESUME_FREELY
@@ -81,8 +81,9 @@ def recipe_changes(plan: Plan, run: Run, recorded: Recipe) -> list[str]:
     """
     recipe = run_recipe(plan, run)
     data, patching = recipe.data, recipe.patching
-    if data.row_patches is None:
-        data = data.model_copy(update={"row_patches": recorded.data.row_patches})
+    for name in ("row_patches", "packing"):
+        if getattr(data, name) is None:
+            data = data.model_copy(update={name: getattr(recorded.data, name)})
     if isinstance(patching, CalibratedPatching) and patching.needs_calibration:
         found = getattr(recorded.patching, patching.threshold_name, None)
         patching = patching.model_copy(update={patching.threshold_name: found})

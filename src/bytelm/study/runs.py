@@ -199,7 +199,7 @@ def run_slice(plan: Plan, resolved: Resolved, out: Path, time_limit: float | Non
     record = {"steps": trained.step, **resources.record(), "machine": machine(device)}
     append_line(folder / SLICES, to_json(record))
     if trained.finished:
-        write_result(out, run, measure(plan, resolved, out, folder, trained.bytes_seen))
+        write_result(out, run, measure(plan, resolved, out, folder, trained))
     return trained.finished
 
 

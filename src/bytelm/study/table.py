@@ -34,6 +34,7 @@ RUN_SCHEMA = pa.schema(
         ("budget_flops", pa.float64()),
         ("budget_bytes", pa.float64()),
         ("flops", pa.float64()),
+        ("attention", pa.string()),
         ("scorer_flops", pa.float64()),
         ("scorer_training_flops", pa.float64()),
         ("steps", pa.int64()),
@@ -148,7 +149,7 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
 
     Args:
         folder: folder of the two files.
-        plan: keep only the families of this plan; ``None`` for all.
+        plan: keep only the families of this plan, with its labels; ``None`` for all.
 
     Raises:
         DataError: there is no table, or its runs were measured on different text.
@@ -160,7 +161,10 @@ def read_table(folder: Path, plan: Plan | None = None) -> Results:
         documents = pq.read_table(folder / DOCUMENTS)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder} holds no table of a study: {error}") from None
-    rows = [row for row in rows if not plan or row["family"] in plan.families]
+    if plan is not None:
+        rows = [row for row in rows if row["family"] in plan.families]
+        # Labels may have changed since the runs.
+        rows = [{**row, "label": plan.families[row["family"]].label} for row in rows]
     kept = [row for row in rows if row["failure"] is None]
     failures = [f"{row['run']}: {row['failure']}" for row in rows if row["failure"] is not None]
     names = [row["run"] for row in kept]

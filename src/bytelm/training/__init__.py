@@ -1,6 +1,7 @@
 """Training of language models and n-gram scorers."""
 
 from bytelm.training.counting import fit_ngrams
+from bytelm.training.flops import full_step_flops, mean_step_flops
 from bytelm.training.objective import (
     LabelledSpan,
     Likelihood,
@@ -10,10 +11,11 @@ from bytelm.training.objective import (
 )
 from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.parallel import parallelize
-from bytelm.training.run import Run, TrainingResult, open_run, train
-from bytelm.training.setup import resolve, with_room
-from bytelm.training.state import recorded_threads
-from bytelm.training.trainer import Trainer, step_flops
+from bytelm.training.rows import sample_rows, with_room
+from bytelm.training.run import Run, TrainingResult, open_run, recorded_recipe, train
+from bytelm.training.setup import resolve
+from bytelm.training.state import charges_full_rows, recorded_threads
+from bytelm.training.trainer import Trainer
 from bytelm.training.turns import Turns, train_in_turns
 from bytelm.training.validation import held_out_spans
 
@@ -25,16 +27,20 @@ __all__ = [
     "TrainingResult",
     "Turns",
     "build_optimizer",
+    "charges_full_rows",
     "fit_ngrams",
+    "full_step_flops",
     "held_out_spans",
     "learning_rate",
+    "mean_step_flops",
     "measure_spans",
     "open_run",
     "parallelize",
     "position_nats",
+    "recorded_recipe",
     "recorded_threads",
     "resolve",
-    "step_flops",
+    "sample_rows",
     "total",
     "train",
     "train_in_turns",

@@ -367,7 +367,7 @@ def _check_folder(recipe: Recipe, folder: Path) -> _Start:
 
 
 def _as_recorded(recipe: Recipe, start: Path | None) -> Recipe:
-    """Return a recipe with what a checkpoint's run decided: units in a row, cooldowns."""
+    """Return a recipe with what a checkpoint's run decided: how rows are filled, cooldowns."""
     if start is None:
         return recipe
     try:
@@ -376,14 +376,25 @@ def _as_recorded(recipe: Recipe, start: Path | None) -> Recipe:
         # Explained when the checkpoint is loaded.
         return recipe
     old = recorded.get("recipe", {})
-    if recipe.data.row_patches is None:
-        row_patches = old.get("data", {}).get("row_patches")
-        data = recipe.data.model_copy(update={"row_patches": row_patches})
-        recipe = recipe.model_copy(update={"data": data})
+    # Earlier versions filled rows in order.
+    rows = {"row_patches": None, "packing": "in-order", **old.get("data", {})}
+    for name in ("row_patches", "packing"):
+        if getattr(recipe.data, name) is None:
+            data = recipe.data.model_copy(update={name: rows[name]})
+            recipe = recipe.model_copy(update={"data": data})
     if recipe.optimizer.cooldowns is None:
         cooldowns = old.get("optimizer", {}).get("cooldowns") or []
         if cooldowns:
             recipe = with_cooldowns(recipe, [Cooldown(**cooldown) for cooldown in cooldowns])
+    return recipe
+
+
+def recorded_recipe(folder: Path) -> Recipe | None:
+    """Return the recipe of a run that has checkpoints, or ``None`` if there is no such run."""
+    if not saved_steps(folder):
+        return None
+    recipe = load_recipe(str(folder / RECIPE))
+    assert isinstance(recipe, Recipe)
     return recipe
 
 

@@ -1,6 +1,5 @@
 """Resolve a recipe with its data, and build the model to train."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ from bytelm import cpu
 from bytelm.checkpoint import load_scorer, read_config
 from bytelm.config import (
     CalibratedPatching,
-    DataConfig,
     ModelDescription,
     Recipe,
     ScorerConfig,
@@ -27,6 +25,7 @@ from bytelm.tokens import Tokenizer, load_tokenizer
 from bytelm.training.initial import load_initial
 from bytelm.training.parallel import parallelize
 from bytelm.training.parts import freeze
+from bytelm.training.rows import with_measured_room, with_room
 from bytelm.units import Units
 
 
@@ -90,8 +89,11 @@ def set_up(recipe: Recipe, device: torch.device, *, has_weights: bool = False) -
     return Setup(recipe, description, dataset, lm, origin)
 
 
-def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Return a recipe with the values that depend on its data: threshold, and units in a row.
+def resolve(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, Units]:
+    """Return a recipe with the values that depend on its data: threshold, and how rows are filled.
+
+    Returns:
+        The recipe, and the units of its model.
 
     Raises:
         ConfigError: the tokenizer does not fit the model.
@@ -100,8 +102,6 @@ def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
     """
     tokenizer = _load_tokenizer(recipe)
     recipe = _with_threshold(recipe, dataset)
-    if recipe.data.row_patches is not None:
-        return recipe
     config = None
     record = _scorer_record(recipe, dataset)
     if record is not None:
@@ -110,7 +110,7 @@ def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
     # Only its units are needed, so the model gets no memory.
     with _seeded(recipe.train.seed), torch.device("meta"):
         lm = build_lm(_describe(recipe, config, tokenizer), tokenizer=tokenizer)
-    return _with_units(recipe, dataset, lm.units)
+    return _with_units(recipe, dataset, lm.units), lm.units
 
 
 @contextmanager
@@ -166,12 +166,17 @@ def _with_threshold(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 
 def _with_units(recipe: Recipe, dataset: Dataset, units: Units) -> Recipe:
-    """Return a recipe with the number of units in a row, if they have a budget."""
+    """Return a recipe with how rows are filled and their number of units, if they have a budget."""
     data = recipe.data
-    if units.has_budget and data.row_patches is None:
+    if not units.has_budget:
+        return recipe
+    if data.packing is None and data.tokenizer is None:
+        data = data.model_copy(update={"packing": "balanced"})
+    if data.row_patches is None:
         sample = sample_dataset(dataset, units.sample_bytes)
-        mean_bytes = units.mean_bytes(all_documents(sample))
-        data = with_room(data, mean_bytes, units.margin)
+        data = with_room(data, units.mean_bytes(all_documents(sample)))
+        if data.packing == "balanced":
+            data = with_measured_room(recipe.model_copy(update={"data": data}), dataset, units)
     return recipe.model_copy(update={"data": data})
 
 
@@ -187,20 +192,6 @@ def choose_device(config: TrainConfig) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
-
-
-def with_room(data: DataConfig, unit_bytes: float, margin: float) -> DataConfig:
-    """Return a configuration whose rows have room for units of a mean size.
-
-    Args:
-        data: the configuration.
-        unit_bytes: mean bytes per patch or token.
-        margin: ratio of the room to the units that the bytes of a row need on average. It is 1 for
-            tokens, whose rows are closed by the number of tokens.
-    """
-    # No row holds more units than bytes.
-    wanted = min(math.ceil(margin * data.row_bytes / unit_bytes), data.row_bytes)
-    return data.model_copy(update={"row_patches": wanted})
 
 
 def _load_tokenizer(recipe: Recipe) -> Tokenizer | None:

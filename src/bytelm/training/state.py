@@ -50,6 +50,8 @@ class TrainerState:
     bytes_seen: int
     interval: dict[str, Any]
     """Totals since the last report."""
+    attended_flops: float | None = None
+    """FLOPs so far; ``None`` in checkpoints of runs whose rows are charged as one document each."""
     is_validation_due: bool = False
     """Whether the validation of this step follows; it preceded checkpoints of earlier versions."""
     threads: int | None = None
@@ -131,6 +133,11 @@ def recorded_threads(run: Path) -> int | None:
     if not saved or not (saved[-1] / TRAINER).is_file():
         return None
     return read_json(saved[-1] / TRAINER).get("threads")
+
+
+def charges_full_rows(run: Path) -> bool:
+    """Whether the FLOPs of a run with checkpoints are counted as if each row were one document."""
+    return read_json(saved_steps(run)[-1] / TRAINER).get("attended_flops") is None
 
 
 def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,17 +5,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from bytelm.accounting import training_flops
 from bytelm.config import Cooldown, Recipe
-from bytelm.data import IGNORED, Batch, Dataset, Loader
+from bytelm.data import IGNORED, Batch, Dataset
 from bytelm.errors import ConfigError, TrainingError
 from bytelm.progress import ignore
 from bytelm.stopping import Stopped, Stopping
+from bytelm.training.flops import (
+    batch_flops,
+    full_step_flops,
+    mean_step_flops,
+)
 from bytelm.training.objective import Likelihood, measure_spans, position_nats
 from bytelm.training.optim import (
     build_optimizer,
@@ -23,6 +28,7 @@ from bytelm.training.optim import (
     learning_rate,
     planned_cooldown,
 )
+from bytelm.training.rows import load_rows, sample_rows
 from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
 from bytelm.training.validation import held_out_spans
@@ -73,18 +79,11 @@ class Trainer:
         self.setup = set_up(recipe, self.device, has_weights=has_weights)
         self.recipe, self.lm = self.setup.recipe, self.setup.lm
         data = self.recipe.data
-        self.loader = Loader(
-            self.setup.dataset,
-            units=self.lm.units,
-            row_bytes=data.row_bytes,
-            row_units=data.row_patches,
-            rows_per_step=data.rows_per_step,
-            mixture=data.mixture,
-            seed=self.recipe.train.seed,
-        )
+        self.loader = load_rows(self.recipe, self.setup.dataset, self.lm.units)
         self.held_out = Dataset(self.setup.dataset.folder, "validation", verify=data.verify)
         self.optimizer = build_optimizer(self.lm.trained, self.recipe.optimizer)
-        self.step_flops = step_flops(self.recipe)
+        self.attended_flops: float | None = 0.0
+        """Training FLOPs of the rows so far; ``None`` in runs that earlier versions began."""
         self.data_fingerprint = self.setup.dataset.manifest.fingerprint
         if self.lm.units.fingerprint:
             self.data_fingerprint += f"/{self.lm.units.fingerprint}"
@@ -96,10 +95,24 @@ class Trainer:
         if recipe.train.compile or (recipe.train.compile is None and self.device.type == "cuda"):
             self.lm.trained.compile(dynamic=False)
 
+    @cached_property
+    def step_flops(self) -> float:
+        """Training FLOPs to expect of a step."""
+        if self.attended_flops is None:
+            return full_step_flops(self.recipe)
+        sample = sample_rows(self.recipe, self.setup.dataset, self.lm.units)
+        return mean_step_flops(self.recipe, sample)
+
     @property
     def flops(self) -> float:
-        """Training FLOPs of all steps taken, as :mod:`bytelm.accounting` counts them."""
-        return self.step_flops * self.num_steps
+        """Training FLOPs of all steps taken, as :mod:`bytelm.accounting` counts them.
+
+        Runs that earlier versions began are charged as those were: as if each row were one
+        document.
+        """
+        if self.attended_flops is None:
+            return self.step_flops * self.num_steps
+        return self.attended_flops
 
     @property
     def last_step(self) -> int:
@@ -180,6 +193,8 @@ class Trainer:
         if batch.unit_counts is not None and batch.budget is not None:
             interval.num_units += int(batch.unit_counts.sum())
             interval.room_units += batch.budget * len(batch.ids)
+        if self.attended_flops is not None:
+            self.attended_flops += batch_flops(self.recipe, batch)
         self.num_steps += 1
         self.bytes_seen += num_bytes
 
@@ -255,6 +270,7 @@ class Trainer:
             data_fingerprint=self.data_fingerprint,
             metrics_bytes=metrics_bytes,
             bytes_seen=self.bytes_seen,
+            attended_flops=self.attended_flops,
             interval=asdict(self.interval),
             is_validation_due=is_validation_due,
             threads=torch.get_num_threads(),
@@ -264,6 +280,7 @@ class Trainer:
         """Resume from a state; parameters and moments are restored separately."""
         self.num_steps = state.step
         self.bytes_seen = state.bytes_seen
+        self.attended_flops = state.attended_flops
         self.loader.restore(state.data)
         self.interval = _Interval(**state.interval)
 
@@ -296,9 +313,3 @@ def with_cooldowns(recipe: Recipe, cooldowns: list[Cooldown]) -> Recipe:
     optimizer = recipe.optimizer.model_copy(update={"cooldowns": cooldowns})
     train = recipe.train.model_copy(update={"steps": cooldowns[-1].end})
     return recipe.model_copy(update={"optimizer": optimizer, "train": train})
-
-
-def step_flops(recipe: Recipe) -> float:
-    """Return the FLOPs of one optimiser step of a resolved recipe, padding included."""
-    row = training_flops(recipe.model, recipe.row_length, recipe.data.row_patches or 0)
-    return float(row * recipe.data.rows_per_step)
