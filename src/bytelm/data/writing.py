@@ -124,8 +124,8 @@ class Writer:
             NumericalError: an entropy is not finite.
         """
         columns = [
-            pa.array([d.data for d in shard.documents], pa.large_binary()),
-            pa.array([d.source for d in shard.documents], pa.string()),
+            _column([d.data for d in shard.documents], pa.large_binary(), np.int64),
+            _column([d.source.encode() for d in shard.documents], pa.string(), np.int32),
         ]
         schema = SCHEMA
         if any(d.trained is not None for d in shard.documents):
@@ -151,6 +151,20 @@ class Writer:
             sha256=file_hash(path),
             sources=_totals(shard.documents),
         )
+
+
+def _column(values: list[bytes], kind: pa.DataType, offset: type[np.integer]) -> pa.Array:
+    """Return a column of bytes or strings.
+
+    ``pa.array`` of a list imports pandas where it is installed, which takes longer than the rest of
+    a short preparation.
+    """
+    text = b"".join(values)
+    assert len(text) <= np.iinfo(offset).max, "a shard is far smaller"
+    offsets = np.zeros(len(values) + 1, offset)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+    return pa.Array.from_buffers(kind, len(values), buffers)
 
 
 def _totals(documents: list[Document]) -> dict[str, SourceTotal]:
