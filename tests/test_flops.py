@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import SPACE_BLT, blt_config
-from bytelm.accounting import forward_flops, packed_flops
+from bytelm.accounting import forward_flops, packed_flops, run_lengths
 from bytelm.config import Recipe, TransformerConfig, parse
 from bytelm.data import Batch, PrepareOptions, prepare
 from bytelm.kernels.masks import Mask
 from bytelm.patching import build_patches
 from bytelm.training import Trainer, charges_full_rows, full_step_flops, train
-from bytelm.training.flops import batch_flops
+from bytelm.training.flops import Stretches
 from earlier import StopAt, forget_packing
 
 SMALL = {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48}
@@ -39,7 +39,7 @@ def pairs(documents: torch.Tensor, window: int | None) -> int:
 def test_attention_is_counted_as_the_mask_admits_it(documents, length, window):
     rows = rows_of(documents, length)
     config = TransformerConfig(**SMALL, window=window)
-    found = packed_flops(config, rows.numpy())
+    found = packed_flops(config, run_lengths(rows.numpy()))
     assert found["transformer"].attention == 2 * 4 * 32 * pairs(rows, window)
     whole = forward_flops(config, length)
     for name, part in found.items():
@@ -49,8 +49,8 @@ def test_attention_is_counted_as_the_mask_admits_it(documents, length, window):
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_a_row_of_one_document_costs_what_a_row_costs(num_bytes, num_patches):
     config = blt_config()
-    documents = np.zeros((1, num_bytes), int), np.zeros((1, num_patches), int)
-    assert packed_flops(config, *documents) == forward_flops(config, num_bytes, num_patches)
+    lengths = np.array([num_bytes]), np.array([num_patches])
+    assert packed_flops(config, *lengths) == forward_flops(config, num_bytes, num_patches)
 
 
 @given(st.lists(lengths, min_size=1, max_size=3), st.integers(0, 2**25 - 1))
@@ -64,8 +64,11 @@ def test_patches_attend_to_patches_of_their_document(documents, bits):
     values = {**SPACE_BLT, "model": blt_config().model_dump(), "train": {"steps": 1}}
     recipe = parse(Recipe, values, "test")
     config = recipe.model
-    parts = packed_flops(config, rows.numpy(), patches.patch_documents.numpy())
-    assert batch_flops(recipe, batch) == 3 * sum(part.total for part in parts.values())
+    parts = packed_flops(
+        config, run_lengths(rows.numpy()), run_lengths(patches.patch_documents.numpy())
+    )
+    total = sum(part.total for part in parts.values())
+    assert Stretches.of(recipe, [batch]).flops(recipe) == 3 * total
     local, outer = config.local, config.global_model
     near, far = pairs(rows, local.window), pairs(patches.patch_documents, None)
     assert parts["encoder"].attention == 4 * local.encoder_layers * local.dim * near
@@ -97,7 +100,7 @@ def test_a_run_counts_the_flops_of_its_rows_and_goes_on_counting(prepared, tmp_p
     whole = train(recipe_of(prepared, 6), tmp_path / "whole")
     trainer = Trainer(recipe_of(prepared, 6))
     batches = [trainer.loader.next_batch() for _ in range(6)]
-    assert whole.flops == sum(batch_flops(trainer.recipe, batch) for batch in batches)
+    assert whole.flops == Stretches.of(trainer.recipe, batches).flops(trainer.recipe)
     assert whole.flops < 6 * full_step_flops(trainer.recipe)
     # What is expected of a step is close to what it takes.
     assert 6 * trainer.step_flops == pytest.approx(whole.flops, rel=0.1)

@@ -1,13 +1,16 @@
 """Progress: callbacks, and what the command line shows of them."""
 
 import io
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bytelm.data import PreparationState
+from bytelm.cli.reading import HeldOutText
+from bytelm.data import PreparationState, Reader, ReadOptions, find_inputs
 from bytelm.display import ConsoleProgress, TrainingBar
+from bytelm.display import progress as display
 from bytelm.progress import Progress
 
 METRICS = {
@@ -33,6 +36,8 @@ def drive(progress):
         report(PreparationState(50, 100, 7, 2))
     with progress.counting("study", 100) as update:
         update(100, "a, b")
+    with progress.measuring("evaluating") as report:
+        report(5, 10)
     with progress.waiting("counting"):
         pass
 
@@ -51,6 +56,38 @@ def test_without_a_terminal_progress_is_plain_lines():
         "  step 5: held-out 2.2500 bpb",
         "study 100/100 a, b, 0:00 left",
     ]
+
+
+def test_long_work_without_a_terminal_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.02)
+    out = io.StringIO()
+    progress = ConsoleProgress(Console(file=out, width=200))
+    with progress.waiting("counting [/n]-grams"):
+        while "counting [/n]-grams: 0 s" not in out.getvalue():
+            time.sleep(0.01)
+    with progress.measuring("evaluating [/b]") as report:
+        time.sleep(0.03)
+        report(5, 20)
+        time.sleep(0.03)
+        report(1500, None)
+        time.sleep(0.03)
+        report(30, 20)
+    lines = out.getvalue().splitlines()
+    said = ["25%", "1,500 bytes", "100%"]
+    assert lines[-3:] == [f"evaluating [/b], {one}" for one in said]
+
+
+def test_the_text_of_inputs_is_estimated_while_they_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "0123456789"}\n' * 100)
+    (tmp_path / "b.txt").write_text("x" * 4600)
+    inputs = find_inputs([str(tmp_path)], ReadOptions())
+    text = HeldOutText(inputs, Reader(ReadOptions()))
+    assert text.expected_bytes is None
+    expected = [text.expected_bytes for _ in text]
+    # A record of 23 bytes has 10 bytes of text; then comes as much plain text.
+    assert len(expected) == 101
+    assert 2000 <= expected[50] <= 4000
+    assert text.expected_bytes == 1000 + 4600
 
 
 def test_the_last_step_is_always_shown():

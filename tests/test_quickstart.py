@@ -143,11 +143,11 @@ def test_evaluation_ends_on_time_on_the_same_text_for_all_models(tmp_path, monke
     clock = iter(map(float, range(99)))
     monkeypatch.setattr("bytelm.quickstart.time.monotonic", lambda: next(clock))
     models = [Fake(), Fake()]
-    kept, likelihoods = _evaluate(models, documents, 3.5)
+    kept, likelihoods = _evaluate(models, documents, 3.5, lambda done, total: None)
     assert kept == models[0].read == models[1].read == documents[:5]
     assert [one.num_bytes for one in likelihoods] == [15, 15]
     # However late it is, there is a result.
-    assert _evaluate([Fake()], documents, -1.0)[0] == documents[:1]
+    assert _evaluate([Fake()], documents, -1.0, lambda done, total: None)[0] == documents[:1]
 
 
 def test_slow_computers_prepare_less_text(monkeypatch):

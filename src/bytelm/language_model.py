@@ -1,6 +1,6 @@
 """A saved model, ready to use: patch text, measure bits per byte, generate."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -21,6 +21,7 @@ from bytelm.lm import CausalLM
 from bytelm.lm.kinds import CANNOT_PREDICT
 from bytelm.patched_text import AnyRule, PatchedText, patch_text, text_entropies
 from bytelm.patching import Scorer
+from bytelm.progress import ignore
 
 __all__ = ["LanguageModel", "PatchedText", "load"]
 
@@ -140,7 +141,11 @@ class LanguageModel:
         return named_rule(rule or (own.kind if own else "entropy"), own, **options)
 
     def likelihood(
-        self, texts: Iterable[Labelled], *, stride: int | None = None
+        self,
+        texts: Iterable[Labelled],
+        *,
+        stride: int | None = None,
+        report: Callable[[int], None] = ignore,
     ) -> dict[str, Likelihood]:
         """Return the likelihood of labelled texts, summed by label.
 
@@ -148,12 +153,15 @@ class LanguageModel:
             texts: (label, text) pairs, or (label, text, ranges) to measure only some bytes.
             stride: bytes between the beginnings of contexts; see
                 :func:`bytelm.evaluation.evaluate`.
+            report: called with the bytes measured so far.
 
         Raises:
             ConfigError: the model is an n-gram scorer, or the stride is out of range.
         """
         self._check_predicts()
-        return evaluate(self.module, texts, context_bytes=self.context_bytes, stride=stride)
+        return evaluate(
+            self.module, texts, context_bytes=self.context_bytes, stride=stride, report=report
+        )
 
     def _check_predicts(self) -> None:
         if not self.module.can_predict:

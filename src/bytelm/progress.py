@@ -95,6 +95,11 @@ class Progress:
         yield lambda state: None
 
     @contextmanager
+    def measuring(self, title: str) -> Iterator[Callable[[int, int | None], None]]:
+        """Yield a function to call with the bytes done, and of how many (if known)."""
+        yield lambda done, total: None
+
+    @contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
         """Yield a function to call with the amount of ``total`` done, and a short description."""
         yield lambda done, what: None

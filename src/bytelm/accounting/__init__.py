@@ -25,6 +25,7 @@ from bytelm.accounting.exact import (
     packed_flops,
     parameter_counts,
     parameters_by_part,
+    run_lengths,
     training_flops,
 )
 from bytelm.accounting.parts import Matrix, Part, SelfAttention, register_parts
@@ -50,6 +51,7 @@ __all__ = [
     "parameters_by_part",
     "published",
     "register_parts",
+    "run_lengths",
     "total",
     "training_flops",
 ]

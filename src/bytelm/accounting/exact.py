@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bytelm.accounting.parts import Axis, Matrix, Part, SelfAttention, model_parts
 from bytelm.config import Node
 
+NONE = np.empty(0, np.int64)
 TRAINING_FACTOR = 3
 """A backward pass costs two forward passes (paper, section 4.5)."""
 TRAINING_BYTES = 16
@@ -69,27 +70,25 @@ def forward_flops(config: Node, num_bytes: int, num_patches: int = 0) -> dict[st
 
 def packed_flops(
     config: Node,
-    documents: NDArray[np.generic],
-    patch_documents: NDArray[np.generic] | None = None,
+    stretches: NDArray[np.integer],
+    patch_stretches: NDArray[np.integer] = NONE,
 ) -> dict[str, Flops]:
-    """Return the forward FLOPs of packed rows by part, with the attention of each document.
+    """Return the forward FLOPs of packed rows by part, with attention within documents.
 
     Args:
         config: configuration of the model.
-        documents: ``[row, byte or token]``, the document of each. Padding is computed: a number of
-            its own stands for it, and it is counted like a document.
-        patch_documents: ``[row, patch]``, likewise; not used by a plain transformer.
+        stretches: lengths in bytes (or tokens) of the stretches of one document in all rows.
+            Padding is computed, and counted like a document.
+        patch_stretches: the same in patches; not used by a plain transformer.
     """
-    of = {"byte": documents, "patch": np.empty((len(documents), 0), np.int64)}
-    if patch_documents is not None:
-        of["patch"] = patch_documents
-    lengths = {axis: _run_lengths(rows) for axis, rows in of.items()}
+    lengths = {"byte": stretches, "patch": patch_stretches}
+    num_bytes, num_patches = int(stretches.sum()), int(patch_stretches.sum())
 
     def pairs(axis: Axis, window: int | None) -> int:
         return _visible_pairs(lengths[axis], window)
 
     return {
-        name: _forward(part, of["byte"].size, of["patch"].size, pairs)
+        name: _forward(part, num_bytes, num_patches, pairs)
         for name, part in model_parts(config).items()
     }
 
@@ -198,8 +197,8 @@ def _visible_pairs(lengths: NDArray[np.integer], window: int | None) -> int:
     return int((ramps * (ramps + 1) // 2 + (lengths - ramps) * ramps).sum())
 
 
-def _run_lengths(rows: NDArray[np.generic]) -> NDArray[np.integer]:
-    """Return the lengths of the runs of equal numbers in each row."""
+def run_lengths(rows: NDArray[np.generic]) -> NDArray[np.integer]:
+    """Return the lengths of the runs of equal numbers in each row, of all rows."""
     begins = np.ones(rows.shape, np.bool_)
     begins[:, 1:] = rows[:, 1:] != rows[:, :-1]
     return np.diff(np.flatnonzero(begins), append=rows.size)

@@ -37,9 +37,10 @@ def import_official(
 
     [dim]bytelm import official --blt facebook/blt-1b --entropy facebook/blt-entropy --out blt-1b[/]
     """
+    from bytelm.display import ConsoleProgress
     from bytelm.interop import convert_official
 
-    with console.status("importing"):
+    with ConsoleProgress(console).waiting("importing"):
         config = convert_official(blt, out, entropy)
     _show(config, out)
 
@@ -56,9 +57,10 @@ def import_hf(
 
     [dim]bytelm import hf itazap/blt-1b-hf --out blt-1b[/]
     """
+    from bytelm.display import ConsoleProgress
     from bytelm.interop import convert_hf
 
-    with console.status("importing"):
+    with ConsoleProgress(console).waiting("importing"):
         config = convert_hf(source, out)
     _show(config, out)
 
@@ -79,10 +81,11 @@ def export_hf(
 
     [dim]bytelm export hf runs/blt --out blt-hf[/]
     """
+    from bytelm.display import ConsoleProgress
     from bytelm.interop import export_hf
     from bytelm.language_model import load
 
-    with console.status("exporting"):
+    with ConsoleProgress(console).waiting("exporting"):
         lm = load(checkpoint, "cpu", "stored")
         export_hf(lm, out, patch_in_forward=patch_in_forward)
     console.print(f"written to {out}: generate with use_cache=False, one document per row")

@@ -93,7 +93,8 @@ def data_prepare(
         from bytelm.data.calibration import calibrate_folder
 
         try:
-            calibrate_folder(out, EntropyPatching(), patch_size)
+            with ConsoleProgress(console).waiting("calibrating"):
+                calibrate_folder(out, EntropyPatching(), patch_size)
         except PatchingError as error:
             # The data is complete; only the threshold is missing.
             console.print(f"not calibrated: {error}", style="yellow", soft_wrap=True)
@@ -119,10 +120,11 @@ def data_calibrate(
     """Find the threshold for a mean patch size, and show the patches of each source."""
     from bytelm.data import read_manifest
     from bytelm.data.calibration import calibrate_folder
-    from bytelm.display import show_data
+    from bytelm.display import ConsoleProgress, show_data
 
     wanted = build_rule(rule, None, increase, None, max_length)
-    calibrate_folder(folder, wanted, patch_size)
+    with ConsoleProgress(console).waiting("calibrating"):
+        calibrate_folder(folder, wanted, patch_size)
     show_data(console, folder, read_manifest(folder))
 
 
@@ -144,10 +146,13 @@ def data_tokenizer(
     bytelm train token-1m data.path=data data.tokenizer=tokens-4096.json --out run[/]
     """
     from bytelm.data import Dataset, train_dataset_tokenizer
+    from bytelm.display import ConsoleProgress
     from bytelm.storage import check_absent
 
     check_absent(out)
-    tokenizer = train_dataset_tokenizer(Dataset(folder, "train"), vocab_size, round(max_mb * 1e6))
+    dataset = Dataset(folder, "train")
+    with ConsoleProgress(console).waiting(f"training a tokenizer of {vocab_size} tokens"):
+        tokenizer = train_dataset_tokenizer(dataset, vocab_size, round(max_mb * 1e6))
     tokenizer.save(out)
     console.print(f"{out}: {tokenizer.vocab_size:,} tokens")
 
@@ -161,11 +166,12 @@ def data_info(
 ) -> None:
     """Show the contents of prepared data."""
     from bytelm.data.dataset import check_shard, read_manifest
-    from bytelm.display import show_data
+    from bytelm.display import ConsoleProgress, show_data
 
     manifest = read_manifest(folder)
-    for shard in manifest.shards:
-        check_shard(folder, shard, contents=verify)
+    with ConsoleProgress(console).waiting("comparing files with their hashes"):
+        for shard in manifest.shards:
+            check_shard(folder, shard, contents=verify)
     show_data(console, folder, manifest)
     if verify:
         console.print("all files match their hashes")

@@ -8,7 +8,7 @@ import typer
 
 from bytelm.cli.app import app, console, resumable, status
 from bytelm.cli.options import Threads, build_rule, seconds
-from bytelm.cli.reading import with_read_options
+from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.config import (
     RULES,
     NgramRecipe,
@@ -62,14 +62,14 @@ def train(
     [dim]bytelm train entropy-tiny data.path=data --out entropy
     bytelm train blt-1m data.path=data-scored train.steps=2000[/]
     """
-    from bytelm.display import TrainingBar, show_likelihood
+    from bytelm.display import ConsoleProgress, TrainingBar, show_likelihood
     from bytelm.threads import use_threads
     from bytelm.training import fit_ngrams, recorded_threads, train
 
     resolved = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / Path(recipe).stem
     if isinstance(resolved, NgramRecipe):
-        with console.status("counting"):
+        with ConsoleProgress(console).waiting("counting n-grams"):
             scorer = fit_ngrams(resolved, folder)
         console.print(f"{len(scorer.keys):,} contexts in {folder}", highlight=False)
         return
@@ -123,7 +123,7 @@ def evaluate(
     [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
     """
     from bytelm.data import Reader, find_inputs
-    from bytelm.display import show_inputs, show_likelihood
+    from bytelm.display import ConsoleProgress, show_inputs, show_likelihood
     from bytelm.language_model import load
     from bytelm.threads import use_threads
 
@@ -133,9 +133,13 @@ def evaluate(
         status.print(said, highlight=False, markup=False, soft_wrap=True)
     reader = Reader(read)
     inputs = find_inputs(texts, read)
-    documents = (d for one in inputs for d in reader.read(one) if d.split != "train")
-    with status.status("evaluating"):
-        by_source = lm.likelihood(((d.source, d.data, d.trained) for d in documents), stride=stride)
+    reading = HeldOutText(inputs, reader)
+    with ConsoleProgress(status).measuring("evaluating") as show:
+        by_source = lm.likelihood(
+            ((d.source, d.data, d.trained) for d in reading),
+            stride=stride,
+            report=lambda done: show(done, reading.expected_bytes),
+        )
     if not by_source:
         raise DataError(
             "there is no text to evaluate: name other files (of prepared data, only held-out "
@@ -261,6 +265,10 @@ def generate(
     ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads to compute with. (default: OMP_NUM_THREADS, or all)"),
+    ] = None,
 ) -> None:
     """Continue a prompt, printing bytes as they are generated.
 
@@ -273,9 +281,12 @@ def generate(
     from bytelm.codec import to_bytes
     from bytelm.inference import Sampling
     from bytelm.language_model import load
+    from bytelm.threads import use_threads
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     lm = load(checkpoint, device, precision)
+    if threads is not None:
+        use_threads(threads, device)
     data = sys.stdin.buffer.read() if prompt == "-" else to_bytes(prompt)
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]

@@ -1,11 +1,14 @@
-"""Options of reading inputs, the same for every command that reads text."""
+"""Reading of inputs: options, the same for every command that reads text, and progress."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from bytelm.data import Document, Input, Reader
 
 FormatOption = Annotated[
     Literal["auto", "text", "lines", "json", "jsonl", "parquet"],
@@ -86,3 +89,35 @@ def with_read_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     setattr(run, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
     return run
+
+
+class HeldOutText:
+    """Iterator over the documents of inputs that are not for training; it estimates how many bytes.
+
+    Args:
+        inputs: what to read.
+        reader: reads it.
+    """
+
+    def __init__(self, inputs: "list[Input]", reader: "Reader") -> None:
+        self._inputs, self._reader = inputs, reader
+        self._total = sum(one.num_bytes for one in inputs if one.is_read)
+        self._position = self._text_bytes = 0
+
+    def __iter__(self) -> "Iterator[Document]":
+        before = 0
+        for one in self._inputs:
+            for document in self._reader.read(one):
+                self._position = before + min(self._reader.position, one.num_bytes)
+                if document.split != "train":
+                    self._text_bytes += len(document.data)
+                    yield document
+            before += one.num_bytes if one.is_read else 0
+        self._position = self._total
+
+    @property
+    def expected_bytes(self) -> int | None:
+        """Bytes of text in all inputs, if the rest is like what was read; ``None`` for pipes."""
+        if not self._position or not self._total:
+            return None
+        return round(self._text_bytes * max(self._total / self._position, 1.0))

@@ -63,13 +63,15 @@ def study(
     bytelm study cpu-study --workers 2 --time-limit 9m
     bytelm study cpu-study --redraw docs/study --out page[/]
     """
-    from bytelm.display import show_study_costs
+    from bytelm.display import ConsoleProgress, show_study_costs
     from bytelm.study import load_plan, plan_runs, run_costs, share_done, write_page
 
     loaded = load_plan(plan, overrides or ())
     folder = out or Path("studies") / loaded.name
     if redraw is not None:
-        console.print(f"{write_page(loaded, redraw, folder)}")
+        with ConsoleProgress(console).waiting("drawing"):
+            page = write_page(loaded, redraw, folder)
+        console.print(f"{page}", soft_wrap=True)
         return
     runs = plan_runs(loaded)
     for text in only or ():
@@ -78,7 +80,7 @@ def study(
     if only:
         runs = [run for run in runs if any(text in run.name for text in only)]
     if dry_run:
-        costs = run_costs(loaded, runs, folder, speed)
+        costs = run_costs(loaded, runs, folder, speed, ConsoleProgress(console))
         done = [share_done(folder, run, c.steps) for run, c in zip(runs, costs, strict=True)]
         show_study_costs(console, loaded, costs, done)
         return
@@ -111,8 +113,10 @@ def _run(
         is_stopped = stop.reason != "time limit"
     num_finished, num_runs = write_table(plan, folder)
     if num_finished:
-        page = table_folder(plan, folder)
-        console.print(f"{write_page(plan, page, page)}", soft_wrap=True)
+        tables = table_folder(plan, folder)
+        with progress.waiting("drawing"):
+            page = write_page(plan, tables, tables)
+        console.print(f"{page}", soft_wrap=True)
     more = "" if num_finished == num_runs else "; the same command resumes"
     console.print(f"{num_finished} of {num_runs} runs finished{more}")
     if is_stopped:

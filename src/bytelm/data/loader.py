@@ -43,14 +43,22 @@ class SpanOrder:
 
     def __init__(self, lengths: NDArray[np.int64], documents: NDArray[np.int64], size: int) -> None:
         self.documents = documents
+        self._size = size
         # A document of n bytes has n + 1 positions: BOS and all bytes.
-        counts = -(-(lengths[documents] + 1) // size)
-        self._ends = np.cumsum(counts)
+        self._positions = lengths[documents] + 1
+        self._ends = np.cumsum(-(-self._positions // size))
         self._orders: dict[int, NDArray[np.int64]] = {}
-        self.mean_bytes = float((lengths[documents] + 1).sum()) / max(len(self), 1)
+        self.mean_bytes = float(self._positions.sum()) / max(len(self), 1)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the length of each span."""
+        lengths = np.full(len(self), self._size, np.int64)
+        # The last span of a document has what the others leave.
+        lengths[self._ends - 1] = (self._positions - 1) % self._size + 1
+        return lengths
 
     def at(self, index: int, seed: Sequence[int]) -> tuple[int, int]:
         """Return the span at ``index`` of the endless sequence: its document, and number in it."""
@@ -174,6 +182,14 @@ class Loader:
         rows = [self._fill(r) for r in self._rows]
         self.step += 1
         return make_batch(rows)
+
+    def draw_lengths(self, count: int) -> NDArray[np.int64]:
+        """Return the lengths of some spans, drawn at random as the mixture has them."""
+        generator = np.random.default_rng(self._seed)
+        lengths = [spans.lengths() for spans in self._components]
+        chosen = np.searchsorted(self._chances, generator.random(count), side="right")
+        drawn = [generator.choice(one, int((chosen == n).sum())) for n, one in enumerate(lengths)]
+        return generator.permutation(np.concatenate(drawn))
 
     def state(self) -> LoaderState:
         """Return the state after the batches loaded so far."""

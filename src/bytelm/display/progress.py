@@ -1,5 +1,6 @@
 """Progress on the console: bars with the latest metrics, or plain lines without a terminal."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
@@ -56,29 +59,19 @@ class ConsoleProgress(Progress):
     @contextmanager
     def preparing(self) -> Iterator[Callable[[PreparationState], None]]:
         """Show a progress bar of the bytes of input."""
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            DownloadColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        console = self._console
-        with RichProgress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("preparing", total=None)
-            last_plain = time.monotonic()
+        with _byte_bar(self._console, "preparing") as show:
 
             def report(state: PreparationState) -> None:
-                nonlocal last_plain
                 description = f"{state.documents:,} documents, {state.shards} shards"
-                done, total = state.done_bytes, state.total_bytes
-                if console.is_terminal:
-                    bar.update(task, completed=done, total=total or None, description=description)
-                elif time.monotonic() - last_plain > PLAIN_SECONDS:
-                    last_plain = time.monotonic()
-                    share = f", {done / total:.0%}" if total else ""
-                    console.print(f"{description}{share}", highlight=False)
+                show(description, state.done_bytes, state.total_bytes or None)
 
             yield report
+
+    @contextmanager
+    def measuring(self, title: str) -> Iterator[Callable[[int, int | None], None]]:
+        """Show a progress bar of bytes of text."""
+        with _byte_bar(self._console, title) as show:
+            yield lambda done, total: show(title, done, total)
 
     @contextmanager
     def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
@@ -91,9 +84,64 @@ class ConsoleProgress(Progress):
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show a spinner."""
-        with self._console.status(Text(what)):
+        """Show a spinner with the time so far, or a line now and then without a terminal."""
+        console = self._console
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+        )
+        if console.is_terminal:
+            with RichProgress(*columns, console=console, transient=True) as bar:
+                bar.add_task(what, total=None)
+                yield
+            return
+        ended = threading.Event()
+        watch = threading.Thread(target=_print_while, args=(console, what, ended), daemon=True)
+        watch.start()
+        try:
             yield
+        finally:
+            ended.set()
+
+
+def _print_while(console: Console, what: str, ended: threading.Event) -> None:
+    """Print what is going on, and for how long, now and then."""
+    began = time.monotonic()
+    while not ended.wait(PLAIN_SECONDS):
+        seconds = time.monotonic() - began
+        console.print(f"{what}: {seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _byte_bar(console: Console, title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show a progress bar of bytes, or lines of it without a terminal.
+
+    Yields:
+        A function to call with a description, the bytes done, and all bytes (if known).
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with RichProgress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        last_plain = time.monotonic()
+
+        def show(description: str, done: int, total: int | None) -> None:
+            nonlocal last_plain
+            if console.is_terminal:
+                bar.update(task, completed=done, total=total, description=description)
+            elif time.monotonic() - last_plain > PLAIN_SECONDS:
+                last_plain = time.monotonic()
+                share = f"{min(done / total, 1.0):.0%}" if total else f"{done:,} bytes"
+                console.print(
+                    f"{description}, {share}", highlight=False, markup=False, soft_wrap=True
+                )
+
+        yield show
 
 
 class TrainingBar(Callback):

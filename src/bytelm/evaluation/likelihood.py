@@ -7,7 +7,7 @@ Of a document of which only some bytes are trained on, these are measured.
 Entropies, and thus patches, are those of the whole document.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM
+from bytelm.progress import ignore
 from bytelm.scoring import group_by_size, score_documents
 from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans, span_nats
 from bytelm.units import Ranges, Span, TokenUnits, trained_targets
@@ -33,6 +34,7 @@ def evaluate(
     *,
     context_bytes: int,
     stride: int | None = None,
+    report: Callable[[int], None] = ignore,
 ) -> dict[str, Likelihood]:
     """Return the likelihood of documents, summed by label.
 
@@ -41,6 +43,7 @@ def evaluate(
         documents: (label, bytes) or (label, bytes, ranges to measure), read once.
         context_bytes: longest span; usually the context that the model was trained with.
         stride: bytes between the beginnings of spans; ``None`` for no overlap.
+        report: called with the bytes measured so far.
 
     Returns:
         Totals by label, in order of appearance.
@@ -50,7 +53,7 @@ def evaluate(
         NumericalError: an entropy or a likelihood is not finite.
     """
     spans = _cut_documents(lm, documents, context_bytes, stride)
-    return measure_spans(lm, spans, context_bytes=context_bytes)
+    return measure_spans(lm, spans, context_bytes=context_bytes, report=report)
 
 
 def log_probs(

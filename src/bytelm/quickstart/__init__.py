@@ -8,7 +8,7 @@ that the package writes. Each step can be interrupted; the same command resumes 
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -96,7 +96,8 @@ def run_quickstart(
     lm, baseline = load(out / "blt", "cpu"), load(out / "byte", "cpu")
     documents = _held_out(out / "text")
     end = began + 60 * minutes * (1 - DRAWING_SHARE)
-    documents, likelihoods = _evaluate([lm, baseline], documents, end)
+    with progress.measuring("evaluating") as report:
+        documents, likelihoods = _evaluate([lm, baseline], documents, end, report)
     rows = [
         row("BLT, entropy patches", lm, likelihoods[0], results[0]),
         row("byte transformer", baseline, likelihoods[1], results[1]),
@@ -182,13 +183,17 @@ def _held_out(folder: Path) -> list[bytes]:
 
 
 def _evaluate(
-    lms: list[LanguageModel], documents: list[bytes], end: float
+    lms: list[LanguageModel],
+    documents: list[bytes],
+    end: float,
+    report: Callable[[int, int | None], None],
 ) -> tuple[list[bytes], list[Likelihood]]:
     """Return the documents that were evaluated until ``end``, and their likelihood by each model.
 
     All models are evaluated on the same documents, at least on one.
     """
     found: list[list[Likelihood]] = [[] for _ in lms]
+    all_bytes, done = sum(map(len, documents)), 0
     for number, document in enumerate(documents):
         if number and time.monotonic() > end:
             documents = documents[:number]
@@ -196,6 +201,8 @@ def _evaluate(
         for lm, likelihoods in zip(lms, found, strict=True):
             by_label = lm.likelihood([("", document)], stride=lm.context_bytes // 2)
             likelihoods += by_label.values()
+        done += len(document)
+        report(done, all_bytes)
     return documents, [total(likelihoods) for likelihoods in found]
 
 

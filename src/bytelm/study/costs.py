@@ -8,6 +8,7 @@ from bytelm.accounting import forward_flops
 from bytelm.config import Recipe
 from bytelm.data import Dataset
 from bytelm.data.dataset import MANIFEST
+from bytelm.progress import Progress
 from bytelm.study.plan import Plan, Run
 from bytelm.study.resolving import Resolved, Resolver
 
@@ -35,7 +36,9 @@ class Cost:
     disk_bytes: int
 
 
-def run_costs(plan: Plan, runs: Sequence[Run], out: Path, speed: float) -> list[Cost]:
+def run_costs(
+    plan: Plan, runs: Sequence[Run], out: Path, speed: float, progress: Progress | None = None
+) -> list[Cost]:
     """Return the costs of some runs of a plan.
 
     Args:
@@ -43,6 +46,7 @@ def run_costs(plan: Plan, runs: Sequence[Run], out: Path, speed: float) -> list[
         runs: the runs.
         out: folder of the study, with or without text.
         speed: FLOPs per second of a worker.
+        progress: receives the progress.
 
     Raises:
         ConfigError, DataError, PatchingError: as :meth:`Resolver.resolve`.
@@ -51,7 +55,8 @@ def run_costs(plan: Plan, runs: Sequence[Run], out: Path, speed: float) -> list[
     text = None
     if (out / "text" / MANIFEST).exists():
         text = int(Dataset(out / "text", "train").lengths.sum())
-    return [_cost(resolver.resolve(run), text, speed) for run in runs]
+    resolved = resolver.resolve_all(runs, progress or Progress())
+    return [_cost(one, text, speed) for one in resolved]
 
 
 def inference_flops(recipe: Recipe, unit_bytes: float | None) -> float:

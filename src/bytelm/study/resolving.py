@@ -1,24 +1,27 @@
 """Resolve the recipes of runs: thresholds, units in a row, and steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytelm.accounting import forward_flops, parameter_counts
 from bytelm.config import NgramRecipe, PatchingConfig, Recipe, load_recipe
-from bytelm.data import Batch, Dataset
+from bytelm.data import Dataset
 from bytelm.data.dataset import MANIFEST
 from bytelm.errors import ConfigError
+from bytelm.progress import Progress
 from bytelm.study.loading import run_recipe, with_steps
 from bytelm.study.plan import Plan, Run
 from bytelm.study.results import recipe_changes, run_folder
 from bytelm.study.text import text_folder, tokenizer_path
 from bytelm.training import (
+    Stretches,
     charges_full_rows,
     full_step_flops,
     mean_step_flops,
     recorded_recipe,
-    sample_rows,
+    sample_stretches,
     with_room,
 )
 from bytelm.training import resolve as resolve_recipe
@@ -74,7 +77,7 @@ class _Measured(NamedTuple):
     patching: PatchingConfig | None
     rows: dict[str, Any]
     """Settings of how rows are filled."""
-    sample: list[Batch]
+    sample: Stretches
 
 
 class Resolver:
@@ -106,6 +109,19 @@ class Resolver:
         if run.name not in self._resolved:
             self._resolved[run.name] = self._resolve(run)
         return self._resolved[run.name]
+
+    def resolve_all(self, runs: Sequence[Run], progress: Progress) -> list[Resolved]:
+        """Return several runs with their complete recipes.
+
+        Raises:
+            ConfigError, DataError, PatchingError: as :meth:`resolve`.
+        """
+        found = []
+        with progress.counting("sizing", len(runs)) as report:
+            for run in runs:
+                report(len(found), run.name)
+                found.append(self.resolve(run))
+        return found
 
     def _resolve(self, run: Run) -> Resolved:
         if (begun := self._begun(run)) is not None:
@@ -142,11 +158,11 @@ class Resolver:
         scorer = scorer_flops(self.plan, run.family, step_bytes)
         return Resolved(run, recipe, one, scorer, self.plan.include_scorer, is_full)
 
-    def _with_data(self, run: Run, recipe: Recipe) -> tuple[Recipe, list[Batch] | None]:
+    def _with_data(self, run: Run, recipe: Recipe) -> tuple[Recipe, Stretches | None]:
         """Fill in the data of a recipe, its threshold, and its room for patches or tokens.
 
         Returns:
-            The recipe, and some of its rows if the text is there.
+            The recipe, and a sample of its rows if the text is there.
         """
         vocab_size = self.plan.families[run.family].vocab_size
         folder = text_folder(self.plan, run.family, self.out)
@@ -164,7 +180,7 @@ class Resolver:
             data = with_room(data, unit)
         return recipe.model_copy(update={"data": data}), None
 
-    def _measure(self, recipe: Recipe, folder: Path) -> tuple[Recipe, list[Batch]]:
+    def _measure(self, recipe: Recipe, folder: Path) -> tuple[Recipe, Stretches]:
         """Resolve a recipe, unless one with the same rows of the same text was resolved before."""
         mixture = tuple((recipe.data.mixture or {}).items())
         rows = recipe.data.model_dump(include={"row_bytes", "row_patches", "packing", "tokenizer"})
@@ -172,7 +188,7 @@ class Resolver:
         if question not in self._measured:
             dataset = Dataset(folder, "train")
             found, units = resolve_recipe(recipe, dataset)
-            sample = sample_rows(found, dataset, units)
+            sample = sample_stretches(found, dataset, units)
             decided = found.data.model_dump(include={"row_patches", "packing"})
             self._measured[question] = _Measured(found.patching, decided, sample)
         known = self._measured[question]

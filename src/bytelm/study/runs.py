@@ -70,7 +70,7 @@ def run_all(
         ConfigError: a budget cannot be met, or a result is not one of the plan's; nothing is
             trained then.
     """
-    pool = _Pool(plan, runs, out, workers, deadline)
+    pool = _Pool(plan, runs, out, workers, deadline, progress)
     with progress.counting("study", 100) as report:
         try:
             while pool.start():
@@ -88,12 +88,18 @@ class _Pool:
     """Worker processes, each of which has one run."""
 
     def __init__(
-        self, plan: Plan, runs: list[Run], out: Path, workers: int, deadline: float | None
+        self,
+        plan: Plan,
+        runs: list[Run],
+        out: Path,
+        workers: int,
+        deadline: float | None,
+        progress: Progress,
     ) -> None:
         self.plan, self.out, self.workers, self.deadline = plan, out, workers, deadline
         resolver = Resolver(plan, out)
         pending = [run for run in runs if finished_result(plan, run, out) is None]
-        self.pending = [resolver.resolve(run) for run in pending]
+        self.pending = resolver.resolve_all(pending, progress)
         self.total_flops = sum(one.flops for one in self.pending)
         self.done_flops = 0.0
         self.active: dict[str, tuple[int, Resolved, Any]] = {}

@@ -1,7 +1,7 @@
 """Training of language models and n-gram scorers."""
 
 from bytelm.training.counting import fit_ngrams
-from bytelm.training.flops import full_step_flops, mean_step_flops
+from bytelm.training.flops import Stretches, full_step_flops, mean_step_flops, sample_stretches
 from bytelm.training.objective import (
     LabelledSpan,
     Likelihood,
@@ -11,7 +11,7 @@ from bytelm.training.objective import (
 )
 from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.parallel import parallelize
-from bytelm.training.rows import sample_rows, with_room
+from bytelm.training.rows import with_room
 from bytelm.training.run import Run, TrainingResult, open_run, recorded_recipe, train
 from bytelm.training.setup import resolve
 from bytelm.training.state import charges_full_rows, recorded_threads
@@ -23,6 +23,7 @@ __all__ = [
     "LabelledSpan",
     "Likelihood",
     "Run",
+    "Stretches",
     "Trainer",
     "TrainingResult",
     "Turns",
@@ -40,7 +41,7 @@ __all__ = [
     "recorded_recipe",
     "recorded_threads",
     "resolve",
-    "sample_rows",
+    "sample_stretches",
     "total",
     "train",
     "train_in_turns",

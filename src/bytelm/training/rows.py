@@ -11,7 +11,7 @@ SAMPLE_ROWS, SAMPLE_BYTES = 256, 1_000_000
 MEASUREMENTS = 2
 """Times that the room of rows is measured, each time with that measured before."""
 FIRST_ROWS = 2 * OPEN_SPANS
-"""First rows of a stream, which hold longer stretches of documents than later ones."""
+"""First rows of a balanced stream, which hold longer stretches of documents than later ones."""
 
 
 def load_rows(recipe: Recipe, dataset: Dataset, units: Units) -> Loader:
@@ -29,8 +29,8 @@ def load_rows(recipe: Recipe, dataset: Dataset, units: Units) -> Loader:
     )
 
 
-def sample_rows(recipe: Recipe, dataset: Dataset, units: Units) -> list[Batch]:
-    """Return rows like those of a run, one in each batch, to measure what its rows hold.
+def sample_batches(recipe: Recipe, dataset: Dataset, units: Units) -> list[Batch]:
+    """Return rows like those of a run, one in each batch, to measure what they hold.
 
     They are of one stream, which reaches the usual mixture of whole and cut spans soonest.
     """
@@ -54,7 +54,7 @@ def with_measured_room(recipe: Recipe, dataset: Dataset, units: Units) -> DataCo
     """
     data = recipe.data
     for _ in range(MEASUREMENTS):
-        batches = sample_rows(recipe.model_copy(update={"data": data}), dataset, units)
+        batches = sample_batches(recipe.model_copy(update={"data": data}), dataset, units)
         num_bytes = sum(int(batch.byte_counts.sum()) for batch in batches)
         num_units = sum(int(b.unit_counts.sum()) for b in batches if b.unit_counts is not None)
         data = with_room(data, num_bytes / num_units)

@@ -17,9 +17,10 @@ from bytelm.errors import ConfigError, TrainingError
 from bytelm.progress import ignore
 from bytelm.stopping import Stopped, Stopping
 from bytelm.training.flops import (
-    batch_flops,
+    Stretches,
     full_step_flops,
     mean_step_flops,
+    sample_stretches,
 )
 from bytelm.training.objective import Likelihood, measure_spans, position_nats
 from bytelm.training.optim import (
@@ -28,10 +29,13 @@ from bytelm.training.optim import (
     learning_rate,
     planned_cooldown,
 )
-from bytelm.training.rows import load_rows, sample_rows
+from bytelm.training.rows import load_rows
 from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
 from bytelm.training.validation import held_out_spans
+
+SAMPLE_STEPS = 100
+"""Steps that a sample of rows counts for, beside those taken, in what to expect of a step."""
 
 
 @dataclass
@@ -95,12 +99,17 @@ class Trainer:
         if recipe.train.compile or (recipe.train.compile is None and self.device.type == "cuda"):
             self.lm.trained.compile(dynamic=False)
 
-    @cached_property
+    @property
     def step_flops(self) -> float:
-        """Training FLOPs to expect of a step."""
+        """Training FLOPs to expect of a step, from a sample of rows and the steps so far."""
         if self.attended_flops is None:
             return full_step_flops(self.recipe)
-        sample = sample_rows(self.recipe, self.setup.dataset, self.lm.units)
+        spent = self.attended_flops + SAMPLE_STEPS * self._sampled_flops
+        return spent / (self.num_steps + SAMPLE_STEPS)
+
+    @cached_property
+    def _sampled_flops(self) -> float:
+        sample = sample_stretches(self.recipe, self.setup.dataset, self.lm.units)
         return mean_step_flops(self.recipe, sample)
 
     @property
@@ -194,7 +203,7 @@ class Trainer:
             interval.num_units += int(batch.unit_counts.sum())
             interval.room_units += batch.budget * len(batch.ids)
         if self.attended_flops is not None:
-            self.attended_flops += batch_flops(self.recipe, batch)
+            self.attended_flops += Stretches.of(self.recipe, [batch]).flops(self.recipe)
         self.num_steps += 1
         self.bytes_seen += num_bytes
 

@@ -90,11 +90,6 @@ def _train(
     report: Callable[[Turns], None],
 ) -> None:
     trainers = [run.trainer for run in runs]
-    budget = Budget(
-        tuple(trainer.step_flops for trainer in trainers),
-        flops,
-        trainers[0].recipe.optimizer.cooldown_fraction,
-    )
     last = _decided(trainers)
     for run in runs:
         run.begin()
@@ -109,6 +104,12 @@ def _train(
         left = deadline - now - last_validations
         rate = speed.over(left)
         steps = [trainer.num_steps for trainer in trainers]
+        # What a step takes becomes known better while they train.
+        budget = Budget(
+            tuple(trainer.step_flops for trainer in trainers),
+            flops,
+            trainers[0].recipe.optimizer.cooldown_fraction,
+        )
         turns.reachable = reachable_flops(budget, steps, left, rate)
         turn = next_turn(budget, steps, last, left, rate)
         if turn.last != last and turn.last is not None:
