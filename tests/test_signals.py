@@ -11,6 +11,9 @@ import time
 import pytest
 
 from bytelm import cli
+from bytelm.data import PrepareOptions, prepare
+from bytelm.layout import saved_steps, step_number
+from bytelm.training import Trainer
 
 
 @pytest.fixture
@@ -50,6 +53,30 @@ def test_a_signal_ends_every_command_with_one_line(
     assert err.startswith("stopped")
     assert line in err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_stopped_has_a_checkpoint_and_the_status_of_the_signal(
+    command, tmp_path, monkeypatch, number, status
+):
+    (tmp_path / "text.txt").write_text("some text " * 400)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "data", PrepareOptions(validation_share=0.0))
+    monkeypatch.setattr(sys.modules["bytelm.cli.app"]._interrupts, "_last", 0.0)
+    update = Trainer._update
+
+    def update_and_signal(trainer):
+        update(trainer)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Trainer, "_update", update_and_signal)
+    small = ["model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.ffn_dim=16"]
+    train = ["train", "byte-1m", f"data.path={tmp_path / 'data'}", "data.row_bytes=64", *small]
+    code, out, err = command(*train, "train.steps=5", "--out", tmp_path / "run")
+    assert (code, err) == (status, "")
+    assert out.splitlines()[-1] == (
+        "stopped after step 1 with a checkpoint: the same command resumes"
+    )
+    assert [step_number(one) for one in saved_steps(tmp_path / "run")] == [1]
 
 
 def write_text(folder):

@@ -1,5 +1,6 @@
 """Commands that train and use models: train, eval, patch, generate."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -86,6 +87,8 @@ def train(
             f"stopped after step {result.step} with a checkpoint: the same command resumes",
             highlight=False,
         )
+        if result.stopped and result.stopped in signal.Signals.__members__:
+            raise typer.Exit(128 + signal.Signals[result.stopped])
         return
     if result.validation:
         units = "tokens" if resolved.data.tokenizer else "patches"
@@ -302,6 +305,9 @@ def generate(
             sys.stdout.buffer.write(part.data)
             sys.stdout.buffer.flush()
         return
-    for text in lm.stream_text(data, **options):
-        print(escape_controls(text) if is_terminal else text, end="", flush=True)
-    print()
+    try:
+        for text in lm.stream_text(data, **options):
+            print(escape_controls(text) if is_terminal else text, end="", flush=True)
+    finally:
+        # What follows, also if it is stopped, begins on a line of its own.
+        print(flush=True)

@@ -61,6 +61,8 @@ class TrainingResult:
     """Likelihood of held-out text by source at the last step; empty if the run was stopped."""
     flops: float
     bytes_seen: int
+    stopped: str | None = None
+    """Why it was stopped, such as ``SIGINT`` or ``time limit``; ``None`` if it has finished."""
 
 
 def train(
@@ -230,9 +232,13 @@ class Run:
     def result(self) -> TrainingResult:
         """Return the outcome so far."""
         trainer = self.trainer
-        validation = self.validation if self.finished else {}
         return TrainingResult(
-            trainer.num_steps, self.finished, validation, trainer.flops, trainer.bytes_seen
+            step=trainer.num_steps,
+            finished=self.finished,
+            validation=self.validation if self.finished else {},
+            flops=trainer.flops,
+            bytes_seen=trainer.bytes_seen,
+            stopped=None if self.finished else self.stop.reason,
         )
 
     def end(self) -> None:
