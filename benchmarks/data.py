@@ -14,7 +14,7 @@ from benchmarks.subjects import PATCH_SIZE, random_words
 from benchmarks.timing import Sample, measure, time_once
 from bytelm import codec
 from bytelm.checkpoint import save_model
-from bytelm.config import FittedNgramConfig, ModelDescription, NgramConfig
+from bytelm.config import FittedNgramConfig, ModelDescription, NgramConfig, Packing
 from bytelm.data import Dataset, Loader, PrepareOptions, prepare
 from bytelm.lm import ScorerLM
 from bytelm.patching import EntropyRule, Patcher, SpaceRule
@@ -74,21 +74,26 @@ def _load(work: Path, settings: Settings) -> list[dict[str, Any]]:
     dataset = Dataset(work / "with an n-gram scorer", "train")
     # Not calibrated: entropies of random words by n-grams have too few values for that.
     threshold = float(np.quantile(dataset.entropies(0, 0, DOCUMENT_BYTES), 1 - 1 / PATCH_SIZE))
-    ways: dict[str, Units] = {
-        "no patches": ByteUnits(),
-        "space patches": PatchUnits(Patcher(SpaceRule())),
-        "entropy patches": PatchUnits(Patcher(EntropyRule(threshold=threshold))),
+    entropy_patches = PatchUnits(Patcher(EntropyRule(threshold=threshold)))
+    ways: dict[str, tuple[Units, Packing]] = {
+        "no patches": (ByteUnits(), "in-order"),
+        "space patches": (PatchUnits(Patcher(SpaceRule())), "in-order"),
+        "entropy patches": (entropy_patches, "in-order"),
+        "entropy patches, balanced": (entropy_patches, "balanced"),
     }
     row_bytes = QUICK_ROW_BYTES if settings.quick else ROW_BYTES
     steps = QUICK_STEPS if settings.quick else STEPS
     measurements = []
-    for name, units in ways.items():
+    for name, (units, packing) in ways.items():
+        # In order, patches do not end a row; balanced rows use up their room for them.
+        room = row_bytes // 2 if packing == "in-order" else round(row_bytes / PATCH_SIZE)
         loader = Loader(
             dataset,
             units=units,
             row_bytes=row_bytes,
-            row_units=row_bytes // 2 if units.has_budget else None,
+            row_units=room if units.has_budget else None,
             rows_per_step=ROWS_PER_STEP,
+            packing=packing,
         )
 
         def read(loader: Loader = loader) -> None:

@@ -257,6 +257,16 @@ def test_folders_that_are_no_checkpoint_are_named(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+    """Such as that of a quickstart, in which several models are."""
+    for name in ("blt", "byte"):
+        _, folder = saved(tmp_path)
+        folder.rename(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds some: name one of \S+/blt, \S+/byte$"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["files.json", "config.json"])
 @pytest.mark.parametrize("content", ["[]", "3", '{"model.safetensors": 3}', "null"])
 def test_records_of_another_shape_are_named(tmp_path, name, content):

@@ -35,11 +35,22 @@ def check_checkpoint(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
     if not (folder / FILES).is_file():
+        inside = [one for one in sorted(folder.iterdir()) if is_checkpoint(one)]
+        if inside:
+            names = ", ".join(map(str, inside[:5]))
+            raise CheckpointError(
+                f"{folder} is not a checkpoint but holds some: name one of {names}"
+            )
         raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {FILES} (a folder of a training run or of "
-            "`bytelm quickstart` is expected)"
+            f"{folder} is not a checkpoint: it has no {FILES} (a checkpoint, or the folder of a "
+            "training run, is expected)"
         )
     check_folder(folder)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a checkpoint or a training run that has one."""
+    return (folder / FILES).is_file() or bool(saved_steps(folder))
 
 
 def find_checkpoint(path: Path) -> Path:
