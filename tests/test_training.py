@@ -760,7 +760,7 @@ def test_signals_end_a_run_that_resumes_to_the_same_bits(data, tmp_path, number)
     printed, _ = process.communicate()
     assert len(saved_steps(run)) < 20
     if number != signal.SIGKILL:
-        assert process.returncode == 0
+        assert process.returncode == 128 + number
         assert b"the same command resumes" in printed
     subprocess.run([*command, str(run)], check=True, stdout=subprocess.DEVNULL)
     a, b = (saved_steps(tmp_path / n)[-1] for n in ("whole", "stopped"))
