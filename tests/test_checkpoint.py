@@ -257,6 +257,15 @@ def test_folders_that_are_no_checkpoint_are_named(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_a_file_is_no_checkpoint(tmp_path):
+    _, folder = saved(tmp_path)
+    with pytest.raises(CheckpointError, match=r"it is a file of one; name the folder, \S+/m$"):
+        load_model(folder / "model.safetensors")
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(CheckpointError, match="it is a file, and a checkpoint is a folder"):
+        load_model(tmp_path / "weights.pth")
+
+
 def test_a_folder_of_checkpoints_names_them(tmp_path):
     """Such as that of a quickstart, in which several models are."""
     for name in ("blt", "byte"):

@@ -40,6 +40,21 @@ def test_prepare_ends_with_a_table_of_what_was_read_and_what_was_not(run, tmp_pa
     assert "30read,20notread30150" in joined
 
 
+def test_a_home_folder_is_expanded_in_options(run, world, tmp_path, monkeypatch):
+    """Shells expand ``~`` at the beginning of a word only."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("some text\n")
+    (tmp_path / "blt").symlink_to(world / "blt")
+    assert run("data", "prepare", "~/text.txt", "--out=~/d")[0] == 0
+    assert (tmp_path / "d" / "manifest.json").exists()
+    assert run("data", "info", "~/d")[0] == 0
+    status, out, _ = run("patch", "~/blt", "~/text", "--rule", "space", "--figure=~/x.svg")
+    assert status == 0
+    assert out.startswith("~/text\n")
+    assert (tmp_path / "x.svg").exists()
+    assert run("data", "prepare", "~nobody-here", "--out", "~nobody-here")[0] == 1
+
+
 def test_eval_has_the_reading_options_of_prepare(run, world, tmp_path):
     records = [{"body": "some words", "from": "here"}, {"body": 3}]
     (tmp_path / "a.json").write_text(json.dumps(records))

@@ -1,8 +1,8 @@
 """Configuration: recipes as YAML, overrides, mistakes, names of earlier versions, new kinds."""
 
-import re
 from contextlib import suppress
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
@@ -41,6 +41,7 @@ from bytelm.config import (
     parse,
     read_mapping,
     recipe_names,
+    shipped_text,
 )
 from bytelm.errors import ConfigError
 
@@ -334,8 +335,32 @@ def test_an_ngram_scorer_takes_no_training_options(tmp_path):
 
 def test_unknown_recipes_are_named_with_the_nearest(tmp_path):
     assert "did you mean 'blt-1b'?" in error("blt-1bb")
-    assert re.search("cannot read recipe .*: .*directory", error(str(tmp_path)))
     assert nearest("nothing", ["like", "it"]) == ""
+
+
+def test_what_is_no_recipe_is_named_with_what_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    run.mkdir()
+    assert error("run") == "'run' is a folder, not a recipe: run holds no YAML file"
+    (run / "mine.yaml").touch()
+    (run / "other.yml").touch()
+    assert error("run").endswith("YAML files in run: mine.yaml, other.yml")
+    (run / "recipe.yaml").touch()
+    assert error("run").endswith("is a folder, not a recipe: did you mean 'run/recipe.yaml'?")
+    assert error("run/mime.yaml").endswith("no such file; did you mean 'run/mine.yaml'?")
+    assert error("rum/mine.yaml").endswith("no recipe 'rum/mine.yaml': there is no folder rum")
+    assert error("run/mine.yaml/x.yaml").endswith("there is no folder run/mine.yaml")
+    assert "no recipe 'cpu-study': it is a plan; see `bytelm study" in error("cpu-study")
+    with pytest.raises(ConfigError, match="no plan 'blt-1m': it is a recipe; see `bytelm train"):
+        shipped_text("plans", "blt-1m")
+
+
+def test_a_home_folder_is_expanded_in_the_path_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("model: {kind: ngram}\n")
+    assert load_recipe("~/r.yaml") == NgramRecipe(model=NgramConfig())
+    assert "no recipe '~nobody-here/r.yaml'" in error("~nobody-here/r.yaml")
 
 
 def test_a_transformer_takes_no_patching(path):

@@ -240,6 +240,13 @@ def test_a_model_says_what_it_is(lm, tmp_path):
     )
 
 
+def test_a_home_folder_is_expanded_in_paths(lm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lm.save("~/saved")
+    assert (tmp_path / "saved" / "config.json").exists()
+    assert bytelm.load("~/saved", "cpu").patch("a text").boundaries == lm.patch("a text").boundaries
+
+
 def test_generation_is_bytes_and_streams_text(lm):
     sampling = bytelm.Sampling(seed=5)
     data = lm.generate("x", max_bytes=40, sampling=sampling)

@@ -499,7 +499,16 @@ def test_a_damaged_manifest_is_named(corpus, tmp_path, content):
 
 
 def test_a_folder_that_is_not_prepared_data_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"is not prepared data: it has no manifest\.json"):
+    with pytest.raises(DataError, match=r"is not prepared data: it has no manifest\.json; make it"):
+        Dataset(tmp_path, "train")
+    with pytest.raises(DataError, match=r"no such folder; make it with .* --out \S+/none`"):
+        Dataset(tmp_path / "none", "train")
+    (tmp_path / "a.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(DataError, match=f"`bytelm data prepare {path} --out DATA`"):
+            Dataset(path, "train")
+    (tmp_path / "preparing.jsonl").touch()
+    with pytest.raises(DataError, match="its preparation has not ended"):
         Dataset(tmp_path, "train")
 
 

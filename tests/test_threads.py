@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
@@ -120,3 +123,22 @@ def test_steps_that_became_far_slower_are_noticed_once(rates, warnings):
         bar.on_metrics(step, {"bpb": 1.0, "bytes_per_second": rate})
     bar.on_end()
     assert terminal.file.getvalue().count("times as long as before") == warnings
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "policy"),
+    [
+        ("import bytelm", None, "passive"),
+        ("import torch, bytelm", None, None),
+        ("import bytelm", "active", "active"),
+    ],
+)
+def test_threads_wait_without_spinning_unless_torch_or_the_user_came_first(code, given, policy):
+    environment = {name: x for name, x in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    code += "; import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True
+    )
+    assert done.stdout.strip() == str(policy)

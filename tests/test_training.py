@@ -439,6 +439,20 @@ def test_bad_recipes_are_named(data, tmp_path):
             train(recipe(data, device="cuda"), tmp_path / "d")
 
 
+def test_a_recipe_of_tokens_needs_a_tokenizer(data, tmp_path):
+    tokens = changed(recipe(data, "byte"), "model", vocab_size=4096, window=None)
+    with pytest.raises(ConfigError, match=r"is 4096.* add data\.tokenizer=FILE, made by"):
+        train(tokens, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_data_without_entropies_hints_at_a_rule_that_needs_none(data, tmp_path):
+    (tmp_path / "x.txt").write_text("some text\n" * 100)
+    prepare([str(tmp_path / "x.txt")], tmp_path / "d", PrepareOptions(validation_share=0.0))
+    with pytest.raises(DataError, match=r"has no entropies.* 'patching=\{kind: space\}'"):
+        train(changed(recipe(data), "data", path=str(tmp_path / "d")), tmp_path / "r")
+
+
 def test_a_recipe_that_cannot_be_used_does_not_keep_the_folder(data, tmp_path):
     with pytest.raises(PatchingError):
         train(changed(recipe(data, steps=3), "patching", patch_size=900.0), tmp_path / "r")

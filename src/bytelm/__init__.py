@@ -7,6 +7,8 @@
 >>> lm.generate("def ", max_bytes=100)
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from bytelm.patching import register_rule
     from bytelm.scoring import register_scorer
     from bytelm.workflow import build, prepare, train
+
+# Threads that wait for each other spin by default, which other processes slow up to tenfold.
+# OpenMP reads this when torch is imported; later it would only reach processes started from here.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Loaded when first used, so that `bytelm --help` does not wait for torch.
 _LAZY = {

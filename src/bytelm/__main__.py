@@ -1,6 +1,5 @@
 """``python -m bytelm``, and the ``bytelm`` command."""
 
-import os
 import signal
 
 
@@ -9,9 +8,6 @@ def main() -> None:
     # Nothing has begun while it loads: Ctrl-C ends the process without a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Threads that wait for each other spin by default, which other processes slow up to tenfold.
-    # OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from bytelm.cli import main as run
 
     run()

@@ -22,6 +22,7 @@ from bytelm.lm.kinds import CANNOT_PREDICT
 from bytelm.patched_text import AnyRule, PatchedText, patch_text, text_entropies
 from bytelm.patching import Scorer
 from bytelm.progress import ignore
+from bytelm.storage import at_home
 
 __all__ = ["LanguageModel", "PatchedText", "load"]
 
@@ -69,12 +70,12 @@ class LanguageModel:
         return self.module.device
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Save as a checkpoint folder.
+        """Save as a checkpoint folder; ``~`` at the beginning of its path is the home folder.
 
         Raises:
             CheckpointError: the folder exists, or cannot be written.
         """
-        save_model(Path(path), self.module, self.config, self.config.training)
+        save_model(at_home(path), self.module, self.config, self.config.training)
 
     def entropies(self, text: Text) -> NDArray[np.float32]:
         """Return the entropy of the prediction of each byte, and of the byte after the text.
@@ -430,7 +431,7 @@ def load(
     """Load a checkpoint, or the newest one of a training run.
 
     Args:
-        path: folder of a checkpoint or a run.
+        path: folder of a checkpoint or a run; ``~`` at the beginning is the home folder.
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA if it is available.
         precision: precision of the weights: ``float32``, ``bfloat16``, ``stored``, or ``auto`` for
             fp32 on the CPU and as stored elsewhere. The scorer of a BLT is fp32 unless ``stored``

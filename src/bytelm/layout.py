@@ -13,7 +13,7 @@
 from pathlib import Path
 
 from bytelm.errors import CheckpointError
-from bytelm.storage import FILES, check_folder, read_json
+from bytelm.storage import FILES, at_home, check_folder, read_json
 
 CONFIG, MODEL, SCORER, TOKENIZER = (
     "config.json",
@@ -33,7 +33,7 @@ def check_checkpoint(folder: Path) -> None:
         CheckpointError: the folder is not a checkpoint, or a file is missing, cut short or altered.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+        raise CheckpointError(f"no checkpoint at {folder}: {missing(folder)}")
     if not (folder / FILES).is_file():
         inside = [one for one in sorted(folder.iterdir()) if is_checkpoint(one)]
         if inside:
@@ -48,6 +48,18 @@ def check_checkpoint(folder: Path) -> None:
     check_folder(folder)
 
 
+def missing(folder: Path) -> str:
+    """Return why a path that is no folder is no checkpoint, and the remedy if it is a file."""
+    if not folder.exists():
+        return "there is no such folder"
+    if (folder.parent / FILES).is_file():
+        return f"it is a file of one; name the folder, {folder.parent}"
+    return (
+        "it is a file, and a checkpoint is a folder (weights of other projects are converted by "
+        "`bytelm import`)"
+    )
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder looks like a checkpoint or a training run that has one."""
     return (folder / FILES).is_file() or bool(saved_steps(folder))
@@ -58,11 +70,12 @@ def find_checkpoint(path: Path) -> Path:
 
     Args:
         path: a checkpoint; a training run, for its newest checkpoint; or ``RUN/best``, for the best
-            one of a run.
+            one of a run. ``~`` at the beginning is the home folder.
 
     Raises:
         CheckpointError: the training run has no checkpoint yet, or none that was validated.
     """
+    path = at_home(path)
     if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
         best = best_step(path.parent)
         if best is None:

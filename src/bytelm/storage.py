@@ -27,6 +27,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ LOCK = ".lock"
 """Name of the lock file of :func:`locked`."""
 _UNFINISHED = ".writing-"
 """Prefix of the names of temporary files and folders."""
+
+
+def at_home(path: str | PathLike[str]) -> Path:
+    """Return a path in which ``~`` at the beginning is the home folder.
+
+    Unlike :meth:`pathlib.Path.expanduser`, it keeps a name such as ``~draft`` that is no user's.
+    """
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from bytelm.language_model import LanguageModel
 from bytelm.lm import build_lm
 from bytelm.patching import build_patcher
 from bytelm.progress import Callback
+from bytelm.storage import at_home
 from bytelm.training import TrainingResult, fit_ngrams
 from bytelm.training import train as train_recipe
 from bytelm.training.initial import load_initial
@@ -102,10 +102,10 @@ def prepare(
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}{nearest(name, known)}: {', '.join(known)}")
-    folder = Path(out).expanduser()
+    folder = at_home(out)
     settings = PrepareOptions(
         read=ReadOptions(**{name: x for name, x in options.items() if name in _READ}),
-        scorer=None if scorer is None else Path(scorer).expanduser(),
+        scorer=None if scorer is None else at_home(scorer),
         validation=tuple(_paths(validation)),
         validation_share=validation_share,
         workers=workers,
@@ -153,7 +153,7 @@ def train(
         ConfigError: the recipe is incomplete, or differs from that of the run in the folder.
         BytelmError: as :func:`bytelm.training.train`.
     """
-    loaded, folder = _load(recipe, overrides), Path(out).expanduser()
+    loaded, folder = _load(recipe, overrides), at_home(out)
     if isinstance(loaded, NgramRecipe):
         fit_ngrams(loaded, folder)
         return TrainingResult(step=1, finished=True, validation={}, flops=0.0, bytes_seen=0)
@@ -197,7 +197,7 @@ def _build_alone(loaded: Recipe, scorer: AnyPath | None, device: torch.device) -
     """Return the model of a recipe that names no data."""
     module, config = None, None
     if scorer is not None:
-        path = Path(scorer).expanduser()
+        path = at_home(scorer)
         module, config = load_scorer(path, reset_at_newline=False, device=device)
     description = ModelDescription(
         model=loaded.model,

@@ -6,8 +6,10 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -18,6 +20,7 @@ from typer.core import TyperGroup
 from bytelm.cli.advice import NO_MEMORY, attribute_options, command_of, command_options
 from bytelm.errors import BytelmError
 from bytelm.stopping import SAME_SECONDS, SIGNALS, Stopped, is_importing
+from bytelm.storage import at_home
 from bytelm.terminal import Terminal, escape_controls
 from bytelm.version import __version__
 
@@ -54,6 +57,27 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as stop:
             print(_stopped(str(stop)), file=sys.stderr)
             raise typer.Exit(128 + _interrupts.number) from None
+
+
+class App(typer.Typer):
+    """An application in whose paths ``~`` is the home folder: shells leave ``--out=~/x`` alone."""
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[Any], Any]:
+        """Add a command."""
+        add = super().command(*arguments, **options)
+
+        def register(function: Any) -> Any:
+            @wraps(function)
+            def run(**values: Any) -> None:
+                for name, value in values.items():
+                    if isinstance(value, Path):
+                        values[name] = at_home(value)
+                function(**values)
+
+            add(run)
+            return function
+
+        return register
 
 
 class _Interrupts:
@@ -112,7 +136,7 @@ def _readable() -> Iterator[None]:
         raise
 
 
-app = typer.Typer(
+app = App(
     cls=_Commands,
     name="bytelm",
     help="Byte-level language models built on the Byte Latent Transformer.",

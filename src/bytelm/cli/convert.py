@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bytelm.cli.app import app, console
+from bytelm.cli.app import App, app, console
 
 if TYPE_CHECKING:
     from bytelm.checkpoint import CheckpointConfig
 
-import_app = typer.Typer(help="Import weights from other projects' formats.", no_args_is_help=True)
-export_app = typer.Typer(help="Export a model to another project's format.", no_args_is_help=True)
+import_app = App(help="Import weights from other projects' formats.", no_args_is_help=True)
+export_app = App(help="Export a model to another project's format.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
 

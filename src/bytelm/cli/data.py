@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bytelm.cli.app import app, console, resumable
+from bytelm.cli.app import App, app, console, resumable
 from bytelm.cli.options import build_rule
 from bytelm.cli.reading import with_read_options
 from bytelm.config import EntropyPatching
@@ -14,7 +14,7 @@ from bytelm.errors import PatchingError
 if TYPE_CHECKING:
     from bytelm.data import ReadOptions
 
-data_app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
+data_app = App(help="Prepare and inspect training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 

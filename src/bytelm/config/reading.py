@@ -27,10 +27,14 @@ from bytelm.config.names import has_earlier_names, modern_path, modernise
 from bytelm.config.recipe import NgramRecipe, Recipe
 from bytelm.config.starting import complete
 from bytelm.errors import ConfigError
+from bytelm.layout import RECIPE
+from bytelm.storage import at_home
 
 NodeT = TypeVar("NodeT", bound=BaseModel)
 MAX_SHOWN = 80
 """Longest value, in characters, that an error quotes."""
+MAX_NAMED = 8
+"""Most files that an error names."""
 
 
 class _Constructor(SafeConstructor):
@@ -135,15 +139,43 @@ def shipped_text(kind: str, name: str) -> str:
     names, what = shipped_names(kind), kind.removesuffix("s")
     if name in names:
         return (resources.files(f"bytelm.{kind}") / f"{name}.yaml").read_text("utf-8")
+    path = at_home(name)
+    if path.is_dir():
+        raise ConfigError(f"{name!r} is a folder, not a {what}: {_in_folder(path)}")
     try:
-        return Path(name).read_text("utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no {what} {name!r}: not a file, and not among the shipped ones"
-            f"{nearest(name, names)} ({', '.join(names)})"
-        ) from None
+        return path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"no {what} {name!r}: {_no_file(path, name, kind)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {what} {name!r}: {error}") from None
+
+
+def _no_file(path: Path, name: str, kind: str) -> str:
+    """Return that a recipe or plan is neither a file nor shipped, and what may have been meant."""
+    for other, command in (("recipes", "train"), ("plans", "study")):
+        if other != kind and name in shipped_names(other):
+            return f"it is a {other.removesuffix('s')}; see `bytelm {command} --help`"
+    names = shipped_names(kind)
+    if path.suffix not in (".yaml", ".yml") and os.sep not in name:
+        hint = nearest(name, names)
+        return f"not a file, and not among the shipped ones{hint} ({', '.join(names)})"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return f"there is no such file; {_in_folder(path.parent, path.name)}"
+
+
+def _in_folder(folder: Path, name: str = "") -> str:
+    """Return the YAML file of a folder that was probably meant, or all of them."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    if not found:
+        return f"{folder} holds no YAML file"
+    close = difflib.get_close_matches(name, found, n=1)
+    if not name and RECIPE in found:
+        close = [RECIPE]
+    if close:
+        return f"did you mean {str(folder / close[0])!r}?"
+    more = ", ..." if len(found) > MAX_NAMED else ""
+    return f"YAML files in {folder}: {', '.join(found[:MAX_NAMED])}{more}"
 
 
 def load_recipe(

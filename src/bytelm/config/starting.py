@@ -16,7 +16,7 @@ from bytelm.config.patching import RULES
 from bytelm.config.recipe import InitConfig
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.layout import CONFIG, TOKENIZER, find_checkpoint
-from bytelm.storage import FILES, read_json
+from bytelm.storage import FILES, at_home, read_json
 
 
 def origin_folder(init: InitConfig) -> Path:
@@ -94,7 +94,7 @@ def _check_trainable(model: Any, name: str) -> None:
 
 
 def _folder(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = at_home(name)
     if not (path.parent if path.name == "best" else path).is_dir():
         hub = "; for a repository of the Hugging Face Hub, import it first" * (name.count("/") == 1)
         raise CheckpointError(

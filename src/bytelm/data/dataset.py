@@ -31,6 +31,8 @@ from bytelm.storage import check_file, disk_errors, read_json, write_json
 from bytelm.units import Ranges, trained_targets
 
 MANIFEST = "manifest.json"
+JOURNAL = "preparing.jsonl"
+"""Settings and finished shards of a preparation that has not ended."""
 SCORER = "scorer"
 FORMAT = 1
 RESUME = "{remedy} and run the same command again: it resumes where it stopped"
@@ -172,10 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"{folder} is not prepared data: it has no {MANIFEST}; make it with "
-            f"`bytelm data prepare TEXT... --out {folder}`"
-        )
+        raise DataError(f"{folder} is not prepared data: {_no_manifest(folder)}")
 
     data = read_json(path, DataError, "prepare the data again")
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -184,6 +183,21 @@ def read_manifest(folder: Path) -> Manifest:
         return parse(Manifest, data, str(path))
     except BytelmError as error:
         raise DataError(f"{error}; prepare the data again") from None
+
+
+def _no_manifest(folder: Path) -> str:
+    """Return what a path is that has no manifest, and how to make prepared data of it or there."""
+    if folder.is_file():
+        return f"it is a file; prepare its text with `bytelm data prepare {folder} --out DATA`"
+    if not folder.is_dir():
+        what = "there is no such folder"
+    elif (folder / JOURNAL).exists():
+        return "its preparation has not ended; run the command that began it again"
+    else:
+        what = f"it has no {MANIFEST}"
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            return f"{what}; prepare its text with `bytelm data prepare {folder} --out DATA`"
+    return f"{what}; make it with `bytelm data prepare TEXT... --out {folder}`"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

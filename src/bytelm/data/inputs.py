@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
-from bytelm.data.dataset import MANIFEST, Split, read_manifest
+from bytelm.data.dataset import JOURNAL, MANIFEST, Split, read_manifest
 from bytelm.data.hub import PREFIX as HUB
 from bytelm.data.hub import hub_parts
 from bytelm.data.jsonfiles import json_records
 from bytelm.data.opening import DAMAGED, Content, compression_of, examine, suffix_of
 from bytelm.data.records import Fields, InvalidRecord, valid_name
 from bytelm.errors import DataError
-from bytelm.storage import FILES
+from bytelm.storage import FILES, at_home
 
 Format = Literal["auto", "text", "lines", "json", "jsonl", "parquet"]
 Kind = Literal[
@@ -45,7 +45,7 @@ _RECORDS: dict[str, Kind] = {
 }
 _AMBIGUOUS = (".jl", ".json")
 """Suffixes of records and also of other text: Julia and configuration files."""
-_MADE_HERE = (MANIFEST, "preparing.jsonl", FILES, "metrics.jsonl")
+_MADE_HERE = (MANIFEST, JOURNAL, FILES, "metrics.jsonl")
 """Files that identify folders of prepared data, checkpoints and runs."""
 
 
@@ -398,7 +398,7 @@ def _expand(argument: str) -> tuple[str, str, list[Path]]:
     paths = _matches(argument)
     name, separator, rest = argument.partition("=")
     # Text before "=" in the middle of an existing path, as in data/lang=en/*.txt, is no name.
-    is_path = os.sep in name and Path(name).expanduser().parent.is_dir()
+    is_path = os.sep in name and at_home(name).parent.is_dir()
     if paths or not separator or is_path:
         return "", argument, paths
     return name, rest, _matches(rest)
@@ -406,7 +406,7 @@ def _expand(argument: str) -> tuple[str, str, list[Path]]:
 
 def _matches(named: str) -> list[Path]:
     """Return the files and folders at a path or glob, sorted; standard input matches itself."""
-    path = Path(named).expanduser()
+    path = at_home(named)
     if named == STDIN or named.startswith(HUB) or path.exists():
         return [path]
     return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]

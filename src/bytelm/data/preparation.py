@@ -30,6 +30,7 @@ from bytelm.checkpoint import (
 )
 from bytelm.data.corpus import Reader
 from bytelm.data.dataset import (
+    JOURNAL,
     MANIFEST,
     RESUME,
     SCORER,
@@ -59,8 +60,6 @@ from bytelm.storage import (
     write_text,
 )
 from bytelm.version import __version__
-
-JOURNAL = "preparing.jsonl"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from bytelm.interop.weights import SAFETENSORS, Assembly, Entry, open_weights, w
 from bytelm.language_model import LanguageModel
 from bytelm.lm import PatchedLM, build_lm
 from bytelm.model.transformer import Transformer
-from bytelm.storage import atomic_folder, check_absent, write_json
+from bytelm.storage import at_home, atomic_folder, check_absent, write_json
 
 __all__ = [
     "convert_hf",
@@ -115,8 +115,8 @@ def convert_official(
     Raises:
         CheckpointError: as :func:`import_official`, or ``out`` exists or cannot be written.
     """
-    check_absent(Path(out))
-    return _open_official(blt, entropy).convert(Path(out))
+    check_absent(at_home(out))
+    return _open_official(blt, entropy).convert(at_home(out))
 
 
 def import_hf(source: Source) -> LanguageModel:
@@ -142,8 +142,8 @@ def convert_hf(source: Source, out: str | PathLike[str]) -> CheckpointConfig:
     Raises:
         CheckpointError: as :func:`import_hf`, or ``out`` exists or cannot be written.
     """
-    check_absent(Path(out))
-    return _open_hf(source).convert(Path(out))
+    check_absent(at_home(out))
+    return _open_hf(source).convert(at_home(out))
 
 
 def export_hf(
@@ -165,7 +165,7 @@ def export_hf(
         ConfigError: ``transformers`` cannot run such a model; the message names the options.
         CheckpointError: ``out`` exists or cannot be written, or a weight is NaN or infinite.
     """
-    check_absent(Path(out))
+    check_absent(at_home(out))
     config, (blt, scorer) = huggingface.describe(lm.config, patch_in_forward=patch_in_forward)
     assert isinstance(lm.module, PatchedLM)
     if lm.module.patcher.is_learned:
@@ -177,7 +177,7 @@ def export_hf(
     # transformers loads all weights in one dtype; the entropy model must not lose precision.
     widest = reduce(torch.promote_types, (entry.dtype for entry in entries.values()))
     config["dtype"] = str(widest).removeprefix("torch.")
-    with atomic_folder(Path(out), record=False) as folder:
+    with atomic_folder(at_home(out), record=False) as folder:
         write_json(folder / huggingface.CONFIG, config)
         for name, contents in tokenizer_files().items():
             write_json(folder / name, contents)

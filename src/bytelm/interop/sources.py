@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from bytelm.errors import CheckpointError
+from bytelm.storage import at_home
 
 ENTROPY_FOLDER = "entropy_model"
 """Folder of the entropy model in a repository in the official format."""
@@ -20,7 +21,7 @@ def find_folder(source: str | PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be downloaded.
     """
-    folder = Path(source)
+    folder = at_home(source)
     if folder.is_dir():
         return folder
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", str(source))

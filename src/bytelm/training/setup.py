@@ -9,6 +9,7 @@ import torch
 
 from bytelm import cpu
 from bytelm.checkpoint import load_scorer, read_config
+from bytelm.codec import VOCAB_SIZE
 from bytelm.config import (
     CalibratedPatching,
     ModelDescription,
@@ -63,8 +64,8 @@ def set_up(recipe: Recipe, device: torch.device, *, has_weights: bool = False) -
         raise ConfigError(
             "data.path is missing: add data.path=FOLDER, made by `bytelm data prepare`"
         )
-    dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
     tokenizer = _load_tokenizer(recipe)
+    dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
     recipe = _with_threshold(recipe, dataset)
     scorer = scorer_config = None
     record = _scorer_record(recipe, dataset)
@@ -196,11 +197,18 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 def _load_tokenizer(recipe: Recipe) -> Tokenizer | None:
     """Return the tokenizer of a recipe, after checking that the model has its vocabulary size."""
+    vocab_size = getattr(recipe.model, "vocab_size", None)
     if recipe.data.tokenizer is None:
+        if vocab_size is not None and vocab_size > VOCAB_SIZE:
+            raise ConfigError(
+                f"model.vocab_size is {vocab_size}, more than the {VOCAB_SIZE} ids of bytes: add "
+                f"data.tokenizer=FILE, made by `bytelm data tokenizer DATA --vocab-size "
+                f"{vocab_size} --out FILE`, or set model.vocab_size={VOCAB_SIZE} for a model of "
+                "bytes"
+            )
         return None
     path = Path(recipe.data.tokenizer)
     tokenizer = load_tokenizer(path)
-    vocab_size = getattr(recipe.model, "vocab_size", None)
     if vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {vocab_size}, but {path} has {tokenizer.vocab_size} tokens: "
@@ -213,5 +221,5 @@ def _check_entropies(dataset: Dataset, kind: str) -> None:
     if not dataset.has_entropies:
         raise DataError(
             f"{dataset.folder} has no entropies, which the {kind} rule needs: prepare it with "
-            "--scorer, or choose another rule"
+            "--scorer, or choose a rule that needs none, such as 'patching={kind: space}'"
         )
