@@ -1,5 +1,6 @@
 """The command line as a user meets it: every verb on real files, and every mistake in one line."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -38,6 +39,40 @@ def test_prepare_ends_with_a_table_of_what_was_read_and_what_was_not(run, tmp_pa
     assert "9moreinputswithnotes00see" in joined
     assert "looksbinary:--binaryreadsit" in joined
     assert "30read,20notread30150" in joined
+
+
+def test_a_damaged_file_is_in_the_table_and_the_manifest(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for i in range(20):
+        Path(f"in/{i}.bin").write_bytes(b"\0")
+    text = "".join(map(str, range(9999))).encode()
+    Path("in/z.txt.gz").write_bytes(gzip.compress(text)[:-10])
+    status, _, err = run("data", "prepare", "in", "--out", "d")
+    assert status == 1
+    assert "cannot read in/z.txt.gz: " in err
+    assert "--skip-invalid" in err
+    status, out, _ = run("data", "prepare", "in", "--out", "d", "--skip-invalid")
+    assert status == 0
+    assert re.search(r"in/z\.txt\.gz +text +1 +3\d,\d+ +not read to its end: ", out)
+    (noted,) = (one for one in read_manifest(Path("d")).inputs if one.kind == "text")
+    assert noted.note.startswith("not read to its end: ")
+
+
+def test_options_of_a_scorer_need_one(run, world, tmp_path):
+    for options in (("--patch-size", "4.5"), ("--reset-at-newline",)):
+        status, _, err = run("data", "prepare", world / "d", "--out", tmp_path / "d", *options)
+        assert status == 1
+        assert f"{options[0]} is about entropies, which need a scorer: add --scorer" in err
+        assert not (tmp_path / "d").exists()
+
+
+def test_few_bytes_held_out_are_a_warning(run, world, tmp_path):
+    assert "only 5,311 bytes are held out" in run("data", "info", world / "d")[1]
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(3000)))
+    arguments = ("data", "prepare", tmp_path / "a.txt", "--out", tmp_path / "d")
+    options = ("--format", "lines", "--validation-share", "0.7")
+    assert "held out, so" not in run(*arguments, *options)[1]
 
 
 def test_a_home_folder_is_expanded_in_options(run, world, tmp_path, monkeypatch):
@@ -269,6 +304,7 @@ def test_patch_with_a_scorer_needs_a_rule(run, world):
     status, _, err = run("patch", world / "entropy", "text")
     assert status == 1
     assert "has no patching rule of its own: name one" in err
+    assert "`--rule entropy --threshold 1.3`" in err
     status, out, _ = run(
         "patch", world / "entropy", "text", "--rule", "entropy", "--threshold", "0"
     )

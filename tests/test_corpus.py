@@ -584,6 +584,41 @@ def test_damaged_files_are_named(tmp_path, name):
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_damaged_files_are_passed_over_from_where_they_cannot_be_read(tmp_path, suffix):
+    lines = [f"line {i}, {i * 7919 % 10007}\n".encode() for i in range(20_000)]
+    whole = COMPRESSORS[suffix](b"".join(lines))
+    (tmp_path / f"a.txt{suffix}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b.txt").write_bytes(b"whole")
+    with pytest.raises(DataError, match=f"a\\.txt{suffix}: .*add --skip-invalid to pass over"):
+        read(tmp_path)
+    documents, notes = read_all(tmp_path, skip_invalid=True)
+    assert documents[-1] == b"whole"
+    assert notes["b.txt"] == ""
+    assert notes[f"a.txt{suffix}"].startswith("not read to its end: ")
+    assert all(b"".join(lines).startswith(one) for one in documents[:-1])
+    # Lines up to the damage are the beginning of the file too.
+    documents, _ = read_all(tmp_path, skip_invalid=True, format="lines", include="a*")
+    assert documents == [line.rstrip() for line in lines[: len(documents)]]
+    if suffix == ".gz":
+        assert len(documents) > 5000
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.json.gz", "a.jsonl.gz"])
+def test_damaged_files_of_records_are_passed_over_too(tmp_path, name):
+    pq.write_table(pa.table({"text": ["x" * 100] * 1000}), tmp_path / name)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(JSONL * 1000))
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b.txt").write_bytes(b"whole")
+    documents, notes = read_all(tmp_path, skip_invalid=True)
+    assert documents[-1] == b"whole"
+    assert set(documents[:-1]) <= set(TEXTS)
+    assert "not read to its end: " in notes[name]
+    assert "empty" not in notes[name]
+
+
 def test_missing_inputs_are_named(tmp_path):
     with pytest.raises(DataError, match="'no/such' matches no file"):
         read("no/such")

@@ -126,7 +126,8 @@ def test_what_any_input_holds_out_stays_held_out_in_any_order(merge):
         for lines in plain:
             arguments.append(text(lines))
             given += lines
-        made = options(share, whole)
+        # Prepared data alone takes no share.
+        made = options(share if plain else None, whole)
         prepare(arguments, folder / "m", made)
         prepare([arguments[i] for i in order], folder / "n", made)
         train, held_out = (documents(folder / "m", s) for s in ("train", "validation"))
@@ -168,6 +169,16 @@ def test_prepared_data_keeps_its_split(corpus, scorer, tmp_path):
     prepare([str(tmp_path / "d")], tmp_path / "e", PrepareOptions(scorer=scorer, workers=1))
     for split in ("train", "validation"):
         assert documents(tmp_path / "e", split) == documents(tmp_path / "d", split)
+
+
+def test_prepared_data_takes_no_validation_share(corpus, tmp_path):
+    prepare([corpus], tmp_path / "d", PrepareOptions())
+    options = PrepareOptions(validation_share=0.2)
+    with pytest.raises(DataError, match="prepared data, which keeps its split: leave out"):
+        prepare([str(tmp_path / "d")], tmp_path / "e", options)
+    # It is for the documents of other inputs.
+    (tmp_path / "x.txt").write_text("other")
+    prepare([str(tmp_path / "d"), str(tmp_path / "x.txt")], tmp_path / "e", options)
 
 
 @pytest.mark.parametrize("reset", [False, True])

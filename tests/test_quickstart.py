@@ -181,6 +181,7 @@ def test_a_slow_computer_is_told_once_with_the_time_that_would_be_enough(tmp_pat
         coach.check_speed(turns)
     (said,) = progress.notes
     assert "6 minutes allow 5% of the usual training" in said
+    assert "1 minute allows 1%" in str(Coach(progress, tmp_path, 0.0, 1.0).caution(4e10))
     wanted = int(re.search(r"--minutes (\d+)", said)[1])
     assert 60 * wanted > 8000
     assert 60 * wanted < 1.3 * 8000

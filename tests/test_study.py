@@ -18,6 +18,7 @@ from bytelm.progress import Progress
 from bytelm.study import (
     Plan,
     Resolver,
+    find_table,
     plan_runs,
     prepare_text,
     run_all,
@@ -308,6 +309,16 @@ def test_the_page_is_drawn_from_the_table_alone(study, tmp_path):
     ]
 
 
+def test_the_table_is_found_in_the_folder_of_the_study(study, tmp_path):
+    one, out = study
+    assert find_table(one, out) == find_table(one, out / "test") == out / "test"
+    with pytest.raises(DataError, match=r"neither results\.parquet nor test/results\.parquet$"):
+        find_table(one, tmp_path)
+    other = one.model_copy(update={"name": "other"})
+    with pytest.raises(DataError, match=r"nor other/.*; there are tables in .*/test$"):
+        find_table(other, out)
+
+
 def test_a_missing_or_mixed_table_is_refused(study, tmp_path):
     _, out = study
     with pytest.raises(DataError, match="holds no table"):
@@ -376,6 +387,7 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
     assert status == 0
     page = (tmp_path / "page" / "results.md").read_text()
     assert page == (out / "test" / "results.md").read_text()
+    assert bytelm(path, "--redraw", out, "--out", tmp_path / "page")[0] == 0
     status, shown = bytelm(path, "--dry-run", "--only", "6.2e08", "--only", "1.2e09", "--out", out)
     assert "2 runs, 2 done" in shown
     status, shown = bytelm(path, "--only", "byte", "--only", "blt", "--out", out)

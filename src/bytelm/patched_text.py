@@ -74,7 +74,8 @@ def patch_text(
     if rule is None:
         raise ConfigError(
             f"a {kind_of(type(description.model))} model has no patching rule of its own: "
-            "name one, such as EntropyPatching(threshold=1.3)"
+            "name one, such as EntropyPatching(threshold=1.3), or `--rule entropy --threshold 1.3` "
+            "on the command line"
         )
     patcher, is_own = _patcher(lm, description, rule)
     entropies = None

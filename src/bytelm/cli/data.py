@@ -9,7 +9,7 @@ from bytelm.cli.app import App, app, console, resumable
 from bytelm.cli.options import build_rule
 from bytelm.cli.reading import with_read_options
 from bytelm.config import EntropyPatching
-from bytelm.errors import PatchingError
+from bytelm.errors import ConfigError, PatchingError
 
 if TYPE_CHECKING:
     from bytelm.data import ReadOptions
@@ -41,8 +41,9 @@ def data_prepare(
         typer.Option("--reset-at-newline", help="Let newlines begin a new context of the scorer."),
     ] = False,
     patch_size: Annotated[
-        float, typer.Option(min=1.0, help="Mean bytes per patch to find a threshold for.")
-    ] = 4.5,
+        float | None,
+        typer.Option(min=1.0, help="Mean bytes per patch to find a threshold for. (default: 4.5)"),
+    ] = None,
     validation: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,6 +79,13 @@ def data_prepare(
     from bytelm.data.dataset import MANIFEST
     from bytelm.display import ConsoleProgress, show_data, show_inputs
 
+    if scorer is None:
+        given = {"--patch-size": patch_size is not None, "--reset-at-newline": reset_at_newline}
+        for option in (name for name, is_given in given.items() if is_given):
+            raise ConfigError(
+                f"{option} is about entropies, which need a scorer: add --scorer CHECKPOINT, or "
+                f"leave out {option}"
+            )
     options = PrepareOptions(
         read=read,
         scorer=scorer,
@@ -94,7 +102,7 @@ def data_prepare(
 
         try:
             with ConsoleProgress(console).waiting("calibrating"):
-                calibrate_folder(out, EntropyPatching(), patch_size)
+                calibrate_folder(out, EntropyPatching(), patch_size or 4.5)
         except PatchingError as error:
             # The data is complete; only the threshold is missing.
             console.print(f"not calibrated: {error}", style="yellow", soft_wrap=True)

@@ -52,7 +52,13 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
         False,
     ),
     "skip_invalid": (
-        Annotated[bool, typer.Option("--skip-invalid", help="Skip records that cannot be read.")],
+        Annotated[
+            bool,
+            typer.Option(
+                "--skip-invalid",
+                help="Skip records that cannot be read, and the rest of damaged files.",
+            ),
+        ],
         False,
     ),
     "cut_bytes": (

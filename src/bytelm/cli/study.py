@@ -43,7 +43,8 @@ def study(
     redraw: Annotated[
         Path | None,
         typer.Option(
-            help="Train nothing: write page and figures of the results in this folder to --out."
+            help="Train nothing: write page and figures of the results in this folder, or in that "
+            "of a study, to --out."
         ),
     ] = None,
     only: Annotated[
@@ -64,13 +65,20 @@ def study(
     bytelm study cpu-study --redraw docs/study --out page[/]
     """
     from bytelm.display import ConsoleProgress, show_study_costs
-    from bytelm.study import load_plan, plan_runs, run_costs, share_done, write_page
+    from bytelm.study import (
+        find_table,
+        load_plan,
+        plan_runs,
+        run_costs,
+        share_done,
+        write_page,
+    )
 
     loaded = load_plan(plan, overrides or ())
     folder = out or Path("studies") / loaded.name
     if redraw is not None:
         with ConsoleProgress(console).waiting("drawing"):
-            page = write_page(loaded, redraw, folder)
+            page = write_page(loaded, find_table(loaded, redraw), folder)
         console.print(f"{page}", soft_wrap=True)
         return
     runs = plan_runs(loaded)

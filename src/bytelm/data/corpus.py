@@ -19,6 +19,8 @@ from bytelm.data.records import Document, Fields, InvalidRecord, valid_name
 from bytelm.data.tables import dataset_records, parquet_records
 from bytelm.errors import DataError
 
+_CHUNK = 2**16
+
 
 @dataclass
 class _Counts:
@@ -53,11 +55,14 @@ class Reader:
     def read(self, source: Input) -> Iterator[Document]:
         """Yield the documents of one input, except empty ones; none if it is not to be read.
 
+        With ``skip_invalid``, what cannot be read is counted, or noted in the record.
+
         Raises:
             DataError: the file or a record cannot be read; the message names the place.
         """
         self._taken = 0
         counts = self._counts = _Counts(notes=[source.note] if source.note else [])
+        is_damaged = False
         try:
             for document in self._read(source):
                 if source.split:
@@ -73,12 +78,19 @@ class Reader:
                     counts.notes.append(f"only the first {counts.text_bytes:,} bytes are read")
                     break
         except DAMAGED as error:
-            raise DataError(f"cannot read {source.name}: {error or 'it ends too early'}") from error
+            reason = " ".join(str(error).split()) or "it ends too early"
+            if not self.options.skip_invalid:
+                raise DataError(
+                    f"cannot read {source.name}: {reason}; mend or remove the file, or add "
+                    "--skip-invalid to pass over what cannot be read of it"
+                ) from error
+            counts.notes.append(f"not read to its end: {reason}")
+            is_damaged = True
         finally:
             if self._file is not None and self._file is not sys.stdin.buffer:
                 self._file.close()
             self._file = None
-        if source.is_read and not counts.documents:
+        if source.is_read and not counts.documents and not is_damaged:
             counts.notes.append("empty")
         self.records.append(
             InputRecord(
@@ -97,9 +109,7 @@ class Reader:
     def _read(self, source: Input) -> Iterator[Document]:
         match source.kind:
             case "text":
-                yield Document(
-                    self._open(source).stream.read(self.options.max_bytes or -1), source.source
-                )
+                yield from self._text(self._open(source), source)
             case "lines":
                 for line in self._open(source).stream:
                     yield Document(line.rstrip(b"\r\n"), source.source)
@@ -132,6 +142,25 @@ class Reader:
         if source.kind == "text":
             self._counts.notes += self._text_notes(content)
         return content
+
+    def _text(self, content: Content, source: Input) -> Iterator[Document]:
+        """Yield a file as one document; of a damaged one what can be read, before the error."""
+        stream, most = content.stream, self.options.max_bytes
+        if not self.options.skip_invalid:
+            yield Document(stream.read(most or -1), source.source)
+            return
+        data = bytearray()
+        try:
+            while most is None or len(data) < most:
+                part = stream.read1(_CHUNK if most is None else min(_CHUNK, most - len(data)))
+                if not part:
+                    break
+                data += part
+        except DAMAGED:
+            if data:
+                yield Document(bytes(data), source.source)
+            raise
+        yield Document(bytes(data), source.source)
 
     def _text_notes(self, content: Content) -> list[str]:
         """Return remarks on a file that is read as one document, and may not be meant to be."""

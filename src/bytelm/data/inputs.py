@@ -66,7 +66,8 @@ class ReadOptions:
     """Also read files in directories that look binary (a NUL byte near the start), and archives;
     text in UTF-16 or UTF-32 is not converted."""
     skip_invalid: bool = False
-    """Count and skip records that cannot be read, instead of stopping."""
+    """Count and skip records that cannot be read, and what cannot be read of damaged files, instead
+    of stopping."""
     cut_bytes: int | None = None
     """Cut longer documents into parts of at most this size, after a newline if one is in the second
     half. The parts of a single long file can then be shuffled and held out."""
@@ -334,7 +335,11 @@ class _Search:
         self, path: Path, content: Content, suffix: str, is_named: bool
     ) -> tuple[Kind, str]:
         """Return the format of a file that may hold records or other text, by its first record."""
-        place, record = next(json_records(content), ("", ValueError("is missing")))
+        try:
+            place, record = next(json_records(content), ("", ValueError("is missing")))
+        except DAMAGED:
+            # Reading it reports what is wrong.
+            return _RECORDS[suffix], ""
         strict = is_named and suffix == ".json" and not self._options.skip_invalid
         remedy = "; --format text reads the file as text"
         if isinstance(record, ValueError):

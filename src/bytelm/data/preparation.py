@@ -123,8 +123,8 @@ def prepare(
         report: called with the progress.
 
     Raises:
-        DataError: an input cannot be read, the inputs hold no text, ``out`` is not empty, or it was
-            prepared with other settings.
+        DataError: an input cannot be read, the inputs hold no text, a validation share is given for
+            prepared data only, ``out`` is not empty, or it was prepared with other settings.
         CheckpointError: the scorer cannot be loaded.
     """
     if not 0 <= options.hashed_share < 1:
@@ -135,7 +135,14 @@ def prepare(
     skip = [out, *options.leave_out]
     held_out = find_inputs(options.validation, options.read, skip) if options.validation else []
     inputs = [replace(one, split="validation") for one in held_out]
-    inputs += find_inputs(arguments, options.read, skip, known=inputs)
+    found = find_inputs(arguments, options.read, skip, known=inputs)
+    if options.validation_share and all(one.kind == "prepared" for one in found if one.is_read):
+        name = next(one.name for one in found if one.is_read)
+        raise DataError(
+            f"{name} is prepared data, which keeps its split: leave out the validation share, or "
+            "prepare the text that it was made of with another one"
+        )
+    inputs += found
     settings = _settings(inputs, options)
     streams = [one.name for one in inputs if one.is_stream]
     if (out / MANIFEST).exists():

@@ -21,7 +21,8 @@ def show_inputs(console: Console, records: Sequence[InputRecord], more: str = ""
     """
     if not records:
         return
-    noted = [one for one in records if _note(one)]
+    # Files that were read, though not as they are, before those that were not meant to be.
+    noted = sorted((one for one in records if _note(one)), key=lambda one: one.kind in UNREAD)
     plain = [one for one in records if not _note(one)]
     table = Table(box=None, pad_edge=False)
     table.add_column("input", overflow="fold")

@@ -20,6 +20,8 @@ from bytelm.study import Cost, Plan
 from bytelm.terminal import Terminal, escape_controls
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
+FEW_BYTES = 10_000
+"""Held-out bytes below which a warning is due: a single unusual document decides the result."""
 COSTS_WIDTH = 170
 """Width, in characters, of the table of a study's costs."""
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -61,6 +63,18 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         console.print(
             "nothing is held out, so training will not be validated: `bytelm data prepare` holds "
             "out inputs (`--validation INPUT`) or a share (`--validation-share 0.1`)",
+            style="yellow",
+            soft_wrap=True,
+        )
+    num_bytes = sum(
+        one.text_bytes if one.trained_bytes is None else one.trained_bytes
+        for one in held_out.values()
+    )
+    if held_out and num_bytes < FEW_BYTES:
+        console.print(
+            f"only {num_bytes:,} bytes are held out, so bits per byte will be noisy: `bytelm data "
+            "prepare` holds out more with a larger `--validation-share`, or inputs of your choice "
+            "with `--validation INPUT`",
             style="yellow",
             soft_wrap=True,
         )

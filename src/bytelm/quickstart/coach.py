@@ -73,8 +73,9 @@ class Coach:
         wanted = self._wanted
         if wanted is None:
             wanted = math.ceil(self._minutes * FLOPS / max(flops, 1.0))
+        allow = "minute allows" if self._minutes == 1 else "minutes allow"
         return (
-            f"{self._minutes:g} minutes allow {flops / FLOPS:.0%} of the usual training on this "
+            f"{self._minutes:g} {allow} {flops / FLOPS:.0%} of the usual training on this "
             "computer now, too little for a meaningful result: "
             f"--minutes {wanted}, with another --out, would allow all of it"
         )

@@ -7,10 +7,11 @@ from bytelm.study.plan import Plan, Run, plan_runs
 from bytelm.study.resolving import Resolved, Resolver
 from bytelm.study.results import finished_result
 from bytelm.study.runs import run_all, share_done
-from bytelm.study.table import table_folder, write_table
+from bytelm.study.table import find_table, table_folder, write_table
 from bytelm.study.text import prepare_text
 
 __all__ = [
+    "find_table",
     "Cost",
     "Plan",
     "Resolved",

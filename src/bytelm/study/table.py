@@ -144,6 +144,22 @@ def _replace(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary)
 
 
+def find_table(plan: Plan, folder: Path) -> Path:
+    """Return the folder of a plan's tables: the one that is given, or the one in a study's folder.
+
+    Raises:
+        DataError: there is no table.
+    """
+    for one in (folder, table_folder(plan, folder)):
+        if (one / RESULTS).is_file():
+            return one
+    found = [str(path.parent) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    hint = f"; there are tables in {', '.join(found)}" if found else ""
+    raise DataError(
+        f"{folder} holds no table of a study: neither {RESULTS} nor {plan.name}/{RESULTS}{hint}"
+    )
+
+
 def read_table(folder: Path, plan: Plan | None = None) -> Results:
     """Read the tables in a folder, without runs that failed.
 
