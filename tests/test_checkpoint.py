@@ -293,6 +293,13 @@ def test_other_folders_among_the_checkpoints_are_left_out(tmp_path):
     assert [p.name for p in saved_steps(tmp_path)] == ["step-00000020", "step-00000100"]
 
 
+def test_the_folder_of_the_checkpoints_names_the_newest(tmp_path):
+    for step in (20, 100):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    assert find_checkpoint(tmp_path / "checkpoints") == find_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path).name == "step-00000100"
+
+
 def test_the_scorer_of_a_blt_is_the_one_it_was_trained_with(tmp_path):
     model, folder = saved(tmp_path)
     scorer, config = load_scorer(folder, reset_at_newline=False)

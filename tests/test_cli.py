@@ -15,6 +15,7 @@ from builders import BASE_BLT
 from bytelm.cli.options import build_rule
 from bytelm.config import RULES, MonotonicPatching, PatchingConfig
 from bytelm.data import read_manifest
+from bytelm.display import progress as display
 from bytelm.terminal import escape_controls
 from commands import invoke
 from foreign import hf_model, save_official
@@ -75,6 +76,17 @@ def test_few_bytes_held_out_are_a_warning(run, world, tmp_path):
     assert "held out, so" not in run(*arguments, *options)[1]
 
 
+def test_names_of_files_stay_on_one_line_of_the_table(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a\nb.txt", "c\td\x1b[2J.txt"):
+        Path(name).write_text(name)
+    out = run("data", "prepare", *Path().iterdir(), "--out", "d", "--validation-share", "0")[1]
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert r"a\x0ab.txt text 1 7" in lines
+    assert r"c\x09d\x1b[2J.txt text 1 11" in lines
+    assert r"a\x0ab 1 7 0" in lines
+
+
 def test_a_home_folder_is_expanded_in_options(run, world, tmp_path, monkeypatch):
     """Shells expand ``~`` at the beginning of a word only."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -101,7 +113,7 @@ def test_eval_has_the_reading_options_of_prepare(run, world, tmp_path):
     assert "--skip-invalid" in err
     status, out, err = run(*command, "--skip-invalid", "--cut-bytes", "4")
     assert status == 0, err
-    assert json.loads(out)["here"]["bytes"] == 10
+    assert json.loads(out)["sources"]["here"]["bytes"] == 10
     assert "1 invalid records skipped" in " ".join(err.split())
     assert "looks binary" in " ".join(err.split())
     known = {*run("data", "prepare", "--help")[1].split(), *err.split()}
@@ -191,12 +203,24 @@ def test_eval(run, world):
         assert "other" in out
         assert "all" in out
     status, out, _ = run("eval", world / "entropy", world / "text.jsonl", "--json")
-    row = json.loads(out)["text"]
+    row = json.loads(out)["sources"]["text"]
     assert 1 < row["bits_per_byte"] < 12
     assert row["bytes"] == sum(
         len(json.loads(line)["text"].encode())
         for line in (world / "text.jsonl").read_text().splitlines()
     )
+
+
+def test_eval_gives_the_sum_of_all_sources_whatever_they_are_called(run, world):
+    text = world / "text.jsonl"
+    (world / "more.txt").write_text("the patch of bytes")
+    out = run("eval", world / "blt", f"all={text}", f"sources={world / 'more.txt'}", "--json")[1]
+    found = json.loads(out)
+    one, other = found["sources"]["all"], found["sources"]["sources"]
+    for key in ("bytes", "patches"):
+        assert found["all"][key] == one[key] + other[key]
+    nats = sum(x["bits_per_byte"] * x["bytes"] for x in (one, other))
+    assert found["all"]["bits_per_byte"] == pytest.approx(nats / found["all"]["bytes"])
 
 
 def test_eval_names_the_units_and_speaks_strict_json(run, world, tmp_path):
@@ -205,9 +229,9 @@ def test_eval_names_the_units_and_speaks_strict_json(run, world, tmp_path):
 
     (tmp_path / "some.txt").write_text("the patch of bytes")
     found = parse(run("eval", world / "blt", tmp_path / "some.txt", "--json")[1])
-    assert found["some"]["patches"] > 1
+    assert found["sources"]["some"]["patches"] > 1
     found = parse(run("eval", world / "entropy", tmp_path / "some.txt", "--json")[1])
-    assert found["some"].keys() == {"bits_per_byte", "bytes"}
+    assert found["sources"]["some"].keys() == {"bits_per_byte", "bytes"}
     tokens = tmp_path / "tokens.json"
     run("data", "tokenizer", world / "d", "--vocab-size", 270, "--out", tokens)
     status, out, err = run(
@@ -217,7 +241,7 @@ def test_eval_names_the_units_and_speaks_strict_json(run, world, tmp_path):
     assert status == 0, err
     assert "bytes/token" in out
     found = parse(run("eval", tmp_path / "t", tmp_path / "some.txt", "--json")[1])
-    assert found["some"].keys() == {"bits_per_byte", "bytes", "tokens"}
+    assert found["sources"]["some"].keys() == {"bits_per_byte", "bytes", "tokens"}
     assert "bytes/token" in run("eval", tmp_path / "t", tmp_path / "some.txt")[1]
 
 
@@ -225,7 +249,7 @@ def test_eval_of_prepared_data_leaves_out_what_was_trained_on(run, world):
     status, out, _ = run("eval", world / "blt", world / "d", "--json")
     assert status == 0
     held_out = read_manifest(world / "d").sources("validation")["text"].text_bytes
-    assert json.loads(out)["text"]["bytes"] == held_out
+    assert json.loads(out)["all"]["bytes"] == held_out
 
 
 def test_text_comes_through_a_pipe(run, tmp_path):
@@ -275,6 +299,16 @@ def test_patch_reads_standard_input_and_speaks_json(run, world):
     assert "".join(record["patches"]).startswith("\\xff\\xfe any bytes")
     assert len(record["entropies"]) == 13
     assert record["boundaries"][0] == 0
+
+
+def test_patch_of_a_long_text_says_how_far_it_is(run, world, monkeypatch):
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
+    text = b"the patch of bytes " * 3000
+    status, out, err = run("patch", world / "entropy", "--rule", "space", stdin=text)
+    assert status == 0
+    assert "patching, 14%" in err
+    assert "patching" not in out
+    assert run("patch", world / "entropy", "short", "--rule", "space")[2] == ""
 
 
 def test_patch_compares_rules_in_one_list_of_json(run, world):
@@ -338,6 +372,9 @@ def test_recipes_are_listed_and_printed(run):
     _, out, _ = run("recipes")
     assert "blt-8b" in out
     assert "cpu-study" in out
+    # The whole comment, also where it has two lines, without the commands.
+    assert "docs/log.md has the search for rates." in " ".join(out.split())
+    assert "bytelm study" not in out
     _, out, _ = run("recipes", "entropy-ngram")
     assert out.startswith("# An n-gram scorer")
     _, out, _ = run("recipes", "cpu-study")
@@ -414,7 +451,7 @@ def test_a_model_of_tokens_from_text_to_text(run, world, tmp_path, monkeypatch):
     train = ("train", "token.yaml", f"data.path={world / 'd'}", "--out", "run")
     assert run(*train)[0] == 0
     status, out, _ = run("eval", "run", world / "text.jsonl", "--json")
-    (found,) = json.loads(out).values()
+    found = json.loads(out)["all"]
     text = [json.loads(line)["text"] for line in (world / "text.jsonl").read_text().splitlines()]
     assert found["bytes"] == sum(map(len, text))
     assert found["tokens"] < found["bytes"]

@@ -20,6 +20,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bytelm
 from bytelm.codec import to_bytes
 from bytelm.data import PrepareOptions, Reader, ReadOptions, find_inputs, prepare
 from bytelm.data.zstd import window_size
@@ -624,6 +625,8 @@ def test_missing_inputs_are_named(tmp_path):
         read("no/such")
     with pytest.raises(DataError, match="hold no file to read"):
         read(tmp_path)
+    with pytest.raises(DataError, match="there are no inputs: name at least one"):
+        bytelm.prepare([], tmp_path / "d")
     pq.write_table(pa.table({"a": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match="has no column 'text'; it has a"):
         read(tmp_path / "x.parquet")

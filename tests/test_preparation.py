@@ -83,6 +83,13 @@ def test_held_out_inputs_are_held_out_with_all_copies_of_their_documents(tmp_pat
     assert sorted(set(held_out)) == sorted(f"text {i}".encode() for i in range(90, 120))
 
 
+def test_what_is_held_out_whole_is_not_also_trained_on(tmp_path):
+    (tmp_path / "c.txt").write_text("text")
+    text = str(tmp_path / "c.txt")
+    with pytest.raises(DataError, match=r"c\.txt: held out whole, and nothing else is left"):
+        prepare([text], tmp_path / "d", PrepareOptions(validation=(text,)))
+
+
 LINES = [f"line {i}" for i in range(12)]
 
 

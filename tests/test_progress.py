@@ -112,3 +112,10 @@ def test_a_terminal_of_any_width_gets_a_bar_with_how_far_things_are(width):
     drive(ConsoleProgress(Console(file=out, force_terminal=True, width=width)))
     for shown in ("run[/x]", "5/12000", "-:--:--", "1.523", "12%", "7 documents", "100/100"):
         assert shown in out.getvalue()
+
+
+def test_what_has_no_figures_leaves_no_gap():
+    console = Console(file=io.StringIO(), width=80)
+    with ConsoleProgress(console).counting("study", 100) as update:
+        update(100, "")
+    assert console.file.getvalue() == "study 100/100, 0:00 left\n"

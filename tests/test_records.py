@@ -1,6 +1,7 @@
 """Fields of records: exact bytes, nested fields, names of classes."""
 
 import json
+import re
 import tempfile
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bytelm
 from bytelm.data import Reader, ReadOptions, find_inputs
 from bytelm.data.records import Fields
 from bytelm.data.tables import parquet_records
@@ -110,6 +112,21 @@ def test_a_missing_parent_of_a_nested_field_is_an_invalid_record(tmp_path):
     with pytest.raises(DataError, match=r"line 1 has no field 'doc\.text'"):
         read(tmp_path / "a.jsonl", field="doc.text")
     assert read(tmp_path / "a.jsonl", field="doc.text", skip_invalid=True) == [("a", b"x")]
+
+
+def test_fields_that_may_be_meant_are_named(tmp_path):
+    records = {"doc": {"text": "a", "title": "b"}, "meta": {"id": 1}, "more": {"id": 2}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(records))
+    pq.write_table(pa.Table.from_pylist([records]), tmp_path / "a.parquet")
+    for field, hint in (
+        ("text", "did you mean 'doc.text'?"),
+        ("dok.titel", "did you mean 'doc.title'?"),
+        ("id", "did you mean one of 'meta.id', 'more.id'?"),
+        ("doc.text,mor", "did you mean 'more'?"),
+    ):
+        for name in ("a.jsonl", "a.parquet"):
+            with pytest.raises(DataError, match=re.escape(f"(or --source-field); {hint}")):
+                bytelm.prepare(tmp_path / name, tmp_path / "d", field=field)
 
 
 @pytest.mark.parametrize("is_parquet", [False, True])

@@ -18,6 +18,7 @@ from bytelm.progress import Progress
 from bytelm.study import (
     Plan,
     Resolver,
+    check_text,
     find_table,
     plan_runs,
     prepare_text,
@@ -34,6 +35,7 @@ from bytelm.study.results import RESULT, finished_result, run_folder
 from bytelm.study.runs import run_slice
 from bytelm.study.table import read_table
 from bytelm.training import Trainer, train
+from commands import invoke
 from earlier import StopAt, forget_packing
 from study_plan import link_prepared, plan, write_text
 
@@ -317,6 +319,15 @@ def test_the_table_is_found_in_the_folder_of_the_study(study, tmp_path):
     other = one.model_copy(update={"name": "other"})
     with pytest.raises(DataError, match=r"nor other/.*; there are tables in .*/test$"):
         find_table(other, out)
+
+
+def test_a_dry_run_of_other_text_does_not_take_runs_for_done(study):
+    one, out = study
+    check_text(one, out)
+    other = merge(one.model_dump(mode="json"), {"text": {"train": ["other.txt"]}})
+    with pytest.raises(ConfigError, match=r"another study's text \(text\.train: .*other\.txt"):
+        check_text(parse(Plan, other, "test"), out)
+    assert invoke("study", "cpu-study", "--dry-run", "--out", out) == 1
 
 
 def test_a_missing_or_mixed_table_is_refused(study, tmp_path):

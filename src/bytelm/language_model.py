@@ -94,6 +94,7 @@ class LanguageModel:
         rule: str | AnyRule | None = None,
         *,
         scorer: "Scorer | LanguageModel | str | PathLike[str] | None" = None,
+        report: Callable[[int], None] = ignore,
         **options: Any,
     ) -> PatchedText:
         """Segment a text into patches.
@@ -112,6 +113,7 @@ class LanguageModel:
                 ``Patcher``), registered or not.
             scorer: scorer to use instead of the model's own, or of the model itself if it can
                 score: an object (:class:`bytelm.patching.Scorer`), a loaded model, or a checkpoint.
+            report: called with the number of bytes scored so far.
             options: ``threshold`` and ``increase`` in nats, ``length`` and ``max_length`` in bytes,
                 with a name or the model's own rule.
 
@@ -126,7 +128,7 @@ class LanguageModel:
             scorer = load(scorer, str(self.device))
         if isinstance(scorer, LanguageModel):
             scorer = scorer.module.get_scorer()
-        return patch_text(self.module, self.config, codec.to_bytes(text), rule, scorer)
+        return patch_text(self.module, self.config, codec.to_bytes(text), rule, scorer, report)
 
     def _named_rule(self, rule: str | AnyRule | None, options: dict[str, Any]) -> PatchingConfig:
         own = self.config.patching

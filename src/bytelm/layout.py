@@ -7,7 +7,7 @@
     RUN/best.json                      step of the one with the lowest held-out bits per byte
     RUN/metrics.jsonl                  metrics of the run
 
-``RUN`` names the newest checkpoint of a run, ``RUN/best`` the best.
+``RUN`` and ``RUN/checkpoints`` name the newest checkpoint of a run, ``RUN/best`` the best.
 """
 
 from pathlib import Path
@@ -22,6 +22,8 @@ CONFIG, MODEL, SCORER, TOKENIZER = (
     "tokenizer.json",
 )
 """Files of a checkpoint."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in that of a run."""
 RECIPE, METRICS, BEST = "recipe.yaml", "metrics.jsonl", "best.json"
 """Files of a run; the last one records its best checkpoint."""
 
@@ -76,7 +78,7 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: the training run has no checkpoint yet, or none that was validated.
     """
     path = at_home(path)
-    if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
+    if path.name == "best" and not path.exists() and (path.parent / CHECKPOINTS).is_dir():
         best = best_step(path.parent)
         if best is None:
             raise CheckpointError(
@@ -84,10 +86,10 @@ def find_checkpoint(path: Path) -> Path:
                 "saved and validated count (train.checkpoint_every, train.validate_every)"
             )
         return best
-    steps = saved_steps(path)
+    steps = saved_steps(path.parent if path.name == CHECKPOINTS else path)
     if steps:
         return steps[-1]
-    if path.is_dir() and not (path / FILES).exists() and (path / "checkpoints").is_dir():
+    if path.is_dir() and not (path / FILES).exists() and (path / CHECKPOINTS).is_dir():
         raise CheckpointError(
             f"the run in {path} has not saved a checkpoint yet: train it for longer"
         )
@@ -96,7 +98,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def step_folder(run: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    return run / CHECKPOINTS / f"step-{step:08d}"
 
 
 def best_step(run: Path) -> Path | None:
@@ -113,7 +115,7 @@ def best_step(run: Path) -> Path | None:
 
 def saved_steps(run: Path) -> list[Path]:
     """Return the checkpoint folders of a training run, oldest first."""
-    folders = (run / "checkpoints").glob("step-*") if run.is_dir() else []
+    folders = (run / CHECKPOINTS).glob("step-*") if run.is_dir() else []
     steps = [p for p in folders if p.name.removeprefix("step-").isdecimal()]
     return sorted(steps, key=step_number)
 

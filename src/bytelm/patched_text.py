@@ -1,5 +1,6 @@
 """Text cut into patches by a model's own rule, or by any other rule and scorer."""
 
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from bytelm.config import ModelDescription, PatchingConfig, kind_of
 from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM, PatchedLM
 from bytelm.patching import Patcher, Rule, Scorer, StatefulRule, build_patcher
+from bytelm.progress import ignore
 from bytelm.scoring import score_documents
 
 AnyRule = PatchingConfig | Patcher | Rule | StatefulRule
@@ -54,6 +56,7 @@ def patch_text(
     data: bytes,
     rule: AnyRule | None = None,
     scorer: Scorer | None = None,
+    report: Callable[[int], None] = ignore,
 ) -> PatchedText:
     """Cut a text into patches.
 
@@ -63,6 +66,7 @@ def patch_text(
         data: any bytes.
         rule: rule to use instead of the model's own.
         scorer: scorer to use instead of the model's own.
+        report: called with the number of bytes scored so far.
 
     Raises:
         ConfigError: there is no rule or no scorer; or the rule is learned, or reads the encoder's
@@ -80,7 +84,7 @@ def patch_text(
     patcher, is_own = _patcher(lm, description, rule)
     entropies = None
     with nullcontext() if patcher.needs_entropies else suppress(ConfigError):
-        entropies = text_entropies(lm, data, scorer)
+        entropies = text_entropies(lm, data, scorer, report)
     device = lm.device if is_own or patcher.needs_states else torch.device("cpu")
     scores = None if entropies is None else torch.from_numpy(entropies)[None].to(device)
     ids = torch.from_numpy(codec.encode(data))[None].to(device)
@@ -98,7 +102,12 @@ def patch_text(
     return PatchedText(data, boundaries, entropies, config)
 
 
-def text_entropies(lm: CausalLM, data: bytes, scorer: Scorer | None = None) -> NDArray[np.float32]:
+def text_entropies(
+    lm: CausalLM,
+    data: bytes,
+    scorer: Scorer | None = None,
+    report: Callable[[int], None] = ignore,
+) -> NDArray[np.float32]:
     """Return the entropy of the prediction of each byte, and of the byte after the text.
 
     Raises:
@@ -107,7 +116,8 @@ def text_entropies(lm: CausalLM, data: bytes, scorer: Scorer | None = None) -> N
     """
     scorer = lm.get_scorer() if scorer is None else scorer
     ids = torch.from_numpy(codec.encode(data)).to(getattr(scorer, "device", lm.device))
-    return score_documents(scorer, [ids], name=lambda _: "the text")[0].float().cpu().numpy()
+    (entropies,) = score_documents(scorer, [ids], name=lambda _: "the text", report=report)
+    return entropies.float().cpu().numpy()
 
 
 def _patcher(lm: CausalLM, description: ModelDescription, rule: AnyRule) -> tuple[Patcher, bool]:

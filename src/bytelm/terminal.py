@@ -24,6 +24,11 @@ def escape_controls(text: str) -> str:
     return _UNSAFE.sub(_escape, text)
 
 
+def escape_line(text: str) -> str:
+    r"""Return a text on one line: newlines and tabs are escaped too, as ``\x0a`` and ``\x09``."""
+    return re.sub("[\n\t]", _escape, escape_controls(text))
+
+
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:

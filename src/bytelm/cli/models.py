@@ -24,7 +24,11 @@ from bytelm.terminal import escape_controls
 
 if TYPE_CHECKING:
     from bytelm.data import ReadOptions
+    from bytelm.evaluation import Likelihood
+    from bytelm.language_model import PatchedText
 
+LONG_TEXT = 50_000
+"""Bytes of text from which finding its patches takes seconds."""
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
 ]
@@ -114,7 +118,9 @@ def evaluate(
             "byte more context. (default: no overlap)"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: of all text, and by source.")
+    ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Threads = None,
@@ -127,6 +133,7 @@ def evaluate(
     """
     from bytelm.data import Reader, find_inputs
     from bytelm.display import ConsoleProgress, show_inputs, show_likelihood
+    from bytelm.evaluation import total
     from bytelm.language_model import load
     from bytelm.threads import use_threads
 
@@ -151,15 +158,14 @@ def evaluate(
     show_inputs(status, [one for one in reader.records if one.note or one.invalid_records])
     if as_json:
         units = lm.module.units.name
-        rows = {
-            name: {
-                "bits_per_byte": x.bits_per_byte,
-                "bytes": x.num_bytes,
-                **({units: x.num_units} if units != "bytes" else {}),
-            }
-            for name, x in by_source.items()
-        }
-        print(to_json(rows, indent=2))
+
+        def record(x: "Likelihood") -> dict[str, float]:
+            count = {units: x.num_units} if units != "bytes" else {}
+            return {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, **count}
+
+        # A source may have any name, "all" too.
+        sources = {name: record(one) for name, one in by_source.items()}
+        print(to_json({"all": record(total(by_source.values())), "sources": sources}, indent=2))
         return
     show_likelihood(console, by_source, lm.module.units.name)
 
@@ -205,7 +211,7 @@ def patch(
     bytelm patch runs/blt-1m "some text" --figure entropies.svg[/]
     """
     from bytelm.codec import to_bytes
-    from bytelm.display import patches_record, show_patches
+    from bytelm.display import ConsoleProgress, patches_record, show_patches
     from bytelm.language_model import load
 
     lm = load(checkpoint, "cpu")
@@ -216,10 +222,18 @@ def patch(
         chosen = build_rule(
             rule or (own.kind if own else "entropy"), threshold, increase, length, max_length, own
         )
-    patched = [lm.patch(data, chosen)]
+    rules: list[PatchingConfig | None] = [chosen]
     if compare:
-        others: list[PatchingConfig] = [StaticPatching(length=4), SpacePatching()]
-        patched += [lm.patch(data, other) for other in others if other.kind != patched[0].rule.kind]
+        kind = None if chosen is None else chosen.kind
+        rules += [one for one in (StaticPatching(length=4), SpacePatching()) if one.kind != kind]
+
+    def patched_by(rule: PatchingConfig | None) -> "PatchedText":
+        if len(data) < LONG_TEXT:
+            return lm.patch(data, rule)
+        with ConsoleProgress(status).measuring("patching") as show:
+            return lm.patch(data, rule, report=lambda done: show(done, len(data)))
+
+    patched = [patched_by(one) for one in rules]
     if figure is not None:
         from bytelm.figures import draw_entropies, draw_rules
 

@@ -66,6 +66,7 @@ def study(
     """
     from bytelm.display import ConsoleProgress, show_study_costs
     from bytelm.study import (
+        check_text,
         find_table,
         load_plan,
         plan_runs,
@@ -88,6 +89,7 @@ def study(
     if only:
         runs = [run for run in runs if any(text in run.name for text in only)]
     if dry_run:
+        check_text(loaded, folder)
         costs = run_costs(loaded, runs, folder, speed, ConsoleProgress(console))
         done = [share_done(folder, run, c.steps) for run, c in zip(runs, costs, strict=True)]
         show_study_costs(console, loaded, costs, done)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -70,5 +71,11 @@ def recipes(
         table.add_column(kind.removesuffix("s"), style="bold", min_width=16)
         table.add_column("description")
         for each in shipped_names(kind):
-            table.add_row(each, re.sub(r"^#\s*", "", shipped[each].splitlines()[0]))
+            table.add_row(each, _description(shipped[each]))
         console.print(table, "")
+
+
+def _description(text: str) -> str:
+    """Return the comment at the beginning of a YAML file, up to its commands."""
+    comment = takewhile(lambda line: re.match(r"# ?\S", line), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment)

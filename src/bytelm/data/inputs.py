@@ -34,6 +34,8 @@ Kind = Literal[
 ]
 
 STDIN = "-"
+SAME = "the same as"
+"""Beginning of the note on an input that is left out because it is one already."""
 _RECORDS: dict[str, Kind] = {
     ".jl": "jsonl",
     ".json": "json",
@@ -151,12 +153,20 @@ def find_inputs(
     Raises:
         DataError: an argument matches nothing or cannot be read, or there is nothing to read.
     """
-    search = _Search(options, leave_out, known)
+    search, arguments, known = _Search(options, leave_out, known), list(arguments), list(known)
+    if not arguments:
+        raise DataError("there are no inputs: name at least one file or folder")
     for argument in arguments:
         if not argument:
             raise DataError("an input is empty: name a file or a folder (. for this one)")
         search.add(argument)
     if not any(one.is_read for one in search.found):
+        again = [one.name for one in search.found if one.note.startswith(SAME)]
+        if known and len(again) == len(search.found):
+            raise DataError(
+                f"{', '.join(again[:3])}: held out whole, and nothing else is left to train on; "
+                "name other inputs, or hold out a share of these instead (--validation-share 0.01)"
+            )
         reasons = [f"{one.name} ({one.note})" for one in search.found[:3]]
         more = len(search.found) - len(reasons)
         reasons += [f"{more} more"] if more else []
@@ -362,7 +372,7 @@ class _Search:
         """Add an input, or skip it if it is one already."""
         real = real or _real(one.path)
         if one.is_read and real in self._names:
-            self._skip(one.path, f"the same as {self._names[real]}, which is read", one.source)
+            self._skip(one.path, f"{SAME} {self._names[real]}, which is read", one.source)
             return
         if one.is_read:
             self._names[real] = one.name

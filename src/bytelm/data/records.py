@@ -1,15 +1,19 @@
 """Convert records, such as JSON objects and rows of tables, to documents."""
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bytelm.chat import as_messages, format_chat
 from bytelm.codec import to_bytes
+from bytelm.config import nearest
 from bytelm.data.dataset import Split
 from bytelm.errors import DataError
 from bytelm.units import Ranges
+
+MAX_MEANT = 4
+"""Most fields that an error suggests."""
 
 
 class Document(NamedTuple):
@@ -81,7 +85,7 @@ class Fields:
         if missing:
             raise DataError(
                 f"{where} has no column {missing[0]!r}; it has {', '.join(names)}: "
-                "choose one with --field (or --source-field)"
+                f"choose one with --field (or --source-field){_meant(missing[0], names)}"
             )
 
     def document(self, record: Mapping[str, Any], where: str, source: str) -> Document:
@@ -147,9 +151,29 @@ def _find(record: Mapping[str, Any], path: str, where: str) -> Any:
     if not found:
         raise InvalidRecord(
             f"{where} has no field {path!r}; it has {', '.join(map(repr, record))}: choose "
-            "one with --field (or --source-field)"
+            f"one with --field (or --source-field){_meant(path, _paths(record))}"
         )
     return found[0]
+
+
+def _meant(path: str, known: Iterable[str]) -> str:
+    """Return a hint at the fields that were probably meant: of the same name elsewhere, or like it.
+
+    For example, ``doc.text`` is meant by ``text`` and ``dok.text``.
+    """
+    names = list(known)
+    same = [one for one in names if one.rpartition(".")[2] == path.rpartition(".")[2]]
+    if len(same) > 1:
+        return f"; did you mean one of {', '.join(map(repr, same[:MAX_MEANT]))}?"
+    return f"; did you mean {same[0]!r}?" if same else nearest(path, names)
+
+
+def _paths(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the names of all fields, nested ones with dots between their parts."""
+    for name, value in record.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{name}.")
 
 
 def _lookup(record: Any, path: str) -> list[Any]:

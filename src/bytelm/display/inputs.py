@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bytelm.data import InputRecord
+from bytelm.terminal import escape_line
 
 NUM_ROWS = 12
 """Rows for inputs that were read, and for those with a note, before a table is shortened."""
@@ -34,7 +35,8 @@ def show_inputs(console: Console, records: Sequence[InputRecord], more: str = ""
         shown = group if len(group) <= NUM_ROWS else group[: NUM_ROWS - 1]
         style = "yellow" if group is noted else ""
         for one in shown:
-            table.add_row(one.name, one.kind, *_sizes([one]), _note(one), style=style)
+            row = (escape_line(one.name), one.kind, *_sizes([one]), escape_line(_note(one)))
+            table.add_row(*row, style=style)
         rest = group[len(shown) :]
         if rest:
             table.add_row(f"{len(rest):,} {what}", "", *_sizes(rest), more, style=style or "dim")

@@ -228,7 +228,8 @@ class Bar:
         self._last_plain = now
         left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
         minutes, seconds = divmod(round(left), 60)
-        self.note(f"{self._title} {done}/{self._total} {figures}, {minutes}:{seconds:02d} left")
+        shown = " ".join(filter(None, (self._title, f"{done}/{self._total}", figures)))
+        self.note(f"{shown}, {minutes}:{seconds:02d} left")
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

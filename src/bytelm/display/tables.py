@@ -17,7 +17,7 @@ from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
 from bytelm.quickstart import HEADINGS, REPORT, Quickstart, table_rows
 from bytelm.study import Cost, Plan
-from bytelm.terminal import Terminal, escape_controls
+from bytelm.terminal import Terminal, escape_controls, escape_line
 
 PATCH_STYLES = ("black on sky_blue2", "black on light_goldenrod2")
 FEW_BYTES = 10_000
@@ -42,7 +42,7 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         table.add_column("longest", justify="right")
     held_out = manifest.sources("validation")
     for name, one in sources.items():
-        row = [name, f"{one.documents:,}", f"{one.text_bytes:,}"]
+        row = [escape_line(name), f"{one.documents:,}", f"{one.text_bytes:,}"]
         row.append(f"{held_out[name].text_bytes:,}" if name in held_out else "0")
         if is_masked:
             trained = one.text_bytes if one.trained_bytes is None else one.trained_bytes
@@ -108,7 +108,7 @@ def show_likelihood(
     for name, one in rows:
         size = f"{one.unit_bytes:.2f}" if one.num_units else "-"
         bpb = f"{one.bits_per_byte:.4f}" if one.num_bytes else "-"
-        table.add_row(name, f"{one.num_bytes:,}", bpb, size)
+        table.add_row(escape_line(name), f"{one.num_bytes:,}", bpb, size)
     console.print(table)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bytelm.errors import NumericalError
 from bytelm.patching import Scorer
+from bytelm.progress import ignore
 
 CHUNK = 8192
 """Bytes scored at once: a part of a long document, or several short ones in a row."""
@@ -59,6 +60,7 @@ def score_documents(
     documents: Sequence[Int[Tensor, " _"]],
     row_bytes: int = CHUNK,
     name: Callable[[int], str] = lambda index: f"document {index + 1}",
+    report: Callable[[int], None] = ignore,
 ) -> list[Float[Tensor, " _"]]:
     """Return the entropies of many documents: short ones share rows, long ones are streamed.
 
@@ -67,10 +69,12 @@ def score_documents(
         documents: ids of each document, which begin with BOS.
         row_bytes: bytes scored at once.
         name: returns the name of a document, by its index, for errors.
+        report: called with the number of ids scored so far.
 
     Raises:
         NumericalError: an entropy is not finite.
     """
+    done = 0
     results: dict[int, Tensor] = {}
     short = [i for i, ids in enumerate(documents) if len(ids) <= row_bytes]
     for group in group_by_size(short, lambda i: len(documents[i]), row_bytes):
@@ -82,9 +86,16 @@ def score_documents(
         if not entropies.isfinite().all():
             for index in group:
                 check_entropies(results[index], name(index))
+        done += len(ids)
+        report(done)
     for index, ids in enumerate(documents):
         if index not in results:
-            results[index] = torch.cat(list(score_document(scorer, ids, name=name(index))))
+            parts = []
+            for part in score_document(scorer, ids, name=name(index)):
+                parts.append(part)
+                done += len(part)
+                report(done)
+            results[index] = torch.cat(parts)
     return [results[i] for i in range(len(documents))]
 
 

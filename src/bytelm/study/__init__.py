@@ -8,7 +8,7 @@ from bytelm.study.resolving import Resolved, Resolver
 from bytelm.study.results import finished_result
 from bytelm.study.runs import run_all, share_done
 from bytelm.study.table import find_table, table_folder, write_table
-from bytelm.study.text import prepare_text
+from bytelm.study.text import check_text, prepare_text
 
 __all__ = [
     "find_table",
@@ -17,6 +17,7 @@ __all__ = [
     "Resolved",
     "Resolver",
     "Run",
+    "check_text",
     "finished_result",
     "load_plan",
     "parse_plan",

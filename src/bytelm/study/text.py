@@ -17,6 +17,7 @@ import sysconfig
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bytelm.checkpoint import read_config
 from bytelm.config import Recipe, differences, load_recipe
@@ -114,11 +115,27 @@ def tokenizer_path(out: Path, vocab_size: int) -> Path:
     return out / "tokenizers" / f"{vocab_size}.json"
 
 
+def check_text(plan: Plan, out: Path) -> None:
+    """Check that a folder holds no other text and entropy models than the plan's.
+
+    Raises:
+        ConfigError: it does.
+    """
+    _merged(plan, out)
+
+
 def _claim(plan: Plan, out: Path) -> None:
     """Record the plan's text and entropy models in a folder, or check them if it has some.
 
     Several plans may share a folder, to which each adds its entropy models.
     """
+    everything, path = _merged(plan, out), out / TEXT
+    if not path.exists() or everything != read_json(path):
+        write_json(path, everything)
+
+
+def _merged(plan: Plan, out: Path) -> dict[str, Any]:
+    """Return what is recorded in a folder, with the plan's text and entropy models."""
     path = out / TEXT
     text = plan.text.model_dump(mode="json", include={"train", "validation", "validation_share"})
     scorers = {name: scorer.model_dump(mode="json") for name, scorer in plan.scorers.items()}
@@ -133,9 +150,7 @@ def _claim(plan: Plan, out: Path) -> None:
             f"{out} holds another study's text ({'; '.join(changed)}): choose another --out, or "
             "restore the plan"
         )
-    everything = {"text": text, "scorers": {**found["scorers"], **scorers}}
-    if everything != found or not path.exists():
-        write_json(path, everything)
+    return {"text": text, "scorers": {**found["scorers"], **scorers}}
 
 
 def _prepare(text: TextConfig, out: Path, progress: Progress) -> None:
