@@ -289,10 +289,13 @@ def test_a_validation_is_not_repeated_for_checkpoints_of_earlier_versions(data, 
     assert metrics(tmp_path / "r") == before
 
 
-def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(
-    data, tmp_path, monkeypatch
-):
+@pytest.fixture
+def patient(monkeypatch):
+    """The step in progress at a time limit is completed, however slow the machine is."""
     monkeypatch.setattr(stopping, "OVERTIME", 3600.0)
+
+
+def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(data, tmp_path, patient):
     settings = recipe(data)
     train(settings, tmp_path / "whole")
     stops = 0
@@ -726,7 +729,9 @@ def test_a_failed_run_ends_too(data, tmp_path):
     assert watching.told == [("begin", 0, 9), ("report", 2), ("end",)]
 
 
-def test_parameters_without_gradients_do_not_keep_a_run_from_resuming(data, tmp_path, monkeypatch):
+def test_parameters_without_gradients_do_not_keep_a_run_from_resuming(
+    data, tmp_path, monkeypatch, patient
+):
     """A rule that is learned by other means, say, or a layer that is frozen."""
     build = setup.build_lm
 
@@ -911,7 +916,7 @@ def test_validation_is_in_evaluation_mode(data, foreign):
     assert set(modes) == {True, False}  # the scorer is not trained
 
 
-def test_a_resumed_run_keeps_its_room_for_patches(data, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_room_for_patches(data, tmp_path, monkeypatch, patient):
     settings = recipe(data, steps=4, checkpoint_every=2)
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "r", time_limit=0.0)
