@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +21,7 @@ from bytelm.inference import (
     stream,
     stream_many,
 )
-from bytelm.inference.sampling import filtered_probabilities
+from bytelm.inference.sampling import filtered_probabilities, noise
 from bytelm.patching import StaticRule
 
 MODELS = lm_models()
@@ -45,7 +46,7 @@ def test_seeds_that_are_not_of_64_bits_are_refused(seed):
     with pytest.raises(ConfigError, match=f"an integer of 64 bits, not {seed}"):
         Sampling(seed=seed)
     for good in (2**64 - 1, -(2**63)):
-        Sampler(Sampling(seed=good)).choose(torch.zeros(260))
+        Sampler(Sampling(seed=good)).choose(torch.zeros(260), 0)
 
 
 def test_seeds_reproduce_and_differ():
@@ -108,12 +109,32 @@ def test_special_ids_other_than_the_end_are_never_chosen():
     logits = torch.full((codec.VOCAB_SIZE,), -10.0)
     logits[[codec.BOE, codec.BOS, codec.BPE]] = 10.0
     logits[codec.EOS] = 5.0
-    assert Sampler(Sampling(temperature=0.0)).choose(logits) == codec.EOS
-    assert Sampler(Sampling()).choose(logits) == codec.EOS
+    assert Sampler(Sampling(temperature=0.0)).choose(logits, 0) == codec.EOS
+    assert Sampler(Sampling()).choose(logits, 0) == codec.EOS
+
+
+def test_ids_are_sampled_as_often_as_they_are_probable():
+    logits = torch.full((codec.VOCAB_SIZE,), -torch.inf)
+    expected = {50: 0.5, 100: 0.3, 259: 0.2}
+    for index, probability in expected.items():
+        logits[index] = np.log(probability)
+    sampler, count = Sampler(Sampling(seed=3)), 4000
+    chosen = [sampler.choose(logits, position) for position in range(count)]
+    for index, probability in expected.items():
+        deviation = (probability * (1 - probability) / count) ** 0.5
+        assert chosen.count(index) / count == pytest.approx(probability, abs=5 * deviation)
+
+
+@given(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**40))
+def test_noise_depends_on_the_seed_and_the_position_only(seed, position):
+    first = noise(seed, position, 260)
+    assert np.array_equal(noise(seed, position, 260), first)
+    for other in (noise(seed ^ 1, position, 260), noise(seed, position + 1, 260)):
+        assert not np.isin(other, first).any()
 
 
 def test_filters_keep_what_they_say():
-    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
 
     def kept(**options):
         return filtered_probabilities(logits, Sampling(**options)).tolist()
@@ -199,7 +220,7 @@ def test_prompts_share_each_step_and_ended_ones_leave(monkeypatch):
 
     monkeypatch.setattr(PatchedState, "decode", counted)
     ends = iter([2, 4, 4, 9])
-    monkeypatch.setattr(Sampler, "choose", lambda sampler, logits: choose_until(sampler, ends))
+    monkeypatch.setattr(Sampler, "choose", lambda sampler, *_: choose_until(sampler, ends))
     parts = list(stream_many(model, [b"a", b"b", b"c", b"d"], max_bytes=50, num_slots=4))
     assert [(i, p.finish) for i, p in parts if p.finish] == [(n, "end") for n in range(4)]
     # Four prompts, of which one and then two more end; the last one goes on alone.

@@ -28,7 +28,7 @@ from bytelm.errors import ConfigError
 from bytelm.inference import Session
 from bytelm.inference.cache import KVCache
 from bytelm.inference.graphs import choose_capture
-from bytelm.inference.states import _OpenPatch
+from bytelm.inference.open_patch import OpenPatch
 from bytelm.kernels import Mask, attention, plan_attention
 from bytelm.model.attention import StackSpec, rotate
 from bytelm.patching import EntropyRule, StaticRule
@@ -100,7 +100,7 @@ def small_rooms(monkeypatch):
     """Buffers that even short documents outgrow."""
     monkeypatch.setattr("bytelm.inference.cache.FIRST_ROOM", 4)
     monkeypatch.setattr("bytelm.inference.cache.QUERY_BLOCK", 7)
-    monkeypatch.setattr(_OpenPatch, "FIRST_ROOM", 2)
+    monkeypatch.setattr(OpenPatch, "FIRST_ROOM", 2)
 
 
 def full(model, ids):

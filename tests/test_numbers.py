@@ -168,17 +168,17 @@ def test_parameters_in_a_pth_file_are_imported(tmp_path):
 def test_logits_that_are_not_finite_are_named(index, value, message, temperature):
     logits = torch.zeros(260)
     sampler = Sampler(Sampling(temperature=temperature))
-    sampler.choose(logits)
+    sampler.choose(logits, 0)
     logits[index] = value
     with pytest.raises(NumericalError, match=f"logits after 1 generated ids {message}.* earlier"):
-        sampler.choose(logits)
+        sampler.choose(logits, 1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_single_ids_may_be_excluded(temperature):
     logits = torch.full((260,), -math.inf)
     logits[77] = 0.0
-    assert Sampler(Sampling(temperature=temperature)).choose(logits) == 77
+    assert Sampler(Sampling(temperature=temperature)).choose(logits, 0) == 77
 
 
 def test_generation_stops_at_such_logits():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Slots = Sequence[int] | None
-"""Distinct slots; ``None`` for all of them, in order."""
+"""Distinct slots; ``None`` for all of them, in order. A range has a step of 1."""
 
 
 @runtime_checkable
@@ -111,11 +111,13 @@ class CompoundState:
 
 
 def select(tensor: Tensor, slots: Slots) -> Tensor:
-    """Return the rows of a tensor at some slots: a view if possible, otherwise a copy."""
+    """Return the rows of a tensor at some slots: a view if they are a range, otherwise a copy."""
     if slots is None:
         return tensor
     if len(slots) == 1:
         return tensor[slots[0] : slots[0] + 1]
+    if isinstance(slots, range):
+        return tensor[slots.start : slots.stop]
     return tensor[list(slots)]
 
 
@@ -125,5 +127,18 @@ def assign(tensor: Tensor, slots: Slots, values: Tensor) -> None:
         tensor.copy_(values)
     elif len(slots) == 1:
         tensor[slots[0]] = values[0]
+    elif isinstance(slots, range):
+        tensor[slots.start : slots.stop] = values
     else:
         tensor[list(slots)] = values
+
+
+def as_range(slots: Slots, num_slots: int) -> Slots:
+    """Return consecutive slots as a range, and all of them as ``None``: neither needs copies."""
+    if slots is None or not len(slots):
+        return slots
+    first, count = slots[0], len(slots)
+    consecutive = range(first, first + count)
+    if list(slots) != list(consecutive):
+        return list(slots)
+    return None if count == num_slots and first == 0 else consecutive

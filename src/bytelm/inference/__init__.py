@@ -1,7 +1,7 @@
 """Inference: key-value caches, decoding states, sessions, sampling and generation."""
 
+from bytelm.inference.continuation import Choice, Finish, Generated, Prediction
 from bytelm.inference.decoding import (
-    Generated,
     continue_from,
     generate,
     reference_generate,
@@ -16,10 +16,13 @@ from bytelm.inference.states import DecodingState, PatchedState, TransformerStat
 __all__ = [
     "GREEDY",
     "Capture",
+    "Choice",
     "Decodable",
     "DecodingState",
+    "Finish",
     "Generated",
     "PatchedState",
+    "Prediction",
     "Sampler",
     "Sampling",
     "Session",

@@ -110,7 +110,11 @@ class KVCache:
             return _OnePosition(self, factors, factors[0, 0], slot, position)
         positions = select(self.positions, slots).clone()
         assign(self.positions, slots, positions + 1)
-        return _Decode(self, self.spec.rotation(positions[:, None]), slots, positions)
+        room = self.room
+        if not self._is_static:
+            named = range(self.num_slots) if slots is None else slots
+            room = min(room, max(self._given[slot] for slot in named))
+        return _Decode(self, self.spec.rotation(positions[:, None]), slots, positions, room)
 
     def _rotation(self, position: int) -> Complex[Tensor, "1 1 1 half"]:
         """Return the rotary factors of one position, which are computed and kept in blocks."""
@@ -123,6 +127,31 @@ class KVCache:
                 self._rotations.clear()
             self._rotations[number] = block
         return block[:, offset : offset + 1]
+
+    def past(self, layer: int, slot: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values ``[length, kv_heads, head_dim]`` of a slot's positions."""
+        at = self.entries(torch.arange(begin, end, device=self.positions.device))
+        keys, values = self.keys[layer][slot], self.values[layer][slot]
+        return keys.index_select(2, at).permute(2, 0, 1), values.index_select(1, at).transpose(0, 1)
+
+    def append(
+        self,
+        layer: int,
+        slot: int,
+        position: int,
+        key: Float[Tensor, "kv_heads head_dim"],
+        value: Float[Tensor, "kv_heads head_dim"],
+    ) -> tuple[Float[Tensor, "kv_heads head_dim seen"], Float[Tensor, "kv_heads seen head_dim"]]:
+        """Store a position's key and value, and return all that the position sees, unordered."""
+        window = self.spec.window
+        keys, values = self.keys[layer][slot], self.values[layer][slot]
+        at = position if window is None else position % window
+        keys.select(2, at).copy_(key)
+        values.select(1, at).copy_(value)
+        seen = position + 1
+        if window is not None and seen >= window:
+            return keys, values
+        return keys.narrow(2, 0, seen), values.narrow(1, 0, seen)
 
     def store(self, layer: int, slot: int, begin: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values ``[length, kv_heads, head_dim]`` of a slot's new positions."""
@@ -230,12 +259,9 @@ class _Prefill(NamedTuple):
         num_past = self.begin if window is None else min(self.begin, window - 1)
         all_keys, all_values = keys, values
         if num_past:
-            past = torch.arange(self.begin - num_past, self.begin, device=keys.device)
-            at = cache.entries(past)
-            past_keys = cache.keys[self.layer][self.slot].index_select(2, at).permute(2, 0, 1)
-            past_values = cache.values[self.layer][self.slot].index_select(1, at).transpose(0, 1)
-            all_keys = torch.cat((past_keys[None], keys), 1)
-            all_values = torch.cat((past_values[None], values), 1)
+            past = cache.past(self.layer, self.slot, self.begin - num_past, self.begin)
+            all_keys = torch.cat((past[0][None], keys), 1)
+            all_values = torch.cat((past[1][None], values), 1)
         cache.store(self.layer, self.slot, self.begin, keys[0], values[0])
         if window is None and num_past:
             return _continue(queries, all_keys, all_values)
@@ -267,15 +293,7 @@ class _OnePosition(NamedTuple):
         value: Float[Tensor, "kv_heads head_dim"],
     ) -> tuple[Float[Tensor, "kv_heads head_dim seen"], Float[Tensor, "kv_heads seen head_dim"]]:
         """Store a layer's key and value, and return all that the position sees, unordered."""
-        cache, window = self.cache, self.cache.spec.window
-        keys, values = cache.keys[layer][self.slot], cache.values[layer][self.slot]
-        at = self.position if window is None else self.position % window
-        keys.select(2, at).copy_(key)
-        values.select(1, at).copy_(value)
-        seen = self.position + 1
-        if window is not None and seen >= window:
-            return keys, values
-        return keys.narrow(2, 0, seen), values.narrow(1, 0, seen)
+        return self.cache.append(layer, self.slot, self.position, key, value)
 
     def attend(
         self,
@@ -292,12 +310,14 @@ class _OnePosition(NamedTuple):
 
 
 class _Decode(NamedTuple):
-    """Context of the next position of each of some slots, with constant shapes."""
+    """Context of the next position of each of some slots; of constant shapes in static caches."""
 
     cache: KVCache
     factors: Complex[Tensor, "slots 1 1 half"]
     slots: Slots
     positions: Int[Tensor, " slots"]
+    room: int
+    """Entries that are attended to, in use or not."""
     layer: int = 0
 
     def __getitem__(self, layer: int) -> "_Decode":  # pyright: ignore
@@ -309,8 +329,8 @@ class _Decode(NamedTuple):
         keys: Float[Tensor, "slots 1 kv_heads head_dim"],
         values: Float[Tensor, "slots 1 kv_heads head_dim"],
     ) -> Float[Tensor, "slots 1 heads head_dim"]:
-        """Store the new keys and values, and attend to the whole caches under a mask."""
-        cache = self.cache
+        """Store the new keys and values, and attend to all entries in use under a mask."""
+        cache, room = self.cache, self.room
         all_keys, all_values = cache.keys[self.layer], cache.values[self.layer]
         rows = torch.arange(cache.num_slots, device=keys.device)
         if self.slots is not None:
@@ -318,9 +338,10 @@ class _Decode(NamedTuple):
         at = cache.entries(self.positions)
         all_keys[rows, :, :, at] = keys[:, 0]
         all_values[rows, :, at] = values[:, 0]
-        seen_keys, seen_values = select(all_keys, self.slots), select(all_values, self.slots)
+        seen_keys = select(all_keys, self.slots)[..., :room]
+        seen_values = select(all_values, self.slots)[:, :, :room]
         # Entries are filled in order; when a ring buffer is full, all are within the window.
-        index = torch.arange(cache.room, device=keys.device)
+        index = torch.arange(room, device=keys.device)
         is_seen = index <= self.positions[:, None]
         grouped = queries[:, 0].unflatten(1, (cache.spec.kv_heads, -1))
         scores = (grouped @ seen_keys).float() * queries.shape[-1] ** -0.5

@@ -2,8 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,24 +10,13 @@ from torch import Tensor
 
 from bytelm import codec
 from bytelm.errors import ConfigError
+from bytelm.inference.continuation import Continuation, Generated, Prediction, check_options
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
 from bytelm.inference.states import DecodingState
 from bytelm.units import ByteUnits
 
 BYTES = ByteUnits()
-Finish = Literal["length", "end", "stop"]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Part of a generated text."""
-
-    data: bytes
-    finish: Finish | None
-    """``None`` except in the last part, which has the reason why generation ended: ``length``
-    (``max_bytes`` were generated), ``end`` (the model ended the document), or ``stop`` (a stop
-    string appeared; it is not part of the output)."""
 
 
 @runtime_checkable
@@ -86,69 +74,15 @@ def continue_from(
     Raises:
         ConfigError: ``max_bytes`` is negative or a stop string is empty.
     """
-    _check(max_bytes, stop)
-    return _continue(session, ids, _Continuation(max_bytes, sampling, stop, decode))
+    check_options(max_bytes, stop)
+    return _continue(session, ids, Continuation(max_bytes, sampling, stop, decode))
 
 
-def _check(max_bytes: int, stop: Sequence[bytes]) -> None:
-    if max_bytes < 0:
-        raise ConfigError(f"max_bytes must be at least 0, not {max_bytes}")
-    if not all(stop):
-        raise ConfigError("a stop string must not be empty")
-
-
-def _continue(session: Feedable, ids: Tensor, continuation: "_Continuation") -> Iterator[Generated]:
+def _continue(session: Feedable, ids: Tensor, continuation: Continuation) -> Iterator[Generated]:
     yield from continuation.begin()
     while not continuation.has_ended:
-        yield from continuation.choose(session.feed(ids)[-1])
-        ids = ids.new_tensor([continuation.chosen])
-
-
-class _Continuation:
-    """Continuation of one prompt: what is sampled, and which of its bytes are certain."""
-
-    def __init__(
-        self,
-        max_bytes: int,
-        sampling: Sampling,
-        stop: Sequence[bytes],
-        decode: Callable[[int], bytes],
-    ) -> None:
-        self._sampler, self._stop, self._decode = Sampler(sampling), stop, decode
-        self._held, self._left = b"", max_bytes
-        self.chosen = codec.BOE
-        """The last id sampled, which is not fed yet."""
-        self.has_ended = False
-
-    def begin(self) -> Iterator[Generated]:
-        """Yield the only part of a continuation of no bytes."""
-        if self._left == 0:
-            yield self._end(self._held, "length")
-
-    def choose(self, logits: Float[Tensor, " vocab"]) -> Iterator[Generated]:
-        """Sample the next id, and yield the bytes that it makes certain, if any."""
-        self.chosen = self._sampler.choose(logits)
-        if self.chosen == codec.EOS:
-            yield self._end(self._held, "end")
-            return
-        new = self._decode(self.chosen)[: self._left]
-        # Special ids yield no bytes; count them anyway so that generation terminates.
-        self._left -= max(len(new), 1)
-        self._held += new
-        match = _first_match(self._held, self._stop)
-        if match is not None:
-            yield self._end(self._held[:match], "stop")
-            return
-        certain = len(self._held) - _longest_partial_match(self._held, self._stop)
-        if certain:
-            yield Generated(self._held[:certain], None)
-            self._held = self._held[certain:]
-        if self._left <= 0:
-            yield self._end(self._held, "length")
-
-    def _end(self, data: bytes, finish: Finish) -> Generated:
-        self.has_ended = True
-        return Generated(data, finish)
+        yield from continuation.choose(Prediction(session.feed(ids)[-1]))
+        ids = ids.new_tensor(continuation.chosen[-1:])
 
 
 def stream_many(
@@ -179,7 +113,7 @@ def stream_many(
         ConfigError: as :func:`continue_from`; the number of samplings is not that of the prompts;
             or ``num_slots`` is below 1.
     """
-    _check(max_bytes, stop)
+    check_options(max_bytes, stop)
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
     if len(samplings) != len(prompts):
         raise ConfigError(
@@ -189,7 +123,7 @@ def stream_many(
     if num_slots < 1:
         raise ConfigError(f"num_slots must be at least 1, not {num_slots}")
     waiting = deque(
-        _Prompt(number, prompt, _Continuation(max_bytes, one, stop, model.units.decode))
+        _Prompt(number, prompt, Continuation(max_bytes, one, stop, model.units.decode))
         for number, (prompt, one) in enumerate(zip(prompts, samplings, strict=True))
     )
     return _continue_many(model, waiting, min(num_slots, len(prompts)))
@@ -200,7 +134,7 @@ class _Prompt(NamedTuple):
 
     number: int
     data: bytes
-    continuation: _Continuation
+    continuation: Continuation
 
 
 def _continue_many(
@@ -222,10 +156,10 @@ def _continue_many(
         # A slot that has ended reads an id that nobody asks for: batches keep their shape.
         chosen = [codec.BOE] * state.num_slots
         for slot, prompt in running.items():
-            chosen[slot] = prompt.continuation.chosen
+            chosen[slot] = prompt.continuation.chosen[-1]
         logits = state.decode(torch.tensor(chosen, device=model.device)).cpu()
         for slot, prompt in list(running.items()):
-            for part in prompt.continuation.choose(logits[slot]):
+            for part in prompt.continuation.choose(Prediction(logits[slot])):
                 yield prompt.number, part
             if prompt.continuation.has_ended:
                 del running[slot]
@@ -239,7 +173,7 @@ def _prefill(
     if not prompt.continuation.has_ended:
         ids = torch.from_numpy(model.units.encode(codec.encode(prompt.data))).to(model.device)
         state.reset(slot)
-        yield from prompt.continuation.choose(state.prefill(slot, ids)[-1])
+        yield from prompt.continuation.choose(Prediction(state.prefill(slot, ids)[-1]))
 
 
 def _shrink(
@@ -279,24 +213,9 @@ def reference_generate(
     sampler = Sampler(sampling)
     ids = torch.from_numpy(codec.encode(prompt)).to(model.device)
     begin = len(ids)
-    for _ in range(max_bytes):
-        chosen = sampler.choose(model(ids[None])[0, -1])
+    for position in range(max_bytes):
+        chosen = sampler.choose(model(ids[None])[0, -1], position)
         if chosen == codec.EOS:
             break
         ids = torch.cat((ids, ids.new_tensor([chosen])))
     return codec.decode(ids[begin:].cpu())
-
-
-def _first_match(data: bytes, stop: Sequence[bytes]) -> int | None:
-    """Return where the first stop string in ``data`` begins, or ``None``."""
-    found = [at for at in (data.find(s) for s in stop) if at >= 0]
-    return min(found, default=None)
-
-
-def _longest_partial_match(data: bytes, stop: Sequence[bytes]) -> int:
-    """Return the length of the longest suffix of ``data`` that is a prefix of a stop string."""
-    longest = max((len(s) for s in stop), default=1) - 1
-    for size in range(min(longest, len(data)), 0, -1):
-        if any(s.startswith(data[-size:]) for s in stop):
-            return size
-    return 0

@@ -1,10 +1,15 @@
-"""Sampling of the next id from logits: greedy, temperature, top-k, top-p, min-p."""
+"""Sampling of the next id from logits: greedy, temperature, top-k, top-p, min-p.
+
+An id is sampled by the Gumbel-max trick: the highest of ``log p + noise``, where the noise depends
+on the seed and on the position in the continuation only. So a choice does not depend on what else
+is decoded, and decoding that drafts and verifies makes the choices of decoding that does not.
+"""
 
 import math
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bytelm import codec
@@ -46,64 +51,79 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
-
-# Added to the logits of the special ids; minus infinity excludes an id.
-_SPECIAL = torch.zeros(codec.OFFSET, dtype=torch.float64)
-_SPECIAL[[codec.BOE, codec.BOS, codec.BPE]] = float("-inf")
+_NEVER = [codec.BOE, codec.BOS, codec.BPE]
 
 
 class Sampler:
-    """Sampler of ids, which runs on the CPU, so that results do not depend on the device."""
+    """Sampler of ids, which runs on the host, so that results do not depend on the device."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._num_chosen = 0
 
-    def choose(self, logits: Float[Tensor, " vocab"]) -> int:
-        """Sample the next id.
+    def choose(self, logits: Float[Tensor, " vocab"], position: int) -> int:
+        """Sample the id at a position of the continuation, the first of which is 0.
 
         Raises:
             NumericalError: a logit is NaN or plus infinity, or all are minus infinity.
         """
-        allowed = logits.to("cpu", torch.float64, copy=True)
-        allowed[: codec.OFFSET] += _SPECIAL
-        highest, index = allowed.max(0)  # NaN if any logit is
+        allowed = allowed_logits(logits)
+        index = int(allowed.argmax())  # that of NaN if any logit is
+        highest = float(allowed[index])
         if not math.isfinite(highest):
             what = {math.inf: "infinite", -math.inf: "all minus infinity"}.get(
-                float(highest), "not numbers (NaN)"
+                highest, "not numbers (NaN)"
             )
             raise NumericalError(
-                f"the model's logits after {self._num_chosen:,} generated ids are {what}: its "
-                "weights are damaged, or its training diverged; use an earlier checkpoint"
+                f"the model's logits after {position:,} generated ids are {what}: its weights are "
+                "damaged, or its training diverged; use an earlier checkpoint"
             )
-        self._num_chosen += 1
         if self._sampling.temperature == 0:
-            return int(index)
+            return index
         probabilities = filtered_probabilities(allowed, self._sampling)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        own = noise(self._sampling.seed, position, len(probabilities))
+        with np.errstate(divide="ignore"):
+            return int((np.log(probabilities) + own).argmax())
+
+
+def allowed_logits(logits: Float[Tensor, " vocab"]) -> Float[np.ndarray, " vocab"]:
+    """Return the logits in fp64, minus infinity for ids that are never sampled."""
+    allowed = logits.cpu().double().numpy().copy()
+    allowed[_NEVER] += -np.inf
+    return allowed
+
+
+def noise(seed: int, position: int, size: int) -> Float[np.ndarray, " size"]:
+    """Return the Gumbel noise of each of ``size`` ids at a position of a continuation."""
+    bits = np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, position])
+    return np.random.Generator(bits).gumbel(size=size)
 
 
 def filtered_probabilities(
-    logits: Float[Tensor, " vocab"], sampling: Sampling
-) -> Float[Tensor, " vocab"]:
+    logits: Float[np.ndarray, " vocab"], sampling: Sampling
+) -> Float[np.ndarray, " vocab"]:
     """Return the probabilities after temperature and filters; they sum to 1."""
-    # Shift first, or a tiny temperature would overflow.
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
-    if sampling.top_k is not None:
-        kth = probabilities.topk(min(sampling.top_k, len(probabilities))).values[-1]
+    # Shift first, so that a tiny temperature can only overflow to minus infinity.
+    with np.errstate(over="ignore"):
+        probabilities = np.exp((logits - logits.max()) / sampling.temperature)
+    probabilities /= probabilities.sum()
+    if sampling.top_k is not None and sampling.top_k < len(probabilities):
+        kth = np.partition(probabilities, -sampling.top_k)[-sampling.top_k]
         probabilities = _keep(probabilities, probabilities >= kth)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
+        order = np.argsort(-probabilities, kind="stable")
+        ordered = probabilities[order]
         # Keep an id if the sum of those before it is below top_p.
-        kept = ordered.cumsum(0) - ordered < sampling.top_p
-        probabilities = _keep(probabilities, torch.zeros_like(kept).scatter(0, order, kept))
+        kept = np.zeros(len(order), dtype=bool)
+        kept[order] = ordered.cumsum() - ordered < sampling.top_p
+        probabilities = _keep(probabilities, kept)
     if sampling.min_p is not None:
         limit = sampling.min_p * probabilities.max()
         probabilities = _keep(probabilities, probabilities >= limit)
     return probabilities
 
 
-def _keep(probabilities: Tensor, kept: Tensor) -> Tensor:
+def _keep(
+    probabilities: Float[np.ndarray, " vocab"], kept: Bool[np.ndarray, " vocab"]
+) -> Float[np.ndarray, " vocab"]:
     probabilities = probabilities * kept
     return probabilities / probabilities.sum()

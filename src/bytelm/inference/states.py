@@ -7,23 +7,22 @@ threshold, a patch could begin elsewhere; calibration therefore puts the thresho
 the entropies of an n-gram scorer do not depend on how a document is split.)
 """
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bytelm import codec
 from bytelm.inference.cache import KVCache
 from bytelm.inference.checks import NOT_BEGUN, check_decode, check_prefill
 from bytelm.inference.graphs import Graphs, Strategy, choose_capture
+from bytelm.inference.open_patch import LastLatent, OpenPatch
 from bytelm.model.blt import BLT, Readable
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.transformer import Transformer
 from bytelm.patching import Patcher, Scorer, StatefulRule
-from bytelm.slots import CompoundState, Slots, SlotState, SlotTensors, assign, select
+from bytelm.slots import CompoundState, Slots, SlotState, SlotTensors, as_range, assign, select
 
 
 @runtime_checkable
@@ -110,7 +109,7 @@ class TransformerState(CompoundState):
         self, ids: Int[Tensor, " slots"], slots: Slots = None
     ) -> Float[Tensor, "slots vocab"]:
         """Return the logits of the id after the next one of each slot's document."""
-        slots = _all_as_none(slots, self.num_slots)
+        slots = as_range(slots, self.num_slots)
         vocab_size = self._model.output.out_features
         check_decode(ids, slots, self.num_slots, vocab_size, self._cache.positions.device)
         if not self._cache.room:
@@ -171,8 +170,8 @@ class PatchedState(CompoundState):
             for module in (blt.encoder, blt.global_model, blt.decoder)
         ]
         self._encoder_cache, self._global_cache, self._decoder_cache = self._caches
-        self._open = _OpenPatch(num_slots, is_static=is_static)
-        self._latent = _Latent(num_slots)
+        self._open = OpenPatch(num_slots, is_static=is_static)
+        self._latent = LastLatent(num_slots)
         parts = [self._patcher, self._embedding, *self._caches, self._open, self._latent]
         super().__init__(*parts, *([self._scorer] if self._scorer else []))
         self._graphs = Graphs(capture, self)
@@ -267,7 +266,7 @@ class PatchedState(CompoundState):
 
         The host waits for the device once, to learn which slots close a patch.
         """
-        slots = _all_as_none(slots, self.num_slots)
+        slots = as_range(slots, self.num_slots)
         device = self._encoder_cache.positions.device
         check_decode(ids, slots, self.num_slots, codec.VOCAB_SIZE, device)
         if not self._encoder_cache.room:
@@ -280,7 +279,7 @@ class PatchedState(CompoundState):
         state, ends = self._graphs.run(self._byte_step, slots, ids, index, entropies)
         closing = [slot for slot, end in zip(named, ends.tolist(), strict=True) if end]
         if closing:
-            some = _all_as_none(closing, self.num_slots)
+            some = as_range(closing, self.num_slots)
             self._global_cache.reserve(some)
             lengths = ids.new_tensor(self._open.close(closing))
             self._graphs.run(self._patch_step, some, lengths)
@@ -316,150 +315,5 @@ class PatchedState(CompoundState):
         return self._blt.decoder(state, readable, first, self._decoder_cache.step(slots))[:, 0]
 
 
-class _OpenPatch:
-    """Byte states of each slot's open patch, for every encoder layer that patches read."""
-
-    FIRST_ROOM = 64
-
-    def __init__(self, num_slots: int, *, is_static: bool) -> None:
-        self._num_slots, self._is_static = num_slots, is_static
-        self._lengths = [0] * num_slots
-        self._states: list[Float[Tensor, "slots room dim"]] = []
-
-    @property
-    def room(self) -> int:
-        """Bytes per patch that memory is allocated for."""
-        return self._states[0].shape[1] if self._states else 0
-
-    def extend(self, slot: int, states: Sequence[Float[Tensor, "1 bytes dim"]]) -> None:
-        """Add bytes to a slot's open patch."""
-        begin, end = self._lengths[slot], self._lengths[slot] + states[0].shape[1]
-        if not self._states:
-            shape = (self._num_slots, self.FIRST_ROOM)
-            self._states = [state.new_zeros(*shape, state.shape[2]) for state in states]
-        self._grow(end)
-        for buffer, state in zip(self._states, states, strict=True):
-            buffer[slot, begin:end] = state[0]
-        self._lengths[slot] = end
-
-    def take(self, slot: int) -> list[Float[Tensor, "1 bytes dim"]]:
-        """Return a slot's open patch, and empty it."""
-        length, self._lengths[slot] = self._lengths[slot], 0
-        return [buffer[slot : slot + 1, :length] for buffer in self._states]
-
-    def count(self, slots: Sequence[int]) -> list[int]:
-        """Count one more byte in each of some slots, and return its index in the patch."""
-        index = [self._lengths[slot] for slot in slots]
-        for slot in slots:
-            self._lengths[slot] += 1
-        self._grow(max(self._lengths))
-        return index
-
-    def append(
-        self,
-        slots: Slots,
-        index: Int[Tensor, " slots"],
-        states: Sequence[Float[Tensor, "slots 1 dim"]],
-    ) -> None:
-        """Write the byte that :meth:`count` counted in each of some slots."""
-        if len(index) == 1 and not self._is_static:
-            slot, at = 0 if slots is None else slots[0], int(index)
-            for buffer, state in zip(self._states, states, strict=True):
-                buffer[slot, at] = state[0, 0]
-            return
-        rows = torch.arange(len(index), device=index.device)
-        if slots is not None:
-            rows = torch.tensor(list(slots), device=index.device)
-        for buffer, state in zip(self._states, states, strict=True):
-            buffer[rows, index] = state[:, 0]
-
-    def close(self, slots: Sequence[int]) -> list[int]:
-        """Return the lengths of the open patches of some slots, and empty them."""
-        lengths = [self._lengths[slot] for slot in slots]
-        for slot in slots:
-            self._lengths[slot] = 0
-        return lengths
-
-    def patches(
-        self, slots: Slots, lengths: Int[Tensor, " slots"]
-    ) -> tuple[list[Float[Tensor, "slots bytes dim"]], Int[Tensor, "slots bytes"]]:
-        """Return the states of patches of given lengths, padded, and their encoder ids."""
-        longest = self.room if self._is_static else int(lengths.max())
-        states = [select(buffer, slots)[:, :longest] for buffer in self._states]
-        index = torch.arange(longest, device=lengths.device)
-        return states, (index >= lengths[:, None]).long()
-
-    def _grow(self, needed: int) -> None:
-        """Make room for patches of ``needed`` bytes."""
-        if self._states and needed > self.room:
-            more = max(needed, 2 * self.room) - self.room
-            self._states = [functional.pad(buffer, (0, 0, 0, more)) for buffer in self._states]
-
-    def reset(self, slot: int) -> None:
-        self._lengths[slot] = 0
-
-    def snapshot(self, slot: int) -> list[Float[Tensor, "1 bytes dim"]]:
-        length = self._lengths[slot]
-        return [buffer[slot : slot + 1, :length].clone() for buffer in self._states]
-
-    def rollback(self, slot: int, snapshot: list[Float[Tensor, "1 bytes dim"]]) -> None:
-        self._lengths[slot] = 0
-        if snapshot:
-            self.extend(slot, snapshot)
-
-    def copy(self, source: "_OpenPatch", source_slot: int, slot: int) -> None:
-        self.rollback(slot, source.snapshot(source_slot))
-
-
-class _Latent:
-    """Keys and values of each slot's last complete patch, which its bytes read."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._num_slots = num_slots
-        self._readable: Readable = []
-        self._is_there = [False] * num_slots
-
-    def read(self, slots: Slots) -> Readable | None:
-        """Return the keys and values of some slots; ``None`` for a slot without a patch."""
-        if slots is None:
-            return self._readable
-        if not self._is_there[slots[0]]:
-            return None
-        return [tuple(select(x, slots) for x in layer) for layer in self._readable]
-
-    def write(self, slots: Slots, readable: Readable) -> None:
-        """Write the keys and values of one patch per slot, from ``LocalDecoder.read_latents``."""
-        if not self._readable:
-            self._readable = [
-                tuple(x.new_zeros(self._num_slots, *x.shape[1:]) for x in layer)
-                for layer in readable
-            ]
-        for layer, new_layer in zip(self._readable, readable, strict=True):
-            for x, new in zip(layer, new_layer, strict=True):
-                assign(x, slots, new)
-        for slot in range(self._num_slots) if slots is None else slots:
-            self._is_there[slot] = True
-
-    def reset(self, slot: int) -> None:
-        self._is_there[slot] = False
-
-    def snapshot(self, slot: int) -> Readable | None:
-        readable = self.read([slot])
-        return readable and [tuple(x.clone() for x in layer) for layer in readable]
-
-    def rollback(self, slot: int, snapshot: Readable | None) -> None:
-        self._is_there[slot] = False
-        if snapshot is not None:
-            self.write([slot], snapshot)
-
-    def copy(self, source: "_Latent", source_slot: int, slot: int) -> None:
-        self.rollback(slot, source.snapshot(source_slot))
-
-
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _all_as_none(slots: Slots, num_slots: int) -> Slots:
-    """Return ``None`` if the slots are all in order, which avoids copying caches."""
-    return None if slots is not None and list(slots) == list(range(num_slots)) else slots
