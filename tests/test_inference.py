@@ -25,7 +25,7 @@ from builders import (
 )
 from bytelm import codec, cpu
 from bytelm.errors import ConfigError
-from bytelm.inference import Session
+from bytelm.inference import MemoryFullError, PagedMemory, Session
 from bytelm.inference.cache import KVCache
 from bytelm.inference.graphs import choose_capture
 from bytelm.inference.open_patch import OpenPatch
@@ -196,9 +196,9 @@ actions = st.lists(
 class Slots:
     """A state of three slots, and what their documents are."""
 
-    def __init__(self, model, strategy):
+    def __init__(self, model, strategy, memory=None):
         self.model = model
-        self.state = model.new_state(3, strategy)
+        self.state = model.new_state(3, strategy, memory)
         self.documents = [torch.zeros(0, dtype=torch.long) for _ in range(3)]
         self.logits = [[] for _ in range(3)]
         self.snapshots = [[], [], []]
@@ -258,6 +258,41 @@ def test_slots_are_independent_whatever_happens_to_them(model, strategy):
         slots.check()
 
     check()
+
+
+def test_slots_in_pages_are_independent_too(model, monkeypatch):
+    monkeypatch.setattr("bytelm.inference.pages.PAGE", 3)
+
+    @given(actions)
+    def check(history):
+        memory = PagedMemory(1000)
+        slots = Slots(model, "eager", memory)
+        for action, slot, what in history:
+            getattr(slots, action)(slot, what)
+        slots.check()
+        for slot in range(3):
+            slots.state.reset(slot)
+        assert memory.num_free == memory.num_pages
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["every byte a patch", "transformer with n-grams"])
+def test_a_call_that_pages_are_missing_for_changes_nothing(name, monkeypatch):
+    monkeypatch.setattr("bytelm.inference.pages.PAGE", 4)
+    model, ids = MODELS[name](), ids_of(b"twelve bytes and more")
+    state = model.new_state(2, memory=PagedMemory(12))
+    fed = [state.prefill(0, ids[:8])]
+    with pytest.raises(MemoryFullError, match="2 pages are wanted, and 1 are free"):
+        state.prefill(1, ids[:5])
+    with pytest.raises(MemoryFullError, match="2 pages are wanted, and 1 are free"):
+        state.prefill(0, ids[8:14])
+    fed += [state.prefill(1, ids[:4])[:0], state.prefill(0, ids[8:8])]
+    with pytest.raises(MemoryFullError, match="2 pages are wanted, and 0 are free"):
+        state.decode(ids[8:9].repeat(2))
+    state.reset(1)
+    fed += [state.decode(one, [0]) for one in ids[8:12].split(1)]
+    assert_close(torch.cat(fed), full(model, ids[:12]))
 
 
 @given(byte_strings, byte_strings, byte_strings)

@@ -104,7 +104,7 @@ class FixedScorer:
     def entropies(self, ids, documents=None):
         return ids / 64
 
-    def new_state(self, num_slots=1, strategy="auto"):
+    def new_state(self, num_slots=1, strategy="auto", memory=None):
         raise NotImplementedError
 
 

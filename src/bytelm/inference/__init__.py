@@ -9,6 +9,7 @@ from bytelm.inference.decoding import (
     stream_many,
 )
 from bytelm.inference.graphs import Capture, Strategy, capture_cuda
+from bytelm.inference.pages import MemoryFullError, PagedMemory
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
 from bytelm.inference.states import DecodingState, PatchedState, TransformerState
@@ -21,6 +22,8 @@ __all__ = [
     "DecodingState",
     "Finish",
     "Generated",
+    "MemoryFullError",
+    "PagedMemory",
     "PatchedState",
     "Prediction",
     "Sampler",

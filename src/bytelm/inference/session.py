@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bytelm.inference.graphs import Strategy
+from bytelm.inference.pages import PagedMemory
 from bytelm.inference.states import DecodingState
 from bytelm.units import Units
 
@@ -22,7 +23,12 @@ class Decodable(Protocol):
         """Device of the weights."""
         ...
 
-    def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> DecodingState:
+    def new_state(
+        self,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
+    ) -> DecodingState:
         """Return a decoding state with ``num_slots`` empty documents."""
         ...
 

@@ -7,7 +7,7 @@ threshold, a patch could begin elsewhere; calibration therefore puts the thresho
 the entropies of an n-gram scorer do not depend on how a document is split.)
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from bytelm import codec
 from bytelm.inference.cache import KVCache
 from bytelm.inference.checks import NOT_BEGUN, check_decode, check_prefill
-from bytelm.inference.graphs import Graphs, Strategy, choose_capture
+from bytelm.inference.graphs import Capture, Graphs, Strategy, choose_capture
 from bytelm.inference.open_patch import LastLatent, OpenPatch
+from bytelm.inference.pages import PagedMemory, check_free
 from bytelm.model.blt import BLT, Readable
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.transformer import Transformer
@@ -43,6 +44,15 @@ class DecodingState(SlotState, Protocol):
         The first id of a document must be given to :meth:`prefill`.
         """
         ...
+
+
+class Observed(NamedTuple):
+    """What a patched state saw of the next byte of each of some slots."""
+
+    entropies: Float[Tensor, " slots"] | None
+    """The scorer's entropies, in nats, if the patching rule needs them."""
+    begins_patch: Bool[Tensor, " slots"] | None
+    """Whether the byte begins a patch; ``None`` before the first call."""
 
 
 class EmbeddingState(SlotTensors):
@@ -77,15 +87,24 @@ class TransformerState(CompoundState):
         model: transformer, whose weights must not be moved while the state is in use.
         num_slots: number of slots.
         strategy: how single ids are run.
+        memory: bounded memory for a cache without a window, whose steps are not captured.
     """
 
-    def __init__(self, model: Transformer, num_slots: int = 1, strategy: Strategy = "auto") -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
+    ) -> None:
         self.num_slots = num_slots
         self._model = model
         device = _device(model)
         capture = choose_capture(strategy, device)
+        if memory is not None and model.spec.window is None:
+            capture = None
         self._embedding = EmbeddingState(model.embedding, num_slots)
-        self._cache = KVCache(model.spec, num_slots, device, is_static=capture is not None)
+        self._cache = _new_cache(model, num_slots, device, capture, memory)
         super().__init__(self._embedding, self._cache)
         self._graphs = Graphs(capture, self)
 
@@ -142,6 +161,7 @@ class PatchedState(CompoundState):
         scorer: computes the entropies, if the patcher needs them.
         num_slots: number of slots.
         strategy: how single bytes are run.
+        memory: bounded memory for caches without a window, whose steps are not captured.
     """
 
     def __init__(
@@ -151,6 +171,7 @@ class PatchedState(CompoundState):
         scorer: Scorer | None,
         num_slots: int = 1,
         strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
     ) -> None:
         self.num_slots = num_slots
         self._blt = blt
@@ -162,19 +183,21 @@ class PatchedState(CompoundState):
         self._scorer = None
         if patcher.needs_entropies:
             assert scorer is not None
-            self._scorer = scorer.new_state(num_slots, strategy)
+            options = {} if memory is None else {"memory": memory}
+            self._scorer = scorer.new_state(num_slots, strategy, **options)
         self._patcher = patcher.new_state(num_slots, device)
         self._embedding = EmbeddingState(blt.encoder.embedding, num_slots)
-        self._caches = [
-            KVCache(module.spec, num_slots, device, is_static=is_static)
-            for module in (blt.encoder, blt.global_model, blt.decoder)
-        ]
+        stacks = blt.encoder, blt.global_model, blt.decoder
+        self._caches = [_new_cache(one, num_slots, device, capture, memory) for one in stacks]
         self._encoder_cache, self._global_cache, self._decoder_cache = self._caches
         self._open = OpenPatch(num_slots, is_static=is_static)
         self._latent = LastLatent(num_slots)
         parts = [self._patcher, self._embedding, *self._caches, self._open, self._latent]
         super().__init__(*parts, *([self._scorer] if self._scorer else []))
         self._graphs = Graphs(capture, self)
+        self._patch_graphs = self._graphs if memory is None else Graphs(None, self)
+        self.observed = Observed(None, None)
+        """What the last call saw of the documents it was given."""
 
     @property
     def rooms(self) -> tuple[int, ...]:
@@ -193,10 +216,12 @@ class PatchedState(CompoundState):
         check_prefill(ids, slot, self.num_slots, codec.VOCAB_SIZE, device)
         if not len(ids):
             return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
+        check_free(self._caches, {slot: len(ids)})
         entropies = self._scorer.prefill(slot, ids) if self._scorer else None
         context = self._encoder_cache.prefill(slot, len(ids))
         states = self._blt.encoder(self._embedding.prefill(slot, ids), context)
         next_boundary = self._patcher.prefill(slot, ids, entropies, states[-1][0])
+        self.observed = Observed(None if entropies is None else entropies[-1:], next_boundary[-1:])
         readable, decoder_ids = self._read(slot, states, next_boundary)
         context = self._decoder_cache.prefill(slot, len(ids))
         return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
@@ -271,18 +296,20 @@ class PatchedState(CompoundState):
         check_decode(ids, slots, self.num_slots, codec.VOCAB_SIZE, device)
         if not self._encoder_cache.room:
             raise ValueError(NOT_BEGUN)
+        named = range(self.num_slots) if slots is None else slots
+        check_free(self._caches, dict.fromkeys(named, 1))
+        entropies = self._scorer.decode(ids, slots) if self._scorer else None
         for cache in (self._encoder_cache, self._decoder_cache):
             cache.reserve(slots)
-        named = range(self.num_slots) if slots is None else slots
-        entropies = self._scorer.decode(ids, slots) if self._scorer else None
         index = ids.new_tensor(self._open.count(named))
         state, ends = self._graphs.run(self._byte_step, slots, ids, index, entropies)
+        self.observed = Observed(entropies, ends)
         closing = [slot for slot, end in zip(named, ends.tolist(), strict=True) if end]
         if closing:
             some = as_range(closing, self.num_slots)
             self._global_cache.reserve(some)
             lengths = ids.new_tensor(self._open.close(closing))
-            self._graphs.run(self._patch_step, some, lengths)
+            self._patch_graphs.run(self._patch_step, some, lengths)
         return self._graphs.run(self._decoder_step, slots, state)
 
     def _byte_step(
@@ -317,3 +344,15 @@ class PatchedState(CompoundState):
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def _new_cache(
+    stack: Any,
+    num_slots: int,
+    device: torch.device,
+    capture: Capture | None,
+    memory: PagedMemory | None,
+) -> KVCache:
+    if memory is not None and stack.spec.window is None:
+        return memory.new_cache(stack, stack.spec, num_slots, device)
+    return KVCache(stack.spec, num_slots, device, is_static=capture is not None)

@@ -13,7 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytelm.errors import ConfigError
-from bytelm.inference import DecodingState, PatchedState, Strategy, TransformerState
+from bytelm.inference import (
+    DecodingState,
+    PagedMemory,
+    PatchedState,
+    Strategy,
+    TransformerState,
+)
 from bytelm.model.attention import RowsContext
 from bytelm.model.blt import BLT
 from bytelm.model.transformer import Transformer
@@ -67,12 +73,18 @@ class CausalLM(nn.Module):
         """
         raise NotImplementedError
 
-    def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> DecodingState:
+    def new_state(
+        self,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
+    ) -> DecodingState:
         """Return a decoding state with ``num_slots`` empty documents.
 
         Args:
             num_slots: number of documents to decode at once.
             strategy: how single ids are run; see :data:`bytelm.inference.Strategy`.
+            memory: bounded memory that states share; one whose slots have a fixed size ignores it.
         """
         raise NotImplementedError
 
@@ -109,9 +121,14 @@ class ByteLM(CausalLM):
     ) -> Float[Tensor, "batch ids vocab"]:
         return self.transformer(ids, documents)
 
-    def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> TransformerState:
+    def new_state(
+        self,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
+    ) -> TransformerState:
         """Return a decoding state with ``num_slots`` empty documents."""
-        return TransformerState(self.transformer, num_slots, strategy)
+        return TransformerState(self.transformer, num_slots, strategy, memory)
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
         """Return the transformer as a scorer."""
@@ -233,9 +250,14 @@ class PatchedLM(CausalLM):
         patches = self.segment(ids, documents, states[-1]).patches
         return self.blt.predict(states, patches, context)
 
-    def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> PatchedState:
+    def new_state(
+        self,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
+    ) -> PatchedState:
         """Return a decoding state with ``num_slots`` empty documents."""
-        return PatchedState(self.blt, self.patcher, self.scorer, num_slots, strategy)
+        return PatchedState(self.blt, self.patcher, self.scorer, num_slots, strategy, memory)
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
         """Return the scorer.
@@ -278,7 +300,12 @@ class ScorerLM(CausalLM):
         """
         raise ConfigError(CANNOT_PREDICT)
 
-    def new_state(self, num_slots: int = 1, strategy: Strategy = "auto") -> DecodingState:
+    def new_state(
+        self,
+        num_slots: int = 1,
+        strategy: Strategy = "auto",
+        memory: PagedMemory | None = None,
+    ) -> DecodingState:
         """Refuse.
 
         Raises:

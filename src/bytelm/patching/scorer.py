@@ -38,13 +38,17 @@ class Scorer(Protocol):
         """Return the entropy, in nats, of the prediction of the id after each, for packed rows."""
         ...
 
-    def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> ScorerState:
+    def new_state(
+        self, num_slots: int = 1, strategy: Any = "auto", memory: Any = None
+    ) -> ScorerState:
         """Return a state with ``num_slots`` empty documents.
 
         Args:
             num_slots: number of documents to score at once.
             strategy: how single bytes are run, for scorers that are networks; see
                 :data:`bytelm.inference.Strategy`.
+            memory: a :class:`bytelm.inference.PagedMemory` for caches without a window; passed
+                only if there is one.
         """
         ...
 

@@ -54,7 +54,9 @@ class ContextScorer(nn.Module):
             documents = torch.zeros_like(ids)
         return self.score(ids, row_positions(self.document_starts(ids, documents)))
 
-    def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> "ContextScorerState":
+    def new_state(
+        self, num_slots: int = 1, strategy: Any = "auto", memory: Any = None
+    ) -> "ContextScorerState":
         """Return a state with ``num_slots`` empty documents."""
         return ContextScorerState(self, num_slots)
 

@@ -35,17 +35,23 @@ class TransformerScorer(nn.Module):
             documents = split_at_newlines(ids, documents)
         return entropy(self.transformer(ids, documents))
 
-    def new_state(self, num_slots: int = 1, strategy: Any = "auto") -> "TransformerScorerState":
+    def new_state(
+        self, num_slots: int = 1, strategy: Any = "auto", memory: Any = None
+    ) -> "TransformerScorerState":
         """Return a state with ``num_slots`` empty documents."""
-        return TransformerScorerState(self, num_slots, strategy)
+        return TransformerScorerState(self, num_slots, strategy, memory)
 
 
 class TransformerScorerState(CompoundState):
     """State of a :class:`TransformerScorer`: key-value caches of its window."""
 
-    def __init__(self, scorer: TransformerScorer, num_slots: int, strategy: Any) -> None:
+    def __init__(
+        self, scorer: TransformerScorer, num_slots: int, strategy: Any, memory: Any
+    ) -> None:
         self._scorer = scorer
-        self._state = TransformerState(scorer.transformer, num_slots, strategy)
+        # A cache that begins anew at each newline stays small without pages.
+        memory = None if scorer.reset_at_newline else memory
+        self._state = TransformerState(scorer.transformer, num_slots, strategy, memory)
         super().__init__(self._state)
 
     @torch.inference_mode()
