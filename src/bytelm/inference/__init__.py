@@ -8,8 +8,10 @@ from bytelm.inference.decoding import (
     stream,
     stream_many,
 )
+from bytelm.inference.engine import Engine
 from bytelm.inference.graphs import Capture, Strategy, capture_cuda
 from bytelm.inference.pages import MemoryFullError, PagedMemory
+from bytelm.inference.requests import Event, Request, RequestTooLongError, Stats
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
 from bytelm.inference.states import DecodingState, PatchedState, TransformerState
@@ -20,15 +22,20 @@ __all__ = [
     "Choice",
     "Decodable",
     "DecodingState",
+    "Engine",
+    "Event",
     "Finish",
     "Generated",
     "MemoryFullError",
     "PagedMemory",
     "PatchedState",
     "Prediction",
+    "Request",
+    "RequestTooLongError",
     "Sampler",
     "Sampling",
     "Session",
+    "Stats",
     "Strategy",
     "TransformerState",
     "capture_cuda",

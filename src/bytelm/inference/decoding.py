@@ -1,8 +1,7 @@
 """Generation of text from a prompt, as a stream of bytes."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +10,10 @@ from torch import Tensor
 from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.inference.continuation import Continuation, Generated, Prediction, check_options
+from bytelm.inference.engine import Engine
+from bytelm.inference.requests import Request
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
-from bytelm.inference.states import DecodingState
 from bytelm.units import ByteUnits
 
 BYTES = ByteUnits()
@@ -96,10 +96,9 @@ def stream_many(
 ) -> Iterator[tuple[int, Generated]]:
     """Continue several prompts at once, yielding (index of the prompt, part).
 
-    Up to ``num_slots`` prompts are decoded as one batch; as soon as one ends, the next takes its
-    slot. Each is sampled as if it were alone, with a generator of its own, so its bytes are those
-    of :func:`stream` (as long as rounding, which depends on the size of a batch, does not change a
-    choice).
+    Up to ``num_slots`` prompts are decoded as one batch, in an :class:`Engine`; as soon as one
+    ends, the next takes its slot. Each gets the bytes of :func:`stream` (as long as rounding, which
+    depends on the size of a batch, does not change a choice).
 
     Args:
         model: as in :func:`stream`.
@@ -122,70 +121,27 @@ def stream_many(
         )
     if num_slots < 1:
         raise ConfigError(f"num_slots must be at least 1, not {num_slots}")
-    waiting = deque(
-        _Prompt(number, prompt, Continuation(max_bytes, one, stop, model.units.decode))
-        for number, (prompt, one) in enumerate(zip(prompts, samplings, strict=True))
-    )
-    return _continue_many(model, waiting, min(num_slots, len(prompts)))
+    requests = [
+        Request(prompt, max_bytes, one, stop)
+        for prompt, one in zip(prompts, samplings, strict=True)
+    ]
+    return _answers(model, requests, min(num_slots, len(prompts)))
 
 
-class _Prompt(NamedTuple):
-    """A prompt of several, and its continuation."""
-
-    number: int
-    data: bytes
-    continuation: Continuation
-
-
-def _continue_many(
-    model: Decodable, waiting: deque[_Prompt], num_slots: int
+def _answers(
+    model: Decodable, requests: Sequence[Request], num_slots: int
 ) -> Iterator[tuple[int, Generated]]:
-    state = model.new_state(num_slots) if num_slots else None
-    running: dict[int, _Prompt] = {}
-    while state is not None:
-        for slot in range(state.num_slots):
-            while slot not in running and waiting:
-                prompt = waiting.popleft()
-                for part in _prefill(model, state, slot, prompt):
-                    yield prompt.number, part
-                if not prompt.continuation.has_ended:
-                    running[slot] = prompt
-        if not running:
-            return
-        state, running = _shrink(model, state, running)
-        # A slot that has ended reads an id that nobody asks for: batches keep their shape.
-        chosen = [codec.BOE] * state.num_slots
-        for slot, prompt in running.items():
-            chosen[slot] = prompt.continuation.chosen[-1]
-        logits = state.decode(torch.tensor(chosen, device=model.device)).cpu()
-        for slot, prompt in list(running.items()):
-            for part in prompt.continuation.choose(Prediction(logits[slot])):
-                yield prompt.number, part
-            if prompt.continuation.has_ended:
-                del running[slot]
-
-
-def _prefill(
-    model: Decodable, state: DecodingState, slot: int, prompt: _Prompt
-) -> Iterator[Generated]:
-    """Read a prompt in a slot, and yield the first part of its continuation."""
-    yield from prompt.continuation.begin()
-    if not prompt.continuation.has_ended:
-        ids = torch.from_numpy(model.units.encode(codec.encode(prompt.data))).to(model.device)
-        state.reset(slot)
-        yield from prompt.continuation.choose(Prediction(state.prefill(slot, ids)[-1]))
-
-
-def _shrink(
-    model: Decodable, state: DecodingState, running: dict[int, _Prompt]
-) -> tuple[DecodingState, dict[int, _Prompt]]:
-    """Copy the running slots to a smaller state if at least half of the slots are idle."""
-    if 2 * len(running) > state.num_slots:
-        return state, running
-    smaller = model.new_state(len(running))
-    for slot, other in enumerate(running):
-        smaller.copy(state, other, slot)
-    return smaller, dict(enumerate(running.values()))
+    if not requests:
+        return
+    longest = max(len(request.prompt) + request.max_bytes for request in requests)
+    engine = Engine(model, num_slots, max_document_bytes=max(longest, 1))
+    numbers = {engine.submit(request): number for number, request in enumerate(requests)}
+    while not engine.is_idle:
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            assert event.part is not None
+            yield numbers[event.ticket], event.part
 
 
 def generate(
