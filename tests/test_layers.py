@@ -23,6 +23,7 @@ LAYERS = [
     {"language_model"},
     {"figures", "interop", "workflow"},
     {"quickstart", "study"},
+    {"serving"},
     {"display"},
     {"cli"},
 ]

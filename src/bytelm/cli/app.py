@@ -31,6 +31,7 @@ VERBS = [
     "eval",
     "patch",
     "generate",
+    "serve",
     "study",
     "import",
     "export",

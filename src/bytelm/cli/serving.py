@@ -1,0 +1,134 @@
+"""``bytelm serve``: the HTTP server."""
+
+import ipaddress
+import os
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from bytelm.cli.app import app, console, status
+from bytelm.cli.models import Checkpoint, Device, Precision
+from bytelm.errors import ConfigError
+
+KEY_VARIABLE = "BYTELM_API_KEY"
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")
+    ] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model. (default: that of the folder)")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Largest number of continuations generated at once.")
+    ] = 16,
+    max_document_bytes: Annotated[
+        int, typer.Option(min=1, help="Longest prompt and continuation together, in bytes.")
+    ] = 8192,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Most continuations that are in progress or waiting.")
+    ] = 256,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Key that clients must send; can be given several times. (also: {KEY_VARIABLE}, "
+            "which other users of the computer cannot see)"
+        ),
+    ] = None,
+    rate_limit: Annotated[
+        float | None,
+        typer.Option(min=1, help="Requests per minute for each key, or each address without keys."),
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in bytes.")] = 1
+    << 20,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Longest time that a request may take, in seconds.")
+    ] = 600.0,
+    grace: Annotated[
+        int, typer.Option(min=0, help="Seconds to finish requests in when the server is stopped.")
+    ] = 60,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may use the server, such as https://example.org; can be given "
+            "several times. (default: none)"
+        ),
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads to compute with. (default: OMP_NUM_THREADS, or all)"),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API of completions.
+
+    SIGINT (Ctrl+C) and SIGTERM end the server after the requests that are in progress.
+
+    [dim]bytelm serve runs/blt-1m
+    curl http://127.0.0.1:8000/health[/]
+    """
+    _check_installed()
+    from bytelm.language_model import load
+    from bytelm.serving import Settings, create_app, listen
+    from bytelm.serving import serve as run
+    from bytelm.threads import use_threads
+
+    keys = [*(api_key or ()), *([os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else ())]
+    settings = Settings(
+        name=name or checkpoint.resolve().name,
+        num_slots=slots,
+        max_document_bytes=max_document_bytes,
+        api_keys=tuple(keys),
+        rate_limit=rate_limit,
+        max_body=max_body,
+        max_open=queue,
+        timeout=timeout,
+        cors_origins=tuple(cors_origin or ()),
+    )
+    with listen(host, port) as listening:
+        lm = load(checkpoint, device, precision)
+        if threads is not None:
+            use_threads(threads, device)
+        application = create_app(lm, settings)
+        if not keys and not _is_loopback(host):
+            status.print(
+                f"warning: {host} can be reached from other computers, and no key is needed: "
+                f"set --api-key or {KEY_VARIABLE}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+        console.print(
+            f"{settings.name} at {address} (Ctrl+C stops it)",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        run(application, listening, grace)
+
+
+def _check_installed() -> None:
+    """Refuse if a package that only the server needs is missing.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for package in ("fastapi", "prometheus_client", "uvicorn"):
+        if find_spec(package) is None:
+            raise ConfigError(f'serving needs {package}: pip install "bytelm[serve]"')
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether an address is that of the computer itself, and for itself only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
