@@ -156,7 +156,17 @@ def world(tmp_path_factory):
 def test_help_and_version(run):
     status, out, _ = run("--help")
     assert status == 0
-    for verb in ("quickstart", "data", "train", "eval", "patch", "generate", "recipes", "flops"):
+    for verb in (
+        "quickstart",
+        "data",
+        "train",
+        "eval",
+        "patch",
+        "generate",
+        "serve",
+        "recipes",
+        "flops",
+    ):
         assert verb in out
     from bytelm.version import __version__
 
@@ -165,7 +175,7 @@ def test_help_and_version(run):
 
 @pytest.mark.parametrize(
     "verb",
-    ["quickstart", "train", "eval", "patch", "generate", "recipes", "flops", "data prepare",
+    ["quickstart", "train", "eval", "patch", "generate", "serve", "recipes", "flops", "data prepare",
      "data calibrate", "data info"],
 )  # fmt: skip
 def test_every_verb_has_help(run, verb):

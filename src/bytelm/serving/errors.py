@@ -35,6 +35,10 @@ class EngineFailedError(Exception):
     """An exception in a step of the engine ended the request."""
 
 
+class StoppingError(Exception):
+    """The server stops before the request could be completed."""
+
+
 class ClientGoneError(Exception):
     """The client disconnected."""
 
@@ -91,6 +95,7 @@ EXPECTED = (
     EngineFailedError,
     PatchingError,
     QueueFullError,
+    StoppingError,
     TimeoutError,
 )
 """Exceptions that are not logged when a request is answered with them."""
@@ -127,6 +132,8 @@ def api_error(error: Exception) -> ApiError:
             code="queue_full",
             headers={"Retry-After": "1"},
         )
+    if isinstance(error, StoppingError):
+        return ApiError(503, "the server is stopping", code="stopping")
     if isinstance(error, ClientGoneError):
         return ApiError(CLIENT_GONE, "the client disconnected")
     if isinstance(error, TimeoutError):

@@ -114,7 +114,8 @@ class Gate:
     def _digest(self, authorization: str) -> bytes | None:
         """Return the digest of the key that a client sent, if it is valid."""
         scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
+        # Headers were decoded as Latin-1; keys are UTF-8.
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # All are compared, in constant time, so that timing tells nothing about any of them.
         found = [hmac.compare_digest(digest, one) for one in self._keys]
         return digest if scheme.lower() == "bearer" and any(found) else None

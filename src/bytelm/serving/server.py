@@ -1,9 +1,11 @@
 """The server process: its socket, and its end after a signal."""
 
+import asyncio
+import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -13,6 +15,7 @@ from bytelm.errors import ConfigError
 from bytelm.stopping import SIGNALS
 
 BACKLOG = 2048
+UNREAD_SECONDS = 5
 GRACE_SECONDS = 60
 """Longest time to finish the requests that are in progress when the server is stopped."""
 
@@ -23,12 +26,20 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address does not exist or is in use.
     """
+    listening = None
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        # asyncio sends small parts at once only if the socket says that its protocol is TCP.
+        listening = socket.socket(family, kind, socket.IPPROTO_TCP)
+        if os.name == "posix":
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+        return listening
     except (OSError, OverflowError) as error:
+        if listening is not None:
+            listening.close()
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"cannot listen at {host}:{port}: {reason}; choose another --port or --host"
@@ -51,10 +62,26 @@ def serve(app: FastAPI, listening: socket.socket, grace_seconds: int = GRACE_SEC
         server_header=False,
         proxy_headers=False,
         ws="none",
-        timeout_graceful_shutdown=grace_seconds,
+        # For clients that do not even read that their requests were ended.
+        timeout_graceful_shutdown=grace_seconds + UNREAD_SECONDS,
     )
     with _signals_end_normally():
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, app.state.server.worker.end_all, grace_seconds).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Server that ends the requests that are left some time after it was stopped."""
+
+    def __init__(
+        self, config: uvicorn.Config, end_all: Callable[[], None], grace_seconds: int
+    ) -> None:
+        super().__init__(config)
+        self._end_all, self._grace_seconds = end_all, grace_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting requests, and wait for those that are in progress."""
+        asyncio.get_running_loop().call_later(self._grace_seconds, self._end_all)
+        await super().shutdown(sockets)
 
 
 @contextmanager

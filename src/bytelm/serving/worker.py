@@ -12,16 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bytelm.inference import Event, Generated, Request, Stats
-from bytelm.serving.errors import EngineFailedError, QueueFullError
+from bytelm.serving.errors import EngineFailedError, QueueFullError, StoppingError
 
 log = logging.getLogger(__name__)
 STOP_SECONDS = 10.0
 """Longest time to wait for the thread to end."""
 
 
+@runtime_checkable
 class EngineLike(Protocol):
     """What the worker needs of a :class:`bytelm.inference.Engine`."""
 
@@ -125,6 +126,10 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    def end_all(self) -> None:
+        """End all requests because the server stops."""
+        self._commands.put(partial(self._fail_all, StoppingError()))
+
     async def stop(self) -> None:
         """Cancel all requests and end the thread."""
         self._commands.put(None)
@@ -178,7 +183,7 @@ class Worker:
         while self._obey():
             if self._running:
                 self._step()
-        self._fail_all(EngineFailedError("the server is stopping"))
+        self._fail_all(StoppingError())
 
     def _obey(self) -> bool:
         """Run the commands that have arrived, waiting for one if there is nothing else to do."""
