@@ -175,8 +175,8 @@ def test_help_and_version(run):
 
 @pytest.mark.parametrize(
     "verb",
-    ["quickstart", "train", "eval", "patch", "generate", "serve", "recipes", "flops", "data prepare",
-     "data calibrate", "data info"],
+    ["quickstart", "train", "eval", "patch", "generate", "serve", "recipes", "flops",
+     "data prepare", "data calibrate", "data info"],
 )  # fmt: skip
 def test_every_verb_has_help(run, verb):
     status, out, _ = run(*verb.split(), "--help")
