@@ -420,16 +420,16 @@ def test_pages_of_other_origins_may_use_the_server_only_if_allowed(server):
 
 
 def test_metrics(server):
-    post(server, prompt="abc", max_tokens=5)
+    generated = post(server, prompt="abc", max_tokens=5).json()["usage"]["completion_tokens"]
     httpx.get(f"{server.url}/made/up")
     text = httpx.get(f"{server.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
     labels = 'method="POST",path="/v1/completions",status="200"'
     assert float(values[f"bytelm_http_requests_total{{{labels}}}"]) >= 1
     assert 'bytelm_http_requests_total{method="GET",path="other",status="404"}' in values
-    assert float(values["bytelm_bytes_generated_total"]) >= 5
+    assert float(values["bytelm_bytes_generated_total"]) >= generated
     assert float(values["bytelm_requests_decoding"]) == 0
-    assert float(values["bytelm_step_seconds_count"]) >= 5
+    assert float(values["bytelm_step_seconds_count"]) >= 1
     assert float(values["bytelm_time_to_first_byte_seconds_count"]) >= 1
 
 
