@@ -55,16 +55,17 @@ def test_clients_that_disconnect_free_their_slots_within_a_step(lm, stream):
 
 
 def test_clients_that_disconnect_while_they_wait_leave_the_queue(lm):
+    # With this seed the first client's document does not end before.
+    body = {"prompt": "a", "max_tokens": 300, "seed": 28, "stream": True}
     with (
-        running(lm, num_slots=1, max_document_bytes=4096) as server,
-        httpx.stream(
-            "POST", f"{server.url}/v1/completions", json={"max_tokens": 4000, "stream": True}
-        ),
+        running(lm, num_slots=1) as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body),
     ):
-        connection = open_stream(server, prompt="b", max_tokens=4000)
+        connection = open_stream(server, prompt="b", max_tokens=300)
         server.wait_until(lambda: server.worker.stats.num_waiting == 1)
         connection.close()
         server.wait_until(lambda: server.worker.stats.num_waiting == 0)
+        assert server.worker.stats.num_decoding == 1
 
 
 def test_two_hundred_clients_of_which_a_third_disconnect(lm):
