@@ -74,7 +74,7 @@ def test_no_command_advises_options_that_it_lacks(command):
 
 def test_options_in_whole_commands_are_left_as_they_are():
     text = "run `bytelm data prepare X --out Y`, or choose another --out, or --skip-invalid"
-    assert attribute_options(text, "generate", OPTIONS) == (
+    assert attribute_options(text, "patch", OPTIONS) == (
         "run `bytelm data prepare X --out Y`, or choose another --out of `bytelm data prepare`, or "
         "--skip-invalid of `bytelm data prepare`"
     )

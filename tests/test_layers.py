@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation", "patched_text"},
     {"language_model"},
-    {"figures", "interop", "workflow"},
+    {"figures", "interop", "prompts", "workflow"},
     {"quickstart", "study"},
     {"serving"},
     {"display"},

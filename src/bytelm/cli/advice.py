@@ -15,6 +15,7 @@ NO_MEMORY = {
     "train": "choose a smaller model, fewer rows at a time (train.micro_rows=1) or shorter ones "
     "(data.row_bytes)",
     "data prepare": "use fewer --workers, or cut long documents with --cut-bytes",
+    "generate": "choose a smaller model or a shorter prompt, or fewer --slots for --prompts",
 }
 """What to do if memory runs out, by command."""
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")

@@ -9,6 +9,7 @@ import typer
 
 from bytelm.cli.app import app, console, resumable, status
 from bytelm.cli.options import Threads, build_rule, seconds
+from bytelm.cli.prompting import continue_prompts
 from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.config import (
     RULES,
@@ -25,7 +26,7 @@ from bytelm.terminal import escape_controls
 if TYPE_CHECKING:
     from bytelm.data import ReadOptions
     from bytelm.evaluation import Likelihood
-    from bytelm.language_model import PatchedText
+    from bytelm.language_model import LanguageModel, PatchedText
 
 LONG_TEXT = 50_000
 """Bytes of text from which finding its patches takes seconds."""
@@ -280,6 +281,33 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Write raw bytes instead of decoded text.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Continue all prompts of a file, as JSON Lines: lines of text, or JSON Lines with "
+            "prompt and optionally id, max_bytes, temperature, top_k, top_p, min_p, seed, stop; "
+            "- for standard input."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --prompts: file of the answers; the same command resumes. (default: "
+            "standard output)"
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --prompts: prompts continued at once. (default: 16)"),
+    ] = None,
+    max_document_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --prompts: longest document, prompt and continuation together. (default: "
+            "8192)",
+        ),
+    ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     threads: Annotated[
@@ -287,23 +315,50 @@ def generate(
         typer.Option(min=1, help="Threads to compute with. (default: OMP_NUM_THREADS, or all)"),
     ] = None,
 ) -> None:
-    """Continue a prompt, printing bytes as they are generated.
+    """Continue a prompt, printing bytes as they are generated; or all prompts of a file, at once.
 
-    On a terminal, control characters are escaped.
+    On a terminal, control characters are escaped. The seed of prompt i of a file, from 0, is --seed
+    plus i. Answers are written as they end, with the index of their prompt.
 
     [dim]bytelm generate runs/blt-1m "def main(" --temperature 0.7 --max-bytes 300
+    bytelm generate runs/blt-1m --prompts prompts.jsonl --out answers.jsonl
     bytelm generate runs/tuned "What is the capital of France?" --chat --temperature 0[/]
     """
     from bytelm.chat import chat_prompt
     from bytelm.codec import to_bytes
-    from bytelm.inference import Sampling
+    from bytelm.inference import Request, Sampling
     from bytelm.language_model import load
     from bytelm.threads import use_threads
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    lm = load(checkpoint, device, precision)
-    if threads is not None:
-        use_threads(threads, device)
+
+    def load_model() -> "LanguageModel":
+        if threads is not None:
+            use_threads(threads, device)
+        return load(checkpoint, device, precision)
+
+    given = {"--out": out, "--slots": slots, "--max-document-bytes": max_document_bytes}
+    if prompts is not None:
+        others = {"PROMPT": prompt, "--chat": chat, "--system": system, "--raw": raw}
+        if unwanted := [name for name, value in others.items() if value]:
+            raise ConfigError(
+                "--prompts takes prompts from a file, and writes JSON Lines: leave out "
+                + " and ".join(unwanted)
+            )
+        defaults = Request(b"", max_bytes, sampling, tuple(map(to_bytes, stop or ())))
+        continue_prompts(
+            checkpoint,
+            prompts,
+            defaults,
+            load_model,
+            out=out,
+            num_slots=slots,
+            max_document_bytes=max_document_bytes,
+        )
+        return
+    if unwanted := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{unwanted[0]} is about a file of prompts: add --prompts FILE")
+    lm = load_model()
     data = sys.stdin.buffer.read() if prompt == "-" else to_bytes(prompt)
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]

@@ -2,6 +2,7 @@
 
 from bytelm.inference.continuation import Choice, Finish, Generated, Prediction
 from bytelm.inference.decoding import (
+    answer,
     continue_from,
     generate,
     reference_generate,
@@ -38,6 +39,7 @@ __all__ = [
     "Stats",
     "Strategy",
     "TransformerState",
+    "answer",
     "capture_cuda",
     "continue_from",
     "generate",

@@ -1,6 +1,7 @@
 """Generation of text from a prompt, as a stream of bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,7 @@ from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.inference.continuation import Continuation, Generated, Prediction, check_options
 from bytelm.inference.engine import Engine
-from bytelm.inference.requests import Request
+from bytelm.inference.requests import LOOK_AHEAD, Event, Request
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
 from bytelm.units import ByteUnits
@@ -125,23 +126,47 @@ def stream_many(
         Request(prompt, max_bytes, one, stop)
         for prompt, one in zip(prompts, samplings, strict=True)
     ]
-    return _answers(model, requests, min(num_slots, len(prompts)))
+    return _parts(answer(model, requests, num_slots=num_slots))
 
 
-def _answers(
-    model: Decodable, requests: Sequence[Request], num_slots: int
-) -> Iterator[tuple[int, Generated]]:
+def _parts(events: Iterator[Event]) -> Iterator[tuple[int, Generated]]:
+    for number, part, error in events:
+        if error is not None:
+            raise error
+        assert part is not None
+        yield number, part
+
+
+def answer(
+    model: Decodable, requests: Sequence[Request], *, num_slots: int = 16
+) -> Iterator[Event]:
+    """Answer requests in an :class:`Engine`, yielding events whose tickets number the requests.
+
+    Args:
+        model: as in :func:`stream`.
+        requests: any number of requests; few of them are encoded at a time.
+        num_slots: largest number of requests that are decoded at once.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
     if not requests:
         return
     longest = max(len(request.prompt) + request.max_bytes for request in requests)
+    num_slots = min(num_slots, len(requests))
     engine = Engine(model, num_slots, max_document_bytes=max(longest, 1))
-    numbers = {engine.submit(request): number for number, request in enumerate(requests)}
-    while not engine.is_idle:
+    waiting = enumerate(requests)
+    numbers: dict[int, int] = {}
+    while True:
+        for number, request in islice(waiting, num_slots + LOOK_AHEAD - len(numbers)):
+            numbers[engine.submit(request)] = number
+        if not numbers:
+            return
         for event in engine.step():
-            if event.error is not None:
-                raise event.error
-            assert event.part is not None
-            yield numbers[event.ticket], event.part
+            number = numbers[event.ticket]
+            if event.part is None or event.part.finish is not None:
+                del numbers[event.ticket]
+            yield event._replace(ticket=number)
 
 
 def generate(
