@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-SUITES = ("model", "cross-attention", "generation", "memory", "scorer", "data")
+SUITES = ("model", "cross-attention", "generation", "engine", "memory", "scorer", "data")
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]

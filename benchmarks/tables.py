@@ -213,6 +213,57 @@ def _generation_row(one: Measurement, clock: str) -> list[str]:
     return [*cells, f"{rate:.2f}", ratio(pairs)]
 
 
+def _engine(results: Section) -> list[str]:
+    sessions, *engines = results["measurements"]
+    new_bytes = results["new_bytes"]
+    parts = []
+    for clock in clocks(sessions["samples"]["steps"]):
+        rows = []
+        for one in results["measurements"]:
+            samples, count = one["samples"], one["requests"]
+            rate = count * new_bytes / minimum(samples["steps"], clock)
+            name = "sessions, one by one" if one is sessions else f"engine, {count} at once"
+            cells = [name, f"{rate:.1f}", times(samples["prompts"], clock)]
+            if one is not sessions:
+                scale = count / sessions["requests"]
+                pairs = pair_ratio(samples["steps"], sessions["samples"]["steps"], clock, scale)
+                ours, theirs = (_whole(each["samples"], clock) for each in (one, sessions))
+                cells += [ratio(pairs), ratio(pair_ratio(ours, theirs, clock, scale))]
+            rows.append(cells + [""] * (5 - len(cells)))
+        heads = ["subject", "bytes/s", "prompts", "times the sessions", "prompts included"]
+        parts.append(f"{_title(clock)}:\n\n{table(heads, rows)}")
+    same = ", ".join("{} of {}".format(*one["same"]) for one in engines)
+    intro = (
+        f"{new_bytes} bytes after prompts of {results['prompt_bytes']}, of which the sessions have "
+        f"{sessions['requests']}, in patches of {results['patch_size']:.2f}. Rates are of the "
+        "steps after the prompts, all requests under way, at the fastest. Texts equal those of "
+        f"the sessions: {same}."
+    )
+    return [intro, *parts, _first_bytes(results["first_bytes"])]
+
+
+def _whole(samples: dict[str, Any], clock: str) -> list[dict[str, float]]:
+    pairs = zip(samples["prompts"], samples["steps"], strict=True)
+    return [{clock: prompt[clock] + steps[clock]} for prompt, steps in pairs]
+
+
+def _first_bytes(measurements: Sequence[Measurement]) -> str:
+    clock = clocks(measurements[0]["samples"]["first"])[0]
+    rows = []
+    for one in measurements:
+        samples, long = one["samples"], one["long_bytes"]
+        steps = f"{min(one['num_steps'])} to {max(one['num_steps'])}"
+        cells = [f"{one['busy']}", f"{long:,}" if long else "", steps]
+        cells += [times(samples["step"], clock), times(samples["first"], clock)]
+        rows.append([*cells, ratio(pair_ratio(samples["step"], samples["first"], clock))])
+    heads = ["busy slots", "prompt being read", "steps", "a step of the others", "first byte"]
+    heads.append("in such steps")
+    return (
+        f"First byte of a prompt of {measurements[0]['prompt_bytes']} bytes, by "
+        f"{CLOCK_NAMES[clock]}:\n\n{table(heads, rows)}"
+    )
+
+
 def _memory(results: Section) -> list[str]:
     if results.get("note"):
         return [results["note"]]
@@ -263,6 +314,7 @@ _TABLES: dict[str, Callable[[Section], list[str]]] = {
     "model": _model,
     "cross-attention": _cross_attention,
     "generation": _generation,
+    "engine": _engine,
     "memory": _memory,
     "scorer": _scorer,
     "data": _data,

@@ -85,6 +85,29 @@ EXAMPLES = {
             }
         ]
     },
+    "engine": {
+        "prompt_bytes": 128,
+        "new_bytes": 64,
+        "patch_size": 4.0,
+        "measurements": [
+            {
+                "subject": name,
+                "requests": requests,
+                "same": [2, 2],
+                "samples": {"prompts": samples(1.0), "steps": samples(steps)},
+            }
+            for name, requests, steps in (("sessions", 2, 4.0), ("16", 16, 8.0))
+        ],
+        "first_bytes": [
+            {
+                "busy": 16,
+                "prompt_bytes": 16,
+                "long_bytes": 2048,
+                "num_steps": [1, 3],
+                "samples": {"step": samples(2, 1), "first": samples(4, 3)},
+            }
+        ],
+    },
     "memory": {
         "measurements": [
             {"bytes": 4096, "pass": "forward", "peak_bytes": {"ours": 2**20, "theirs": 3 * 2**20}},
@@ -146,6 +169,11 @@ def test_tables_say_what_the_samples_say():
     # 256 bytes in 1 + 7 s; 16 in 4 s.
     generated = ["4.00", "1 s / 1 s", "36.6", "4.00", "**8** (8 to 8)"]
     assert cells(text, "255") == generated
+    # 16 x 64 bytes in 8 s and 2 x 64 in 4 s; with the prompts in 9 s and 5 s.
+    assert cells(text, "sessions, one by one") == ["32.0", "1 s / 1 s", "", ""]
+    expected = ["128.0", "1 s / 1 s", "**4** (4 to 4)", "**4.44** (4.44 to 4.44)"]
+    assert cells(text, "engine, 16 at once") == expected
+    assert cells(text, "16", "2,048", "1 to 3")[-1] == "**2.5** (2 to 3)"
     assert cells(text, "forward", "4,096") == ["1", "3", "**3.00**"]
     assert cells(text, "forward", "8,192") == ["2", "", ""]
     assert cells(text, "a table", "a whole row") == ["2,000", "500", "**4** (4 to 4)"]
@@ -156,7 +184,7 @@ def test_origins_are_told_apart_where_they_differ():
     mixed = example_record()
     mixed["sections"]["data"]["run"]["commit"] = "fedcba9876543210"
     text = tables.draw(mixed)
-    assert text.count("Commit 0123456789ab;") == 5
+    assert text.count("Commit 0123456789ab;") == 6
     assert text.count("Commit fedcba987654;") == 1
 
 
@@ -203,11 +231,11 @@ def run(module, *arguments):
 @pytest.mark.slow
 def test_the_runner_measures_records_and_draws(tmp_path):
     run("benchmarks", "--quick", "--suite", "model,cross-attention", "--out", tmp_path)
-    run("benchmarks", "--quick", "--suite", "generation,data,scorer", "--out", tmp_path)
+    run("benchmarks", "--quick", "--suite", "generation,engine,data,scorer", "--out", tmp_path)
     (path,) = tmp_path.glob("*.json")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-cpu-quick.json", path.name)
     sections = json.loads(path.read_text())["sections"]
-    assert list(sections) == ["model", "cross-attention", "generation", "data", "scorer"]
+    assert list(sections) == ["model", "cross-attention", "generation", "engine", "data", "scorer"]
     for found in sections.values():
         described = found["run"]
         assert described["versions"].keys() == {"python", "bytelm", "torch", "transformers"}

@@ -1,11 +1,12 @@
 """Generation from a file of prompts: what is shown, and where answers go."""
 
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -70,7 +71,7 @@ def _read(source: Path, defaults: "Request") -> "list[Prompt]":
     from bytelm.prompts import read_prompts
 
     if str(source) == "-":
-        return read_prompts(sys.stdin.buffer, "standard input", defaults)
+        return read_prompts(cast(io.BufferedIOBase, sys.stdin.buffer), "standard input", defaults)
     try:
         with source.open("rb") as file:
             return read_prompts(file, str(source), defaults)
