@@ -16,7 +16,7 @@ is ever unpickled. A training run adds its own files to a step's folder (see
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -43,6 +43,7 @@ from bytelm.tokens import load_tokenizer
 from bytelm.version import __version__
 
 FORMAT = 1
+LmT = TypeVar("LmT", bound=CausalLM)
 
 
 @open_node
@@ -154,8 +155,13 @@ def save_model(
     """Save a model as a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder exists, or cannot be written.
+        CheckpointError: the folder exists, or cannot be written; or the weights are quantised.
     """
+    if any(type(module) is cpu.Int8Linear for module in lm.modules()):
+        raise CheckpointError(
+            "weights of precision 'int8' are for inference: load the model in another precision "
+            "to save it"
+        )
     with atomic_folder(folder) as temporary:
         write_model(temporary, lm, description, training)
 
@@ -180,8 +186,9 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(str(error)) from None
 
 
-Precision = Literal["auto", "stored", "float32", "bfloat16"]
-"""Precision of the weights: as stored, converted, or chosen to suit the device (``auto``)."""
+Precision = Literal["auto", "stored", "float32", "bfloat16", "int8"]
+"""Precision of the weights: as stored, converted, or chosen to suit the device (``auto``); ``int8``
+(:mod:`bytelm.cpu.int8`) is for inference on the CPU."""
 
 
 def load_model(
@@ -212,8 +219,22 @@ def load_model(
         lm = build_lm(config, tokenizer=tokenizer)
     for name, module in lm.saved.items():
         _fill(module, folder / f"{name}.safetensors", device)
-    set_precision(lm, precision)
-    return cpu.fuse(lm.eval().requires_grad_(False)), config
+    return make_ready(lm, precision), config
+
+
+def make_ready(lm: LmT, precision: Precision) -> LmT:
+    """Convert a model's weights in place, make it fast to infer with, and return it.
+
+    Raises:
+        ConfigError: the precision is unknown, or ``int8`` and the device is not the CPU.
+    """
+    set_precision(lm, "float32" if precision == "int8" else precision)
+    lm.eval().requires_grad_(False)
+    if precision == "int8" and lm.can_predict:
+        cpu.quantize(lm.trained)
+    for module in lm.saved.values():
+        cpu.arrange(module)
+    return cpu.fuse(lm)
 
 
 def set_precision(lm: CausalLM, precision: Precision) -> None:
@@ -288,7 +309,9 @@ def _load_own_scorer(folder: Path, config: ScorerConfig, device: str | torch.dev
     with torch.device("meta"):
         scorer = build_scorer(config)
     _fill(scorer, folder / SCORER, device)
-    return cpu.fuse(scorer.float().eval().requires_grad_(False))
+    scorer.float().eval().requires_grad_(False)
+    cpu.arrange(scorer)
+    return cpu.fuse(scorer)
 
 
 def save_scorer(folder: Path, scorer: Scorer, config: ScorerConfig) -> None:

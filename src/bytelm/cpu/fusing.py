@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bytelm import kernels
+from bytelm.cpu.int8 import Int8Linear, Int8Weight
 from bytelm.cpu.steps import (
     BLOCK_CONTAINERS,
     BLOCK_LAYERS,
@@ -29,6 +30,7 @@ from bytelm.cpu.steps import (
     EncoderStep,
     Step,
     TransformerStep,
+    Weight,
 )
 from bytelm.model.attention import LayerContext, RMSNorm, SelfAttention
 from bytelm.model.blt import GlobalTransformer, LocalDecoder, LocalEncoder
@@ -101,6 +103,9 @@ class _Fused:
         containers: names of the modules around them, which are not called either.
     """
 
+    usable: tuple[type, ...] = (nn.Parameter,)
+    """Types of weights that the pass can use."""
+
     def __init__(
         self, owner: Any, method: str, layers: Sequence[str], containers: Sequence[str] = ()
     ) -> None:
@@ -113,17 +118,22 @@ class _Fused:
             module = owner.get_submodule(name)
             self._places.append((owner.get_submodule(parent)._modules, leaf, module))
             self._hooks += _hooks_of(module)
-        self._parameters = [owner.get_submodule(name)._parameters for name in layers]
+        self._layers = [owner.get_submodule(name) for name in layers]
+        self._parameters = [layer._parameters for layer in self._layers]
 
     def weights(self, x: Tensor) -> Any:
         """Return the layers' weights, or ``None`` if the module's own method must run."""
         if not kernels.is_eager_cpu(x) or not self.is_as_built():
             return None
-        found = [parameters.get("weight") for parameters in self._parameters]
+        found = self.found_weights()
         # Quantised weights have other types, whose values cannot be used directly.
-        is_plain = all(type(weight) is nn.Parameter and weight.is_cpu for weight in found)
+        is_plain = all(type(weight) in self.usable and weight.is_cpu for weight in found)
         has_bias = any(parameters.get("bias") is not None for parameters in self._parameters)
         return found if is_plain and not has_bias else None
+
+    def found_weights(self) -> list[Any]:
+        """Return what the layers have for weights."""
+        return [parameters.get("weight") for parameters in self._parameters]
 
     def is_as_built(self) -> bool:
         """Whether calling the layers would run their classes' forward passes and nothing else."""
@@ -155,6 +165,7 @@ REPLACED = {
     nn.Linear,
     nn.Embedding,
     nn.EmbeddingBag,
+    Int8Linear,
     RMSNorm,
     SelfAttention,
     FeedForward,
@@ -273,12 +284,14 @@ def _hashes(ids: Sequence[int], sizes: Sequence[int], prime: int) -> list[int]:
 
 
 class _FusedStack(_Fused):
-    """Forward pass of a stack of blocks, with a fast path for decoding one position.
+    """Forward pass of a stack of blocks, with a fast path for decoding one position of each row.
 
-    Each thread allocates its buffers and views of the weights when it decodes the first position
+    Each thread allocates its buffers and views of the weights when it decodes the first positions
     after a prompt, and uses them until the next pass over several positions or a change of the
     layers. Weights that move in memory in the middle of a document are noticed at the next one.
     """
+
+    usable = (nn.Parameter, Int8Weight)
 
     def __init__(
         self, owner: Any, method: str, layers: Sequence[str] = (), containers: Sequence[str] = ()
@@ -294,24 +307,32 @@ class _FusedStack(_Fused):
                 *containers,
             ],
         )
-        self._made: dict[int, Step] = {}
+        self._made: dict[tuple[int, int], Step] = {}
 
     def __call__(self, x: Float[Tensor, "batch length dim"], *rest: Any, **named: Any) -> Any:
-        if named or torch.is_grad_enabled() or not hasattr(rest[-1], "append"):
+        if named or torch.is_grad_enabled() or not getattr(rest[-1], "is_step", False):
             self._made = {}
             return self.own(x, *rest, **named)
-        step = self._made.get(get_ident())
+        key = get_ident(), len(x)
+        step = self._made.get(key)
         if step is None or not self.is_as_built():
             weights = self.weights(x)
             if weights is None:
                 self._made = {}
                 return self.own(x, *rest)
-            step = self._made[get_ident()] = self.make_step(iter(weights))
-        return step(x[0], *rest)
+            step = self._made[key] = self.make_step(iter(weights), len(x))
+        return step(x[:, 0], *rest)
 
-    def make_step(self, weights: Iterator[Tensor]) -> "Step":
-        """Allocate the buffers of a thread."""
-        return Step(self.owner, weights)
+    def found_weights(self) -> list[Any]:
+        """Return what the layers have for weights."""
+        return [
+            layer.matrix if type(layer) is Int8Linear else layer._parameters.get("weight")
+            for layer in self._layers
+        ]
+
+    def make_step(self, weights: Iterator[Weight], rows: int) -> "Step":
+        """Allocate the buffers of a thread for a number of rows."""
+        return Step(self.owner, weights, rows)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a model must not share buffers.
@@ -321,8 +342,8 @@ class _FusedStack(_Fused):
 class _FusedEncoder(_FusedStack):
     """``forward`` of a :class:`LocalEncoder`."""
 
-    def make_step(self, weights: Iterator[Tensor]) -> Step:
-        return EncoderStep(self.owner, weights)
+    def make_step(self, weights: Iterator[Weight], rows: int) -> Step:
+        return EncoderStep(self.owner, weights, rows)
 
 
 class _FusedTransformer(_FusedStack):
@@ -331,8 +352,8 @@ class _FusedTransformer(_FusedStack):
     def __init__(self, transformer: Transformer, method: str) -> None:
         super().__init__(transformer, method, ("norm", "output"))
 
-    def make_step(self, weights: Iterator[Tensor]) -> Step:
-        return TransformerStep(self.owner, weights)
+    def make_step(self, weights: Iterator[Weight], rows: int) -> Step:
+        return TransformerStep(self.owner, weights, rows)
 
 
 class _FusedDecoder(_FusedStack):
@@ -343,8 +364,8 @@ class _FusedDecoder(_FusedStack):
         layers = [f"{cross}.{layer}" for cross in crosses for layer in CROSS_LAYERS]
         super().__init__(decoder, method, ("norm", "output", *layers), crosses)
 
-    def make_step(self, weights: Iterator[Tensor]) -> Step:
-        return DecoderStep(self.owner, weights)
+    def make_step(self, weights: Iterator[Weight], rows: int) -> Step:
+        return DecoderStep(self.owner, weights, rows)
 
 
 _STACKS: dict[type[nn.Module], tuple[str, Callable[[Any, str], _Fused]]] = {

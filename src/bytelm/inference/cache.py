@@ -44,14 +44,13 @@ class KVCache:
     ) -> None:
         self.spec = spec
         self.num_slots = num_slots
-        self._is_static = is_static
+        self.is_static = is_static
         self.positions: Int[Tensor, " slots"] = torch.zeros(
             num_slots, dtype=torch.long, device=device
         )
         """Next position of each slot."""
         self._host = self._host_view()
-        # Layouts in which the two products of a single query read memory fastest.
-        self.keys: list[Float[Tensor, "slots kv_heads head_dim room"]] = []
+        self.keys: list[Float[Tensor, "slots kv_heads room head_dim"]] = []
         self.values: list[Float[Tensor, "slots kv_heads room head_dim"]] = []
         # Upper bounds of `positions` on the host, known without waiting for the device.
         self._given = [0] * num_slots
@@ -73,7 +72,7 @@ class KVCache:
     @property
     def room(self) -> int:
         """Positions per slot that memory is allocated for; 0 before the first."""
-        return self.keys[0].shape[3] if self.keys else 0
+        return self.keys[0].shape[2] if self.keys else 0
 
     def prefill(self, slot: int, length: int) -> StackContext:
         """Begin the next ``length`` positions of one slot; return the context to run them in."""
@@ -102,16 +101,15 @@ class KVCache:
     def step(self, slots: Slots = None) -> StackContext:
         """Begin the reserved position of some slots: the part of :meth:`decode` on the device."""
         num = self.num_slots if slots is None else len(slots)
-        if num == 1 and not self._is_static:
+        if num == 1 and not self.is_static:
             slot = 0 if slots is None else slots[0]
             position = int(self._host[slot])
             self._host[slot] += 1
-            factors = self._rotation(position)
-            return _OnePosition(self, factors, factors[0, 0], slot, position)
+            return _OnePosition(self, self._rotation(position), slot, position)
         positions = select(self.positions, slots).clone()
         assign(self.positions, slots, positions + 1)
         room = self.room
-        if not self._is_static:
+        if not self.is_static:
             named = range(self.num_slots) if slots is None else slots
             room = min(room, max(self._given[slot] for slot in named))
         return _Decode(self, self.spec.rotation(positions[:, None]), slots, positions, room)
@@ -132,7 +130,7 @@ class KVCache:
         """Return the keys and values ``[length, kv_heads, head_dim]`` of a slot's positions."""
         at = self.entries(torch.arange(begin, end, device=self.positions.device))
         keys, values = self.keys[layer][slot], self.values[layer][slot]
-        return keys.index_select(2, at).permute(2, 0, 1), values.index_select(1, at).transpose(0, 1)
+        return keys[:, at].transpose(0, 1), values[:, at].transpose(0, 1)
 
     def append(
         self,
@@ -141,17 +139,17 @@ class KVCache:
         position: int,
         key: Float[Tensor, "kv_heads head_dim"],
         value: Float[Tensor, "kv_heads head_dim"],
-    ) -> tuple[Float[Tensor, "kv_heads head_dim seen"], Float[Tensor, "kv_heads seen head_dim"]]:
+    ) -> tuple[Float[Tensor, "kv_heads seen head_dim"], Float[Tensor, "kv_heads seen head_dim"]]:
         """Store a position's key and value, and return all that the position sees, unordered."""
         window = self.spec.window
         keys, values = self.keys[layer][slot], self.values[layer][slot]
         at = position if window is None else position % window
-        keys.select(2, at).copy_(key)
+        keys.select(1, at).copy_(key)
         values.select(1, at).copy_(value)
         seen = position + 1
         if window is not None and seen >= window:
             return keys, values
-        return keys.narrow(2, 0, seen), values.narrow(1, 0, seen)
+        return keys.narrow(1, 0, seen), values.narrow(1, 0, seen)
 
     def store(self, layer: int, slot: int, begin: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values ``[length, kv_heads, head_dim]`` of a slot's new positions."""
@@ -162,7 +160,7 @@ class KVCache:
         self._allocate(keys)
         self._grow(begin + len(keys))
         at = self.entries(torch.arange(begin, begin + len(keys), device=keys.device))
-        self.keys[layer][slot][:, :, at] = keys.permute(1, 2, 0)
+        self.keys[layer][slot][:, at] = keys.transpose(0, 1)
         self.values[layer][slot][:, at] = values.transpose(0, 1)
 
     def entries(self, positions: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
@@ -174,11 +172,11 @@ class KVCache:
         if self.keys:
             return
         room = self.spec.window or FIRST_ROOM
-        shape = (self.num_slots, self.spec.kv_heads)
-        for _ in range(self.spec.num_layers):
-            # Zeros, because masked entries must be finite.
-            self.keys.append(like.new_zeros(*shape, self.spec.head_dim, room))
-            self.values.append(like.new_zeros(*shape, room, self.spec.head_dim))
+        shape = (self.num_slots, self.spec.kv_heads, room, self.spec.head_dim)
+        # Zeros, because masked entries must be finite.
+        self.keys, self.values = (
+            [like.new_zeros(shape) for _ in range(self.spec.num_layers)] for _ in range(2)
+        )
 
     def _grow(self, needed: int) -> None:
         """Make room for ``needed`` positions in every slot; ring buffers do not grow."""
@@ -186,7 +184,7 @@ class KVCache:
         if self.spec.window is not None or needed <= room:
             return
         more = max(needed, 2 * room) - room
-        self.keys = [functional.pad(keys, (0, more)) for keys in self.keys]
+        self.keys = [functional.pad(keys, (0, 0, 0, more)) for keys in self.keys]
         self.values = [functional.pad(values, (0, 0, 0, more)) for values in self.values]
 
     def reset(self, slot: int) -> None:
@@ -222,7 +220,7 @@ class KVCache:
             self._grow(source.room)
         room = source.room
         for layer in range(len(source.keys)):
-            self.keys[layer][slot, :, :, :room] = source.keys[layer][source_slot]
+            self.keys[layer][slot, :, :room] = source.keys[layer][source_slot]
             self.values[layer][slot, :, :room] = source.values[layer][source_slot]
 
 
@@ -277,21 +275,24 @@ class _OnePosition(NamedTuple):
 
     cache: KVCache
     factors: Complex[Tensor, "1 1 1 half"]
-    factor: Complex[Tensor, "1 half"]
-    """The same factors, without the first two axes."""
     slot: int
     position: int
     layer: int = 0
 
+    @property
+    def is_step(self) -> bool:
+        """Whether each row has one position, and numbers may be read on the host."""
+        return True
+
     def __getitem__(self, layer: int) -> "_OnePosition":  # pyright: ignore
-        return _OnePosition(self.cache, self.factors, self.factor, self.slot, self.position, layer)
+        return _OnePosition(self.cache, self.factors, self.slot, self.position, layer)
 
     def append(
         self,
         layer: int,
         key: Float[Tensor, "kv_heads head_dim"],
         value: Float[Tensor, "kv_heads head_dim"],
-    ) -> tuple[Float[Tensor, "kv_heads head_dim seen"], Float[Tensor, "kv_heads seen head_dim"]]:
+    ) -> tuple[Float[Tensor, "kv_heads seen head_dim"], Float[Tensor, "kv_heads seen head_dim"]]:
         """Store a layer's key and value, and return all that the position sees, unordered."""
         return self.cache.append(layer, self.slot, self.position, key, value)
 
@@ -304,7 +305,7 @@ class _OnePosition(NamedTuple):
         """Attend to the cache and the new position, and store its key and value."""
         seen_keys, seen_values = self.append(self.layer, keys[0, 0], values[0, 0])
         grouped = queries[0, 0].unflatten(0, (seen_keys.shape[0], -1))
-        scores = (grouped @ seen_keys).float() * queries.shape[-1] ** -0.5
+        scores = (grouped @ seen_keys.transpose(-2, -1)).float() * queries.shape[-1] ** -0.5
         mixed = scores.softmax(-1).to(values.dtype) @ seen_values
         return mixed.flatten(0, 1)[None, None]
 
@@ -319,6 +320,11 @@ class _Decode(NamedTuple):
     room: int
     """Entries that are attended to, in use or not."""
     layer: int = 0
+
+    @property
+    def is_step(self) -> bool:
+        """Whether each row has one position, and numbers may be read on the host."""
+        return not self.cache.is_static
 
     def __getitem__(self, layer: int) -> "_Decode":  # pyright: ignore
         return self._replace(layer=layer)
@@ -336,15 +342,15 @@ class _Decode(NamedTuple):
         if self.slots is not None:
             rows = torch.tensor(list(self.slots), device=keys.device)
         at = cache.entries(self.positions)
-        all_keys[rows, :, :, at] = keys[:, 0]
+        all_keys[rows, :, at] = keys[:, 0]
         all_values[rows, :, at] = values[:, 0]
-        seen_keys = select(all_keys, self.slots)[..., :room]
+        seen_keys = select(all_keys, self.slots)[:, :, :room]
         seen_values = select(all_values, self.slots)[:, :, :room]
         # Entries are filled in order; when a ring buffer is full, all are within the window.
         index = torch.arange(room, device=keys.device)
         is_seen = index <= self.positions[:, None]
         grouped = queries[:, 0].unflatten(1, (cache.spec.kv_heads, -1))
-        scores = (grouped @ seen_keys).float() * queries.shape[-1] ** -0.5
+        scores = (grouped @ seen_keys.transpose(-2, -1)).float() * queries.shape[-1] ** -0.5
         weights = scores.masked_fill(~is_seen[:, None, None], float("-inf")).softmax(-1)
         return (weights.to(values.dtype) @ seen_values).flatten(1, 2)[:, None]
 

@@ -218,14 +218,14 @@ class PagedCache(KVCache):
         position: int,
         key: Float[Tensor, "kv_heads head_dim"],
         value: Float[Tensor, "kv_heads head_dim"],
-    ) -> tuple[Float[Tensor, "kv_heads head_dim seen"], Float[Tensor, "kv_heads seen head_dim"]]:
+    ) -> tuple[Float[Tensor, "kv_heads seen head_dim"], Float[Tensor, "kv_heads seen head_dim"]]:
         """Store a position's key and value, and return all that the position sees."""
         keys, values = self._pages.keys[layer], self._pages.values[layer]
         at = self._tables[slot][position // PAGE] * PAGE + position % PAGE
         keys.select(1, at).copy_(key)
         values.select(1, at).copy_(value)
         entries = self._entries(slot, 0, position + 1)
-        return keys[:, entries].transpose(1, 2), values[:, entries]
+        return keys[:, entries], values[:, entries]
 
     def _entries(self, slot: int, begin: int, end: int) -> slice | Int[Tensor, " length"]:
         """Return where positions of a slot are: a slice if their pages are neighbours."""
@@ -283,6 +283,11 @@ class _PagedDecode(NamedTuple):
     at: Int[Tensor, " slots"]
     """Entry of the new position of each slot."""
     layer: int = 0
+
+    @property
+    def is_step(self) -> bool:
+        """Whether each row has one position, and numbers may be read on the host."""
+        return True
 
     def __getitem__(self, layer: int) -> "_PagedDecode":  # pyright: ignore
         return self._replace(layer=layer)

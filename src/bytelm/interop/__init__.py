@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bytelm import codec, cpu
+from bytelm import codec
 from bytelm.checkpoint import (
     MODEL,
     SCORER,
     CheckpointConfig,
     check_finite,
-    set_precision,
+    make_ready,
     write_config,
 )
 from bytelm.config import BLTConfig, ModelDescription, TransformerConfig
@@ -67,8 +67,7 @@ class _Imported(NamedTuple):
         self.blt.fill(self.module.blt)
         if self.scorer is not None:
             self.scorer.fill(_scorer_transformer(self.module))
-        set_precision(self.module, "auto")
-        return LanguageModel(cpu.fuse(self.module.eval().requires_grad_(False)), self.config)
+        return LanguageModel(make_ready(self.module, "auto"), self.config)
 
     def convert(self, out: Path) -> CheckpointConfig:
         """Write a checkpoint, tensor by tensor, in the precision of the files."""

@@ -1,0 +1,162 @@
+"""Weights as integers of 8 bits, for decoding on a CPU, which is bound by reading weights.
+
+A matrix ``W`` is kept as ``scale * Q``, with an integer ``Q`` in -127..127 and a scale for each
+output, ``max |W| / 127``; activations and sums stay in fp32. Products with few rows run in a kernel
+that widens the integers in registers, so a byte reads a quarter of the memory. Each row is computed
+by itself: results do not depend on the size of a batch. Products with many rows, as of prompts, are
+bound by arithmetic: they widen the matrix first.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bytelm.errors import ConfigError
+
+TILE = 64
+"""Outputs that are computed at once."""
+MIN_SIZE = 2**15
+"""Entries from which a matrix is worth quantising."""
+MAX_ROWS = 32
+"""Rows up to which the kernel is used."""
+
+
+class Int8Weight:
+    """A quantised matrix ``[outputs, inputs]`` on the CPU.
+
+    Args:
+        tiles: the integers, in tiles of outputs.
+        scale: scale of each output.
+    """
+
+    def __init__(
+        self, tiles: Int[Tensor, "tiles inputs tile"], scale: Float[Tensor, " outputs"]
+    ) -> None:
+        self.shape = (len(scale), tiles.shape[1])
+        self.is_cpu = True
+        self._tiles, self._scale = tiles, scale
+        self._arrays = tiles.numpy(), scale.numpy()
+
+    def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """Return ``x @ W.T``."""
+        if len(x) > MAX_ROWS:
+            return x @ self.widen()
+        out = x.new_empty(len(x), self.shape[0])
+        self.multiplication(x.contiguous(), out)()
+        return out
+
+    def multiplication(
+        self, x: Float[Tensor, "rows inputs"], out: Float[Tensor, "rows outputs"]
+    ) -> Callable[[], None]:
+        """Return a function that writes ``x @ W.T`` to ``out``, with whatever ``x`` then holds."""
+        kernel, arguments = _kernel(), (x.detach().numpy(), *self._arrays, out.numpy())
+        return lambda: kernel(*arguments)
+
+    def widen(self) -> Float[Tensor, "inputs outputs"]:
+        """Return the transposed matrix in fp32."""
+        columns = self._tiles.transpose(0, 1).flatten(1)[:, : len(self._scale)]
+        return columns.float().mul_(self._scale)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose matrix is quantised; for inference on a CPU."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1) / 127
+        integers = (weight / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        padded = nn.functional.pad(integers, (0, 0, 0, -len(integers) % TILE))
+        self.register_buffer("tiles", padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous())
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+        self.out_features, self.in_features = weight.shape
+
+    @property
+    def matrix(self) -> Int8Weight:
+        """The matrix."""
+        tensors: Any = (self.tiles, self.scale)
+        return Int8Weight(*tensors)
+
+    def forward(self, x: Float[Tensor, "*shape inputs"]) -> Float[Tensor, "*shape outputs"]:
+        out = self.matrix(x.reshape(-1, self.in_features).float()).view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def quantize(model: nn.Module) -> None:
+    """Quantise the linear layers of a model's blocks and its wide projections, in place.
+
+    Embeddings and the layer that computes the logits stay as they are. Fuse the model afterwards.
+
+    Raises:
+        ConfigError: the model is not on the CPU, or ``numba`` is not installed.
+    """
+    if any(not parameter.is_cpu for parameter in model.parameters()):
+        raise ConfigError("precision 'int8' is for the CPU: use another one, or device 'cpu'")
+    _kernel()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            # A subclass may compute something else.
+            is_plain = type(child) is nn.Linear and name != "output"
+            if is_plain and child.get_parameter("weight").numel() >= MIN_SIZE:
+                setattr(module, name, Int8Linear(child))
+
+
+@cache
+def _kernel() -> Callable[..., None]:
+    """Compile the product of a few rows with a quantised matrix."""
+    try:
+        import numba
+    except ImportError:
+        raise ConfigError(
+            "precision 'int8' needs the package numba: pip install 'bytelm[int8]'"
+        ) from None
+
+    @numba.njit(fastmath=True, nogil=True, cache=True, boundscheck=False)
+    def multiply(x: Any, tiles: Any, scale: Any, out: Any) -> None:
+        rows, inputs = x.shape
+        outputs = len(scale)
+        # Rows in fours, so that an integer is widened once for all four.
+        a, b, c, d = (
+            np.empty(TILE, np.float32),
+            np.empty(TILE, np.float32),
+            np.empty(TILE, np.float32),
+            np.empty(TILE, np.float32),
+        )
+        for tile in range(len(tiles)):
+            weights = tiles[tile]
+            begin = tile * TILE
+            size = min(TILE, outputs - begin)
+            row = 0
+            while row + 4 <= rows:
+                a[:], b[:], c[:], d[:] = 0, 0, 0, 0
+                for k in range(inputs):
+                    xa, xb, xc, xd = x[row, k], x[row + 1, k], x[row + 2, k], x[row + 3, k]
+                    for n in range(TILE):
+                        weight = np.float32(weights[k, n])
+                        a[n] += xa * weight
+                        b[n] += xb * weight
+                        c[n] += xc * weight
+                        d[n] += xd * weight
+                for n in range(size):
+                    out[row, begin + n] = a[n] * scale[begin + n]
+                    out[row + 1, begin + n] = b[n] * scale[begin + n]
+                    out[row + 2, begin + n] = c[n] * scale[begin + n]
+                    out[row + 3, begin + n] = d[n] * scale[begin + n]
+                row += 4
+            while row < rows:
+                a[:] = 0
+                for k in range(inputs):
+                    xa = x[row, k]
+                    for n in range(TILE):
+                        a[n] += xa * np.float32(weights[k, n])
+                for n in range(size):
+                    out[row, begin + n] = a[n] * scale[begin + n]
+                row += 1
+
+    return multiply
