@@ -117,8 +117,8 @@ def _kernel() -> Callable[..., None]:
             "precision 'int8' needs the package numba: pip install 'bytelm[int8]'"
         ) from None
 
-    @numba.njit(fastmath=True, nogil=True, cache=True, boundscheck=False)
-    def multiply(x: Any, tiles: Any, scale: Any, out: Any) -> None:
+    # Without annotations: numba compiles the function itself, not one that checks types.
+    def multiply(x, tiles, scale, out):  # noqa: ANN001, ANN202  # pyright: ignore
         rows, inputs = x.shape
         outputs = len(scale)
         # Rows in fours, so that an integer is widened once for all four.
@@ -159,4 +159,8 @@ def _kernel() -> Callable[..., None]:
                     out[row, begin + n] = a[n] * scale[begin + n]
                 row += 1
 
-    return multiply
+    options: dict[str, Any] = {"fastmath": True, "nogil": True, "boundscheck": False}
+    try:
+        return numba.njit(**options, cache=True)(multiply)
+    except RuntimeError:  # no folder for what is compiled can be written to
+        return numba.njit(**options)(multiply)
