@@ -176,6 +176,38 @@ def test_logprobs_are_those_of_the_model(client, server):
         offset += len(decoder.decode(bytes([byte])))
 
 
+def test_echoed_prompts_have_logprobs_too(client, server):
+    """Evaluation harnesses ask so for the likelihood of a text."""
+    prompt = "so wie é 日".encode()
+    options = {"model": "tiny", "prompt": [list(prompt), "b"], "echo": True, "logprobs": 2}
+    found = client.completions.create(**options, max_tokens=0)
+    whole = client.completions.create(**options, max_tokens=5, seed=1)
+    for choice, text in zip(found.choices, (prompt, b"b"), strict=True):
+        assert as_bytes(choice) == text
+        assert choice.text == text.decode()
+        assert choice.logprobs.text_offset == [
+            len(text[:at].decode("utf-8", "ignore")) for at in range(len(text))
+        ]
+        continued = whole.choices[choice.index].logprobs
+        assert continued.token_logprobs[: len(text)] == choice.logprobs.token_logprobs
+        assert continued.top_logprobs[: len(text)] == choice.logprobs.top_logprobs
+        assert len(continued.text_offset) == len(text) + 5
+    # What the model generates has the log-probabilities that it has as a prompt.
+    generated = client.completions.create(
+        model="tiny", prompt=list(prompt), max_tokens=8, seed=4, logprobs=3
+    ).choices[0]
+    text = prompt + as_bytes(generated)
+    echoed = client.completions.create(
+        model="tiny", prompt=list(text), max_tokens=0, echo=True, logprobs=3
+    ).choices[0]
+    own = generated.logprobs.token_logprobs
+    assert echoed.logprobs.token_logprobs[len(prompt) :] == pytest.approx(own, abs=1e-4)
+    for one, other in zip(
+        echoed.logprobs.top_logprobs[len(prompt) :], generated.logprobs.top_logprobs, strict=True
+    ):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
 def test_traces_say_what_the_rule_saw(server):
     prompt = b"trace me"
     found = post(server, prompt=prompt.decode(), max_tokens=30, seed=4, extra=None, trace=True)

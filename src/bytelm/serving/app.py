@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bytelm.serving.completions import CompletionWriter, engine_requests
 from bytelm.serving.errors import JSON, ApiError, ClientGoneError, add_handlers
 from bytelm.serving.limits import Gate, deadline, while_connected
 from bytelm.serving.metrics import Measured, Metrics
+from bytelm.serving.prompts import prompt_choices
 from bytelm.serving.schemas import (
     Completion,
     CompletionRequest,
@@ -26,13 +28,16 @@ from bytelm.serving.schemas import (
     PatchesRequest,
     PatchesResponse,
 )
-from bytelm.serving.segmentation import Segmenter
+from bytelm.serving.segmentation import check_length, patches_response
 from bytelm.serving.settings import Settings
+from bytelm.serving.sidework import Sidework
 from bytelm.serving.worker import Answers, EngineLike, Worker
 from bytelm.version import __version__
 
 PAGE = Path(__file__).parent / "page"
 """Folder of the page at ``/``: its files are served under their names, ``index.html`` at ``/``."""
+UNREAD_SECONDS = 5.0
+"""Seconds after the end of a request in which its client can still read what is left."""
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
@@ -78,7 +83,7 @@ def create_app(
 
 
 class Server:
-    """What the endpoints share: the model, the engine's thread, the thread for patches."""
+    """What the endpoints share: the model, the engine's thread, the thread for work on texts."""
 
     def __init__(self, lm: LanguageModel, settings: Settings, engine: EngineLike | None) -> None:
         self.lm, self.settings, self.metrics = lm, settings, Metrics()
@@ -87,7 +92,7 @@ class Server:
                 lm.module, settings.num_slots, max_document_bytes=settings.max_document_bytes
             )
         self.worker = Worker(engine, settings.max_open, self.metrics.on_step)
-        self.segmenter = Segmenter(lm, settings.name, settings.max_document_bytes)
+        self.sidework = Sidework()
         self.metrics.watch(lambda: self.worker.stats)
         self._created = int(time.time())
 
@@ -96,7 +101,7 @@ class Server:
         """Run the threads while the application runs."""
         self.worker.start()
         yield
-        self.segmenter.close()
+        self.sidework.close()
         await self.worker.stop()
 
     @property
@@ -138,6 +143,9 @@ class Server:
         try:
             async with deadline(ends):
                 await while_connected(request.receive, answers.accepted)
+                if body.echo and body.logprobs is not None:
+                    work = partial(prompt_choices, self.lm, body.prompt, body.logprobs)
+                    writer.read(await while_connected(request.receive, self.sidework.run(work)))
                 if not body.stream:
                     whole = await while_connected(request.receive, writer.whole(answers))
                     return Response(whole, media_type="application/json")
@@ -145,6 +153,15 @@ class Server:
             answers.cancel()
             raise
         return EventStream(writer, answers, ends)
+
+    async def patch(self, body: PatchesRequest, request: Request) -> Response:
+        """Answer a request for the patches of a text."""
+        self.check_model(body.model)
+        check_length(body.text, self.settings.max_document_bytes)
+        work = partial(patches_response, self.lm, self.settings.name, body)
+        async with deadline(time.monotonic() + self.settings.timeout):
+            found = await while_connected(request.receive, self.sidework.run(work))
+        return Response(found, media_type="application/json")
 
 
 class EventStream(Response):
@@ -162,7 +179,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._send(send))
-        except (ClientGoneError, OSError):
+        except (ClientGoneError, OSError):  # TimeoutError is an OSError
             pass
         finally:
             self._answers.cancel()
@@ -170,7 +187,9 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._writer.events(self._answers, self._ends):
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            # A client that does not read what it asked for is left at some time.
+            async with deadline(self._ends + UNREAD_SECONDS):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -183,10 +202,7 @@ def _add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/patches", response_model=PatchesResponse, responses=ERRORS)
     async def patches(body: PatchesRequest, request: Request) -> Response:
         """Cut a text into patches."""
-        server.check_model(body.model)
-        async with deadline(time.monotonic() + server.settings.timeout):
-            found = await while_connected(request.receive, server.segmenter.patches(body))
-        return Response(found, media_type="application/json")
+        return await server.patch(body, request)
 
     @app.get("/v1/models", response_model=ModelList, responses=ERRORS)
     async def models() -> Response:

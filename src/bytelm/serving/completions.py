@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from bytelm import codec
@@ -68,6 +68,8 @@ class ChoiceWriter:
 
     def __init__(self, index: int, prompt: bytes, body: CompletionRequest) -> None:
         self.index = index
+        self.prompt_choices: list[Choice] = []
+        """The bytes of the prompt, if it is to be echoed with log-probabilities."""
         self.num_bytes = 0
         """Bytes generated so far."""
         self._prompt, self._body = prompt, body
@@ -80,8 +82,10 @@ class ChoiceWriter:
     def begin(self) -> dict[str, Any]:
         """Return the first piece: the prompt if it is to be echoed, else nothing."""
         prompt = self._prompt if self._body.echo else b""
-        self._offset = len(self._offsets.feed(prompt))
-        return self._piece(self._decoder.feed(prompt), [], None)
+        piece = self._piece(self._decoder.feed(prompt), self.prompt_choices, None)
+        if self._body.trace:
+            piece["trace"] = []
+        return piece
 
     def add(self, part: Generated) -> dict[str, Any]:
         """Return the piece that a part makes."""
@@ -171,6 +175,11 @@ class CompletionWriter:
             ChoiceWriter(index, body.prompt[index // n], body)
             for index in range(len(body.prompt) * n)
         ]
+
+    def read(self, prompts: Mapping[bytes, list[Choice]]) -> None:
+        """Add what is known about the bytes of the prompts."""
+        for index, choice in enumerate(self._choices):
+            choice.prompt_choices = prompts[self._body.prompt[index // self._body.num_choices]]
 
     @property
     def usage(self) -> dict[str, int]:

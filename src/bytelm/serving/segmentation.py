@@ -1,82 +1,54 @@
 """The patches of a text, with what they cost, for ``POST /v1/patches``."""
 
-import asyncio
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 from bytelm.accounting import break_down
 from bytelm.config import CalibratedPatching
 from bytelm.errors import ConfigError
 from bytelm.language_model import LanguageModel, PatchedText
-from bytelm.serving.errors import ApiError, QueueFullError
+from bytelm.progress import ignore
+from bytelm.serving.errors import ApiError
 from bytelm.serving.schemas import PatchesRequest
 
-MAX_WAITING = 32
-"""Most texts that are patched or waiting."""
+
+def check_length(text: bytes, max_bytes: int) -> None:
+    """Check that a text is short enough.
+
+    Raises:
+        ApiError: it is too long.
+    """
+    if len(text) > max_bytes:
+        raise ApiError(
+            400,
+            f"a text of {len(text):,} bytes is over the limit of {max_bytes:,}: send it in parts",
+            param="text",
+            code="context_length_exceeded",
+        )
 
 
-class Abandoned(Exception):
-    """Raised in the thread when no one waits for the patches any more."""
-
-
-class Segmenter:
-    """Thread that cuts texts into patches, one after the other.
+def patches_response(
+    lm: LanguageModel, name: str, body: PatchesRequest, report: Callable[[int], None] = ignore
+) -> bytes:
+    """Return the response to a request for patches, as JSON.
 
     Args:
         lm: the model.
-        name: its name in responses.
-        max_bytes: longest text.
+        name: its name.
+        body: the request.
+        report: called with the number of bytes scored so far.
+
+    Raises:
+        ConfigError: the rule does not exist, or needs what the model lacks.
+        PatchingError: the rule has no threshold.
     """
-
-    def __init__(self, lm: LanguageModel, name: str, max_bytes: int) -> None:
-        self._lm, self._name, self._max_bytes = lm, name, max_bytes
-        self._pool = ThreadPoolExecutor(1, "bytelm-patches")
-        self._num_open = 0
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def patches(self, body: PatchesRequest) -> bytes:
-        """Return the response to a request, as JSON.
-
-        Raises:
-            ApiError: the text is too long.
-            QueueFullError: too many texts are waiting.
-            BytelmError: the rule does not exist, or needs what the model lacks.
-        """
-        if len(body.text) > self._max_bytes:
-            raise ApiError(
-                400,
-                f"a text of {len(body.text):,} bytes is over the limit of {self._max_bytes:,}: "
-                "send it in parts",
-                param="text",
-                code="context_length_exceeded",
-            )
-        if self._num_open >= MAX_WAITING:
-            raise QueueFullError
-        self._num_open += 1
-        abandoned = threading.Event()
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._pool, self._respond, body, abandoned)
-        finally:
-            abandoned.set()
-            self._num_open -= 1
-
-    def _respond(self, body: PatchesRequest, abandoned: threading.Event) -> bytes:
-        def check(done: int) -> None:
-            if abandoned.is_set():
-                raise Abandoned
-
-        check(0)
-        names = ("threshold", "increase", "length", "max_length")
-        options = {name: getattr(body, name) for name in names}
-        given = {name: value for name, value in options.items() if value is not None}
-        patched = self._lm.patch(body.text, body.rule, report=check, **given)
-        return json.dumps(describe(self._lm, self._name, patched), allow_nan=False).encode()
+    report(0)
+    names = ("threshold", "increase", "length", "max_length")
+    options = {option: getattr(body, option) for option in names}
+    given = {option: value for option, value in options.items() if value is not None}
+    patched = lm.patch(body.text, body.rule, report=report, **given)
+    return json.dumps(describe(lm, name, patched), allow_nan=False).encode()
 
 
 def describe(lm: LanguageModel, name: str, patched: PatchedText) -> dict[str, Any]:
