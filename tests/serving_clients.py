@@ -74,8 +74,8 @@ def running(lm=None, engine=None, **settings):
 class ScriptedEngine:
     """Engine whose requests count up; steps can be slow, fail, or fail single requests."""
 
-    def __init__(self, seconds=0.0):
-        self.seconds = seconds
+    def __init__(self, seconds=0.0, size=1):
+        self.seconds, self.size = seconds, size
         self.failures: list[Exception] = []
         """Exceptions that the next steps raise."""
         self.fail_tickets: dict[int, Exception] = {}
@@ -107,7 +107,7 @@ class ScriptedEngine:
                 continue
             entry[1] = done + 1
             finish = "length" if done + 1 >= request.max_bytes else None
-            events.append(Event(ticket, Generated(b"%d" % (done % 10), finish)))
+            events.append(Event(ticket, Generated(b"%d" % (done % 10) * self.size, finish)))
             if finish:
                 del self.open[ticket]
         return events

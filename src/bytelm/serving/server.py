@@ -16,6 +16,7 @@ from bytelm.stopping import SIGNALS
 
 BACKLOG = 2048
 UNREAD_SECONDS = 5
+"""Seconds in which clients can read that their requests were ended."""
 GRACE_SECONDS = 60
 """Longest time to finish the requests that are in progress when the server is stopped."""
 
@@ -62,7 +63,6 @@ def serve(app: FastAPI, listening: socket.socket, grace_seconds: int = GRACE_SEC
         server_header=False,
         proxy_headers=False,
         ws="none",
-        # For clients that do not even read that their requests were ended.
         timeout_graceful_shutdown=grace_seconds + UNREAD_SECONDS,
     )
     with _signals_end_normally():
