@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import re
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,7 +14,7 @@ from builders import random_byte_lm
 from bytelm import codec
 from bytelm.inference import GREEDY, Generated, Sampling, generate
 from bytelm.serving.completions import ChoiceWriter, engine_requests
-from bytelm.serving.schemas import CompletionRequest
+from bytelm.serving.schemas import CompletionRequest, PatchesRequest
 from serving_clients import running, stream_chunks
 
 
@@ -449,6 +451,40 @@ def test_pages_of_other_origins_may_use_the_server_only_if_allowed(server):
         refused = httpx.post(other.url + url, headers={"Origin": "https://a.example"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://a.example"
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+
+
+def test_the_examples_of_the_page_work(capsys):
+    with running(name="blt") as server:
+
+        def here(text):
+            return text.replace("http://127.0.0.1:8000", server.url)
+
+        (code,) = re.findall("```python\n(.*?)```", PAGE, re.DOTALL)
+        names: dict = {}
+        exec(here(code), names)
+        names["client"].close()
+        assert "'begins_patch':" in capsys.readouterr().out
+        requests = re.findall(r"curl (\S+) .*\n  -d '(.*)'", PAGE)
+        assert len(requests) == 2
+        for url, body in requests:
+            found = httpx.post(here(url), json=json.loads(body))
+            assert found.status_code == 200, found.text
+
+
+def test_the_page_names_every_option_field_and_metric(run, server):
+    options = re.findall(r"--[a-z-]+", " ".join(run("serve", "--help")[1].split()))
+    fields = {*CompletionRequest.model_fields, *PatchesRequest.model_fields} - {"model"}
+    metrics = re.findall(
+        r"# TYPE (bytelm_\w+?)(?:_created)? ", server.server.metrics.text().decode()
+    )
+    shortened = {name.rsplit("_", 1)[1] for name in re.findall(r"`(_\w+)`", PAGE)}
+    for name in {*options, *fields} - {"--help"}:
+        assert name.removesuffix("-") in PAGE, name
+    for name in metrics:
+        assert name in PAGE or name.removesuffix("_total").rsplit("_", 1)[1] in shortened, name
 
 
 def test_metrics(server):
