@@ -16,7 +16,7 @@ import pytest
 import schemathesis
 
 from bytelm.errors import ConfigError
-from bytelm.inference import Sampling, generate
+from bytelm.inference import Engine, Sampling, generate
 from bytelm.serving import app, listen
 from serving_clients import ScriptedEngine, running, sse, stream_chunks, tiny_lm
 
@@ -54,7 +54,14 @@ def test_clients_that_disconnect_free_their_slots_within_a_step(lm, stream):
         assert found.json()["choices"][0]["text"] == "012"
 
 
-def test_clients_that_disconnect_while_they_wait_leave_the_queue(lm):
+def test_clients_that_disconnect_while_they_wait_leave_the_queue(lm, monkeypatch):
+    step = Engine.step
+
+    def slow_step(engine):
+        time.sleep(0.02)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow_step)
     # With this seed the first client's document does not end before.
     body = {"prompt": "a", "max_tokens": 300, "seed": 28, "stream": True}
     with (
