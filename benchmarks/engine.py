@@ -114,9 +114,10 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
         same = sum(one[: load.new_bytes] == other[: load.new_bytes] for one, other in both)
         if settings.precision == "float32":
             assert 2 * same > len(both), f"{same} of {len(both)} texts of {name} are the same"
-        measurements.append(
-            {"subject": name, "requests": count, "same": [same, len(both)], "samples": of_subject}
-        )
+        measurement = {"subject": name, "requests": count, "same": [same, len(both)]}
+        # While prompts are read, requests whose prompts have been read go on.
+        measurement["bytes"] = sum(map(len, texts[name]))
+        measurements.append({**measurement, "samples": of_subject})
     report("engine: first bytes")
     return {
         "prompt_bytes": load.prompt_bytes,

@@ -228,7 +228,8 @@ def _engine(results: Section) -> list[str]:
                 scale = count / sessions["requests"]
                 pairs = pair_ratio(samples["steps"], sessions["samples"]["steps"], clock, scale)
                 ours, theirs = (_whole(each["samples"], clock) for each in (one, sessions))
-                cells += [ratio(pairs), ratio(pair_ratio(ours, theirs, clock, scale))]
+                of_all = one["bytes"] / sessions["bytes"]
+                cells += [ratio(pairs), ratio(pair_ratio(ours, theirs, clock, of_all))]
             rows.append(cells + [""] * (5 - len(cells)))
         heads = ["subject", "bytes/s", "prompts", "times the sessions", "prompts included"]
         parts.append(f"{_title(clock)}:\n\n{table(heads, rows)}")
@@ -236,7 +237,8 @@ def _engine(results: Section) -> list[str]:
     intro = (
         f"{new_bytes} bytes after prompts of {results['prompt_bytes']}, of which the sessions have "
         f"{sessions['requests']}, in patches of {results['patch_size']:.2f}. Rates are of the "
-        "steps after the prompts, all requests under way, at the fastest. Texts equal those of "
+        "steps after the prompts, all requests under way, at the fastest; "
+        "with the prompts go the bytes made while they were read. Texts equal those of "
         f"the sessions: {same}."
     )
     return [intro, *parts, _first_bytes(results["first_bytes"])]

@@ -94,6 +94,7 @@ EXAMPLES = {
                 "subject": name,
                 "requests": requests,
                 "same": [2, 2],
+                "bytes": requests * 65,
                 "samples": {"prompts": samples(1.0), "steps": samples(steps)},
             }
             for name, requests, steps in (("sessions", 2, 4.0), ("16", 16, 8.0))
