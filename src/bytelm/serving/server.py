@@ -17,6 +17,9 @@ from bytelm.stopping import SIGNALS
 BACKLOG = 2048
 UNREAD_SECONDS = 5
 """Seconds in which clients can read that their requests were ended."""
+KEEP_ALIVE_SECONDS = 75
+"""Seconds after which idle connections are closed: clients should do it first, since a request that
+arrives at that moment is lost."""
 GRACE_SECONDS = 60
 """Longest time to finish the requests that are in progress when the server is stopped."""
 
@@ -63,6 +66,7 @@ def serve(app: FastAPI, listening: socket.socket, grace_seconds: int = GRACE_SEC
         server_header=False,
         proxy_headers=False,
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=grace_seconds + UNREAD_SECONDS,
     )
     with _signals_end_normally():
