@@ -12,10 +12,14 @@ import torch
 
 from builders import random_byte_lm
 from bytelm import codec
+from bytelm.checkpoint import CheckpointConfig
+from bytelm.config import TransformerConfig
 from bytelm.inference import GREEDY, Generated, Sampling, generate
+from bytelm.language_model import LanguageModel
 from bytelm.serving.completions import ChoiceWriter, engine_requests
 from bytelm.serving.schemas import CompletionRequest, PatchesRequest
 from serving_clients import running, stream_chunks
+from test_tokens import token_model
 
 
 @pytest.fixture(scope="module")
@@ -299,10 +303,6 @@ def test_wrong_requests_for_patches(server, body, message):
 
 
 def test_models_without_patches_are_served_too():
-    from bytelm.checkpoint import CheckpointConfig
-    from bytelm.config import TransformerConfig
-    from bytelm.language_model import LanguageModel
-
     module = random_byte_lm()
     config = TransformerConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, window=8)
     lm = LanguageModel(module, CheckpointConfig(model=config))
@@ -315,6 +315,23 @@ def test_models_without_patches_are_served_too():
         assert found["global_steps"] is None
         assert found["flops_per_byte"] > 0
         assert post(server, "/v1/patches", text="some text").status_code == 400
+
+
+def test_token_models_are_served_too():
+    module = token_model().eval()
+    model = TransformerConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, vocab_size=300)
+    config = CheckpointConfig(model=model, tokens=True)
+    with running(LanguageModel(module, config)) as server:
+        body = {"prompt": "a cat", "max_tokens": 30, "seed": 1, "logprobs": 1, "echo": True}
+        found = post(server, **body, trace=True).json()
+        (choice,) = found["choices"]
+        data = bytes(choice["logprobs"]["bytes"])
+        expected = alone(server, b"a cat", 30, Sampling(1.0, seed=1))
+        assert data[:5] == b"a cat"
+        assert data[5:].startswith(expected)  # the last token may be cut
+        assert bytes(one["byte"] for one in choice["trace"]) == data[5:]
+        assert choice["text"] == (b"a cat" + expected).decode("utf-8", "replace")
+        assert len(choice["logprobs"]["tokens"]) < len(data)
 
 
 @pytest.mark.parametrize(
