@@ -36,7 +36,8 @@ BAD = [math.nan, math.inf, -math.inf]
 
 def poison(tensor, value, index=-1):
     with torch.no_grad():
-        tensor.view(-1)[index] = value
+        # Not a view: weights may be stored by columns.
+        tensor.put_(torch.tensor(index % tensor.numel()), torch.tensor(value, dtype=tensor.dtype))
 
 
 @pytest.fixture

@@ -211,6 +211,30 @@ class KVCache:
             for tensor, entries in pairs:
                 tensor[slot] = entries
 
+    def mark(self, slot: int, length: int) -> "Snapshot":
+        """Return a snapshot of a slot that only undoes its next ``length`` positions.
+
+        There must be fewer of them than a ring has entries.
+        """
+        if self.spec.window is None or not self.keys:
+            return Snapshot(self.positions[slot].clone(), self._given[slot], [])
+        begin = int(self._host[slot])
+        at = self.entries(torch.arange(begin, begin + length, device=self.positions.device))
+        entries = [tensor[slot][:, at] for tensor in (*self.keys, *self.values)]
+        return Snapshot(self.positions[slot].clone(), self._given[slot], entries)
+
+    def truncate(self, slot: int, mark: "Snapshot", kept: int) -> None:
+        """Undo the positions since a mark, but for the first ``kept``."""
+        self.positions[slot] = mark.position + kept
+        self._given[slot] = mark.given + kept
+        if not mark.entries:
+            return
+        begin, length = int(mark.position), mark.entries[0].shape[1]
+        at = torch.arange(begin + kept, begin + length, device=self.positions.device)
+        pairs = zip([*self.keys, *self.values], mark.entries, strict=True)
+        for tensor, entries in pairs:
+            tensor[slot][:, self.entries(at)] = entries[:, kept:]
+
     def copy(self, source: "KVCache", source_slot: int, slot: int) -> None:
         """Copy the document of another slot."""
         self.positions[slot] = source.positions[source_slot]

@@ -93,6 +93,11 @@ class Continuation:
         """All ids sampled so far; the last one may not be fed yet."""
         self.has_ended = False
 
+    @property
+    def num_left(self) -> int:
+        """Bytes that may still be generated."""
+        return self._left
+
     def begin(self) -> Iterator[Generated]:
         """Yield the only part of a continuation of no bytes."""
         if self._left == 0:

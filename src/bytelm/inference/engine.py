@@ -21,7 +21,8 @@ from bytelm.inference.pages import PAGE, MemoryFullError, PagedMemory
 from bytelm.inference.prefixes import MIN_SHARED, Prefixes, shared_length
 from bytelm.inference.requests import Event, FairQueue, Job, Request, RequestTooLongError, Stats
 from bytelm.inference.session import Decodable
-from bytelm.inference.states import DecodingState
+from bytelm.inference.speculation import Speculation
+from bytelm.inference.states import DecodingState, PatchedState
 
 IDLE_FACTOR = 4
 """How many times the ids of prompts are read in a step in which nothing is decoded."""
@@ -63,6 +64,8 @@ class Engine:
         num_kept: slots for prompts that are read, and for beginnings that are kept.
         prefill_ids: ids of prompts that are read in a step.
         strategy: how single ids are run; see :data:`bytelm.inference.Strategy`.
+        speculate: let the decoder of a BLT draft bytes of a request that is alone, as many as are
+            measured to pay (:mod:`.speculation`); its answer stays the same.
 
     Raises:
         ConfigError: a number is too small.
@@ -78,6 +81,7 @@ class Engine:
         num_kept: int = 16,
         prefill_ids: int = 256,
         strategy: Strategy = "auto",
+        speculate: bool = False,
     ) -> None:
         longest = max_document_bytes + PAGE  # BOS, and the rest of a page
         if num_positions is None:
@@ -96,6 +100,9 @@ class Engine:
         self._memory = PagedMemory(num_positions)
         self._state = model.new_state(num_slots, strategy, self._memory)
         self._prefixes = Prefixes(model.new_state(num_kept, strategy, self._memory))
+        self._speculation = None
+        if speculate and isinstance(self._state, PatchedState) and not self._state.is_captured:
+            self._speculation = Speculation(self._state)
         self._queue = FairQueue()
         self._reading: list[Reading] = []
         # The first slots of the state, in this order: neighbours are read without copies.
@@ -158,6 +165,8 @@ class Engine:
             num_preempted=self._preempted,
             pages_used=self._memory.num_pages - self._memory.num_free,
             num_pages=self._memory.num_pages,
+            num_drafted=self._speculation.num_drafted if self._speculation else 0,
+            num_accepted=self._speculation.num_accepted if self._speculation else 0,
         )
 
     def forget(self) -> None:
@@ -284,12 +293,13 @@ class Engine:
     # Decoding
 
     def _decode(self, events: list[Event]) -> None:
-        logits = self._decode_all(events)
-        if logits is None:
-            return
-        predictions = self._predictions(self._state, logits)
-        for job, prediction in zip(self._decoding, predictions, strict=True):
-            self._choose(job, prediction, events)
+        if not self._speculate(events):
+            logits = self._decode_all(events)
+            if logits is None:
+                return
+            predictions = self._predictions(self._state, logits)
+            for job, prediction in zip(self._decoding, predictions, strict=True):
+                self._choose(job, prediction, events)
         ended = [slot for slot, job in enumerate(self._decoding) if job.continuation.has_ended]
         for slot in ended:
             # The last id was not fed.
@@ -297,13 +307,36 @@ class Engine:
             self._prefixes.keep_copy(self._state, slot, ids)
         self._leave(ended)
 
+    def _speculate(self, events: list[Event]) -> bool:
+        """Draft and verify bytes of a request that is alone; return whether any were."""
+        speculation = self._speculation
+        if speculation is None or len(self._decoding) != 1 or self._reading:
+            return False
+        job = self._decoding[0]
+        length = min(speculation.lengths.begin(), job.continuation.num_left)
+        if length == 1:
+            return False
+        try:
+            speculation.run(
+                job.continuation, length, lambda prediction: self._choose(job, prediction, events)
+            )
+        except MemoryFullError:
+            return False
+        except Exception as error:
+            job.continuation.has_ended = True
+            events.append(Event(job.ticket, None, error))
+        return True
+
     def _decode_all(self, events: list[Event]) -> Tensor | None:
         """Feed the last id of every running request; return the logits, if any go on."""
         while self._decoding:
             last = [job.continuation.chosen[-1] for job in self._decoding]
             ids = torch.tensor(last, device=self._model.device)
             try:
-                return self._state.decode(ids, range(len(last)))
+                logits = self._state.decode(ids, range(len(last)))
+                if self._speculation is not None and len(last) == 1:
+                    self._speculation.lengths.end(1, 0, 0)
+                return logits
             except MemoryFullError:
                 self._make_room()
             except Exception as error:

@@ -256,6 +256,11 @@ class PagedCache(KVCache):
         super().rollback(slot, snapshot)
         self._cut(slot, -(-snapshot.given // PAGE))
 
+    def truncate(self, slot: int, mark: CacheSnapshot, kept: int) -> None:
+        """Undo the positions since a mark, but for the first ``kept``."""
+        super().truncate(slot, mark, kept)
+        self._cut(slot, -(-self._given[slot] // PAGE))
+
     def _cut(self, slot: int, num_pages: int) -> None:
         self._pages.give_back(self._tables[slot][num_pages:])
         del self._tables[slot][num_pages:]

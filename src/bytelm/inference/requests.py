@@ -68,6 +68,10 @@ class Stats:
     pages_used: int
     """Pages of memory in use, also by the beginnings that are kept for later requests."""
     num_pages: int
+    num_drafted: int
+    """Bytes that the decoder drafted for requests that were alone."""
+    num_accepted: int
+    """Of these, bytes that decoding without drafts would have chosen."""
 
 
 class Job:

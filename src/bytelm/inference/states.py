@@ -55,6 +55,19 @@ class Observed(NamedTuple):
     """Whether the byte begins a patch; ``None`` before the first call."""
 
 
+class Reading(NamedTuple):
+    """What a patched state computed of new bytes of one slot."""
+
+    states: list[Float[Tensor, "1 bytes dim"]]
+    """The encoder's, after each layer that patches read."""
+    entropies: Float[Tensor, " bytes"] | None
+    next_boundary: Bool[Tensor, " bytes"]
+    """Whether the byte after each begins a patch."""
+    latents: Readable | None
+    """Keys and values of the patches that closed, if any did."""
+    logits: Float[Tensor, "bytes vocab"]
+
+
 class EmbeddingState(SlotTensors):
     """State of a :class:`HashEmbedding`: the last ids of each document, for its n-grams."""
 
@@ -70,6 +83,10 @@ class EmbeddingState(SlotTensors):
         # Ids before the document are BOE, so positions may begin before it.
         positions = torch.arange(len(joined), device=ids.device)
         return self._embedding(joined[None], positions[None])[:, self._embedding.context :]
+
+    def advance(self, slot: int, ids: Int[Tensor, " ids"]) -> None:
+        """Note a document's next ids, without their embeddings."""
+        self["recent"][slot] = torch.cat((self["recent"][slot], ids))[len(ids) :]
 
     def decode(self, ids: Int[Tensor, " slots"], slots: Slots) -> Float[Tensor, "slots 1 dim"]:
         """Return the embedding of the next id of each document."""
@@ -140,6 +157,19 @@ class TransformerState(CompoundState):
         x = self._embedding.decode(ids, slots)
         return self._model.run(x, self._cache.step(slots))[:, 0]
 
+    @torch.inference_mode()
+    def mark(self, slot: int, length: int) -> Any:
+        """Return a snapshot of a slot that only undoes its next ``length`` ids."""
+        return self._embedding.snapshot(slot), self._cache.mark(slot, length)
+
+    @torch.inference_mode()
+    def truncate(self, slot: int, mark: Any, ids: Int[Tensor, " ids"]) -> None:
+        """Undo the ids since a mark, but for the first ``ids``."""
+        embedding, cache = mark
+        self._embedding.rollback(slot, embedding)
+        self._embedding.advance(slot, ids)
+        self._cache.truncate(slot, cache, len(ids))
+
     def restart(self, where: Bool[Tensor, " slots"], slots: Slots = None) -> None:
         """Start a new document in those of some slots where ``where`` is true."""
         for tensor, start in ((self._cache.positions, 0), (self._embedding["recent"], codec.BOE)):
@@ -174,26 +204,27 @@ class PatchedState(CompoundState):
         memory: PagedMemory | None = None,
     ) -> None:
         self.num_slots = num_slots
-        self._blt = blt
+        self.blt = blt
         device = _device(blt)
         capture = choose_capture(strategy, device)
         if isinstance(patcher.rule, StatefulRule):
             strategy, capture = "eager", None  # the rule's memory is on the host
-        is_static = capture is not None
-        self._scorer = None
+        self.is_captured = is_static = capture is not None
+        """Whether single bytes are run as captured graphs."""
+        self.scorer = None
         if patcher.needs_entropies:
             assert scorer is not None
             options = {} if memory is None else {"memory": memory}
-            self._scorer = scorer.new_state(num_slots, strategy, **options)
-        self._patcher = patcher.new_state(num_slots, device)
-        self._embedding = EmbeddingState(blt.encoder.embedding, num_slots)
+            self.scorer = scorer.new_state(num_slots, strategy, **options)
+        self.patcher = patcher.new_state(num_slots, device)
+        self.embedding = EmbeddingState(blt.encoder.embedding, num_slots)
         stacks = blt.encoder, blt.global_model, blt.decoder
-        self._caches = [_new_cache(one, num_slots, device, capture, memory) for one in stacks]
-        self._encoder_cache, self._global_cache, self._decoder_cache = self._caches
-        self._open = OpenPatch(num_slots, is_static=is_static)
-        self._latent = LastLatent(num_slots)
-        parts = [self._patcher, self._embedding, *self._caches, self._open, self._latent]
-        super().__init__(*parts, *([self._scorer] if self._scorer else []))
+        self.caches = [_new_cache(one, num_slots, device, capture, memory) for one in stacks]
+        self._encoder_cache, self._global_cache, self._decoder_cache = self.caches
+        self.open = OpenPatch(num_slots, is_static=is_static)
+        self.latent = LastLatent(num_slots)
+        parts = [self.patcher, self.embedding, *self.caches, self.open, self.latent]
+        super().__init__(*parts, *([self.scorer] if self.scorer else []))
         self._graphs = Graphs(capture, self)
         self._patch_graphs = self._graphs if memory is None else Graphs(None, self)
         self.observed = Observed(None, None)
@@ -202,7 +233,7 @@ class PatchedState(CompoundState):
     @property
     def rooms(self) -> tuple[int, ...]:
         """Sizes of the buffers that steps use."""
-        return (*(cache.room for cache in self._caches), self._open.room)
+        return (*(cache.room for cache in self.caches), self.open.room)
 
     @property
     def num_patches(self) -> Int[Tensor, " slots"]:
@@ -216,45 +247,52 @@ class PatchedState(CompoundState):
         check_prefill(ids, slot, self.num_slots, codec.VOCAB_SIZE, device)
         if not len(ids):
             return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
-        check_free(self._caches, {slot: len(ids)})
-        entropies = self._scorer.prefill(slot, ids) if self._scorer else None
+        check_free(self.caches, {slot: len(ids)})
         context = self._encoder_cache.prefill(slot, len(ids))
-        states = self._blt.encoder(self._embedding.prefill(slot, ids), context)
-        next_boundary = self._patcher.prefill(slot, ids, entropies, states[-1][0])
-        self.observed = Observed(None if entropies is None else entropies[-1:], next_boundary[-1:])
-        readable, decoder_ids = self._read(slot, states, next_boundary)
-        context = self._decoder_cache.prefill(slot, len(ids))
-        return self._blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+        states = self.blt.encoder(self.embedding.prefill(slot, ids), context)
+        return self.read(slot, ids, states).logits
 
-    def _read(
+    def read(
+        self, slot: int, ids: Int[Tensor, " ids"], states: list[Float[Tensor, "1 ids dim"]]
+    ) -> "Reading":
+        """Read ids of which the encoder has computed the states: the rest of a prefill."""
+        entropies = self.scorer.prefill(slot, ids) if self.scorer else None
+        next_boundary = self.patcher.prefill(slot, ids, entropies, states[-1][0])
+        self.observed = Observed(None if entropies is None else entropies[-1:], next_boundary[-1:])
+        readable, decoder_ids, latents = self._close(slot, states, next_boundary)
+        context = self._decoder_cache.prefill(slot, len(ids))
+        logits = self.blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+        return Reading(states, entropies, next_boundary, latents, logits)
+
+    def _close(
         self,
         slot: int,
         states: list[Float[Tensor, "1 bytes dim"]],
         next_boundary: Bool[Tensor, " bytes"],
-    ) -> tuple[Readable, Int[Tensor, " bytes"]]:
-        """Return the keys and values that new bytes may read, and the index that each reads.
+    ) -> tuple[Readable, Int[Tensor, " bytes"], Readable | None]:
+        """Close patches; return the keys and values that new bytes may read, and the index of each.
 
         A byte reads the last patch that is complete at it: one that closes here, or the last one
-        before.
+        before. Last come the keys and values of the patches that close here, if any does.
         """
         closed = next_boundary.cumsum(0)
-        before = self._latent.read([slot])
+        before = self.latent.read([slot])
         num_closed = int(closed[-1])
         if not num_closed:
-            self._open.extend(slot, states)
+            self.open.extend(slot, states)
             assert before is not None
-            return before, closed
+            return before, closed, None
         vectors = self._close_patches(slot, states, next_boundary, closed)
         context = self._global_cache.prefill(slot, num_closed)
-        new = self._blt.decoder.read_latents(self._blt.global_model(vectors, context))
+        new = self.blt.decoder.read_latents(self.blt.global_model(vectors, context))
         readable, decoder_ids = new, closed - 1
         if before is not None:
             pairs = zip(before, new, strict=True)
             readable = [tuple(torch.cat(xs, 1) for xs in zip(*pair, strict=True)) for pair in pairs]
             decoder_ids = closed
         # Last, because it overwrites the memory of ``before``.
-        self._latent.write([slot], [tuple(x[:, -1:] for x in layer) for layer in new])
-        return readable, decoder_ids
+        self.latent.write([slot], [tuple(x[:, -1:] for x in layer) for layer in new])
+        return readable, decoder_ids, new
 
     def _close_patches(
         self,
@@ -272,7 +310,7 @@ class PatchedState(CompoundState):
             closed              0 1 1 1      patches closed at or before each
             encoder_ids     0 0 0 0 1 1      so the last two bytes stay open
         """
-        opened = self._open.take(slot)
+        opened = self.open.take(slot)
         num_closed, num_open = int(closed[-1]), opened[0].shape[1] if opened else 0
         joined = states
         if num_open:
@@ -280,8 +318,8 @@ class PatchedState(CompoundState):
         closed_before = closed - next_boundary.long()
         encoder_ids = torch.cat((closed_before.new_zeros(num_open), closed_before))
         rest = int((closed_before < num_closed).sum()) + num_open
-        self._open.extend(slot, [x[:, rest:] for x in joined])
-        return self._blt.encoder.patch_vectors(joined, encoder_ids[None], num_closed)
+        self.open.extend(slot, [x[:, rest:] for x in joined])
+        return self.blt.encoder.patch_vectors(joined, encoder_ids[None], num_closed)
 
     @torch.inference_mode()
     def decode(
@@ -297,18 +335,18 @@ class PatchedState(CompoundState):
         if not self._encoder_cache.room:
             raise ValueError(NOT_BEGUN)
         named = range(self.num_slots) if slots is None else slots
-        check_free(self._caches, dict.fromkeys(named, 1))
-        entropies = self._scorer.decode(ids, slots) if self._scorer else None
+        check_free(self.caches, dict.fromkeys(named, 1))
+        entropies = self.scorer.decode(ids, slots) if self.scorer else None
         for cache in (self._encoder_cache, self._decoder_cache):
             cache.reserve(slots)
-        index = ids.new_tensor(self._open.count(named))
+        index = ids.new_tensor(self.open.count(named))
         state, ends = self._graphs.run(self._byte_step, slots, ids, index, entropies)
         self.observed = Observed(entropies, ends)
         closing = [slot for slot, end in zip(named, ends.tolist(), strict=True) if end]
         if closing:
             some = as_range(closing, self.num_slots)
             self._global_cache.reserve(some)
-            lengths = ids.new_tensor(self._open.close(closing))
+            lengths = ids.new_tensor(self.open.close(closing))
             self._patch_graphs.run(self._patch_step, some, lengths)
         return self._graphs.run(self._decoder_step, slots, state)
 
@@ -320,26 +358,26 @@ class PatchedState(CompoundState):
         entropies: Float[Tensor, " slots"] | None,
     ) -> tuple[Float[Tensor, "slots 1 dim"], Bool[Tensor, " slots"]]:
         """Encode a byte of each slot into its open patch; return its state and whether it ends."""
-        x = self._embedding.decode(ids, slots)
-        states = self._blt.encoder(x, self._encoder_cache.step(slots))
-        self._open.append(slots, index, states)
-        return states[-1], self._patcher.decode(ids, entropies, states[-1][:, 0], slots)
+        x = self.embedding.decode(ids, slots)
+        states = self.blt.encoder(x, self._encoder_cache.step(slots))
+        self.open.append(slots, index, states)
+        return states[-1], self.patcher.decode(ids, entropies, states[-1][:, 0], slots)
 
     def _patch_step(self, slots: Slots, lengths: Int[Tensor, " slots"]) -> None:
         """Run the encoder's cross-attention and the global transformer over open patches."""
-        states, encoder_ids = self._open.patches(slots, lengths)
-        vectors = self._blt.encoder.patch_vectors(states, encoder_ids, 1)
-        latents = self._blt.global_model(vectors, self._global_cache.step(slots))
-        self._latent.write(slots, self._blt.decoder.read_latents(latents))
+        states, encoder_ids = self.open.patches(slots, lengths)
+        vectors = self.blt.encoder.patch_vectors(states, encoder_ids, 1)
+        latents = self.blt.global_model(vectors, self._global_cache.step(slots))
+        self.latent.write(slots, self.blt.decoder.read_latents(latents))
 
     def _decoder_step(
         self, slots: Slots, state: Float[Tensor, "slots 1 dim"]
     ) -> Float[Tensor, "slots vocab"]:
         """Return the logits of a byte of each slot, which reads the slot's last latent."""
-        readable = self._latent.read(slots)
+        readable = self.latent.read(slots)
         assert readable is not None
         first = torch.zeros(len(state), 1, dtype=torch.long, device=state.device)
-        return self._blt.decoder(state, readable, first, self._decoder_cache.step(slots))[:, 0]
+        return self.blt.decoder(state, readable, first, self._decoder_cache.step(slots))[:, 0]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -54,6 +54,25 @@ class TransformerScorerState(CompoundState):
         self._state = TransformerState(scorer.transformer, num_slots, strategy, memory)
         super().__init__(self._state)
 
+    @property
+    def window(self) -> int | None:
+        """Bytes that an entropy depends on."""
+        return self._scorer.transformer.spec.window
+
+    def mark(self, slot: int, length: int) -> Any:
+        """Return a snapshot of a slot that only undoes its next ``length`` bytes."""
+        if self._scorer.reset_at_newline:
+            return self.snapshot(slot)
+        return self._state.mark(slot, length)
+
+    def truncate(self, slot: int, mark: Any, ids: Int[Tensor, " bytes"]) -> None:
+        """Undo the bytes since a mark, but for the first ``ids``."""
+        if self._scorer.reset_at_newline:
+            self.rollback(slot, mark)
+            self.prefill(slot, ids)
+        else:
+            self._state.truncate(slot, mark, ids)
+
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Int[Tensor, " bytes"]) -> Float[Tensor, " bytes"]:
         """Return the entropies at the next bytes of one slot's document."""
