@@ -28,7 +28,7 @@ from bytelm.serving.schemas import (
     PatchesRequest,
     PatchesResponse,
 )
-from bytelm.serving.segmentation import check_length, patches_response
+from bytelm.serving.segmentation import applicable_rules, check_length, patches_response
 from bytelm.serving.settings import Settings
 from bytelm.serving.sidework import Sidework
 from bytelm.serving.worker import Answers, EngineLike, Worker
@@ -38,6 +38,14 @@ PAGE = Path(__file__).parent / "page"
 """Folder of the page at ``/``: its files are served under their names, ``index.html`` at ``/``."""
 UNREAD_SECONDS = 5.0
 """Seconds after the end of a request in which its client can still read what is left."""
+PAGE_HEADERS = {
+    # Model output is never markup; were it ever inserted as such, its scripts would not run.
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
@@ -95,6 +103,7 @@ class Server:
         self.sidework = Sidework()
         self.metrics.watch(lambda: self.worker.stats)
         self._created = int(time.time())
+        self._rules = applicable_rules(lm)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -116,6 +125,8 @@ class Server:
             "max_document_bytes": self.settings.max_document_bytes,
             "context_bytes": self.lm.context_bytes,
             "patching": None if rule is None else rule.model_dump(mode="json", exclude_none=True),
+            "patching_rules": self._rules,
+            "has_patches": getattr(self.lm.config.model, "has_patches", False),
         }
 
     def check_model(self, name: str | None) -> None:
@@ -233,7 +244,7 @@ def _add_page(app: FastAPI) -> None:
 
     def add(path: Path, route: str) -> None:
         async def file() -> Response:
-            return FileResponse(path)
+            return FileResponse(path, headers=PAGE_HEADERS)
 
         app.add_api_route(route, file, include_in_schema=False)
 

@@ -198,6 +198,11 @@ class ModelCard(BaseModel):
     max_document_bytes: int
     context_bytes: int
     patching: dict[str, Any] | None
+    """The model's own rule."""
+    patching_rules: list[str]
+    """Rules that ``/v1/patches`` can apply."""
+    has_patches: bool
+    """Whether the model has global steps, one for each patch."""
 
 
 class ModelList(BaseModel):

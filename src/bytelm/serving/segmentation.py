@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bytelm.accounting import break_down
-from bytelm.config import CalibratedPatching
+from bytelm.config import RULES, CalibratedPatching
 from bytelm.errors import ConfigError
 from bytelm.language_model import LanguageModel, PatchedText
 from bytelm.progress import ignore
@@ -49,6 +49,20 @@ def patches_response(
     given = {option: value for option, value in options.items() if value is not None}
     patched = lm.patch(body.text, body.rule, report=report, **given)
     return json.dumps(describe(lm, name, patched), allow_nan=False).encode()
+
+
+def applicable_rules(lm: LanguageModel) -> list[str]:
+    """Return the kinds of the rules that a model can apply: those with entropies need a scorer."""
+    try:
+        lm.module.get_scorer()
+    except ConfigError:
+        own = None if lm.config.patching is None else lm.config.patching.kind
+        return [
+            kind
+            for kind, node in RULES.nodes.items()
+            if kind == own or not issubclass(node, CalibratedPatching)
+        ]
+    return list(RULES.nodes)
 
 
 def describe(lm: LanguageModel, name: str, patched: PatchedText) -> dict[str, Any]:
