@@ -113,7 +113,7 @@ class ScriptedEngine:
         return events
 
     def stats(self):
-        return Stats(0, 0, len(self.open), self.num_steps, 0, 0, 0, 0, 0, 0)
+        return Stats(0, 0, len(self.open), self.num_steps, *[0] * 8)
 
 
 def sse(lines):
