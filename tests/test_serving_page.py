@@ -14,6 +14,7 @@ from bytelm.inference import Choice, Engine, Event, Generated, Sampling
 from bytelm.inference import generate as alone
 from bytelm.language_model import LanguageModel
 from serving_clients import ScriptedEngine, running, tiny_lm
+from test_tokens import token_model
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright")
 CHROMIUM = shutil.which("chromium")
@@ -208,7 +209,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
-@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("size", [1, 3])
 def test_characters_are_shown_once(lm, visit, text, size):
     """Also if their bytes belong to several patches."""
     data = text.encode()
@@ -370,6 +371,58 @@ def test_rules_are_compared(tiny, visit):
     expect(static.locator(".number").first).to_have_text(str(num_patches))
 
 
+def test_a_rule_that_cannot_be_applied_is_named(tiny, visit):
+    page = visit(tiny)
+    page.get_by_role("tab", name="Compare rules").click()
+    length = page.get_by_label("length of the static rule")
+    length.fill("0")
+    length.press("Tab")
+    expect(page.get_by_role("alert")).to_contain_text("length")
+    length.fill("3")
+    length.press("Tab")
+    expect(page.locator("#compare-status")).to_have_text("Compared 1 rule.")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.get_by_label("Text", exact=True).fill("a" * 500)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("500")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_have_contrast(tiny, visit, scheme):
+    """At least 4.5 for text, 3 for bars, lines and edges (WCAG 2.2, 1.4.3 and 1.4.11)."""
+    page = visit(tiny)
+    page.emulate_media(color_scheme=scheme)
+    names = [
+        "page", "card", "ink", "muted", "edge", "accent", "on-accent", "error-page", "error",
+        "mark", "bar", "bar-begin", "line", "c0", "c1", "c2", "c3",
+    ]  # fmt: skip
+    colours = page.evaluate(
+        """names => { const style = getComputedStyle(document.documentElement);
+             return names.map(name => style.getPropertyValue('--' + name).trim()); }""",
+        names,
+    )
+    luminance = {}
+    for name, colour in zip(names, colours, strict=True):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        luminance[name] = sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    def contrast(one, other):
+        low, high = sorted((luminance[one], luminance[other]))
+        return (high + 0.05) / (low + 0.05)
+
+    patches = ["c0", "c1", "c2", "c3"]
+    for name in ["page", "card", *patches]:
+        for text in ("ink", "muted"):
+            assert contrast(text, name) >= 4.5, (text, name)
+    for one, other in (("error", "error-page"), ("on-accent", "accent"), ("accent", "page")):
+        assert contrast(one, other) >= 4.5, (one, other)
+    for name in patches:
+        for shape in ("mark", "bar", "bar-begin", "line", "accent"):
+            assert contrast(shape, name) >= 3, (shape, name)
+    assert contrast("edge", "card") >= 3
+
+
 def test_a_patch_shows_its_bytes(tiny, visit):
     page = visit(tiny)
     generate(page, "né", 0)
@@ -452,6 +505,23 @@ def test_models_without_a_rule(visit):
         assert numbers(page)["Global steps"] == "—"
         page.get_by_role("slider", name="Threshold").fill("6")
         expect(page.locator("#text .patch")).to_have_count(1)
+
+
+def test_token_models(visit):
+    """They have neither patches nor entropies of bytes."""
+    model = TransformerConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=48, vocab_size=300)
+    lm = LanguageModel(token_model().eval(), CheckpointConfig(model=model, tokens=True))
+    with running(lm) as server:
+        page = visit(server)
+        generate(page, "a cat", 8, seed=1)
+        expect(page.locator("#status")).to_contain_text("Done")
+        expect(page.locator("#text")).to_have_text(re.compile("^a cat."))
+        expect(page.get_by_role("slider")).to_have_count(0)
+        expect(page.get_by_role("heading", name="Bytes")).to_be_visible()
+        assert page.locator("#strip .bar").count() == 0
+        assert numbers(page)["Patches"] == "—"
+        page.get_by_role("tab", name="Compare rules").click()
+        expect(page.locator("#rules tr")).to_have_count(3)
 
 
 def test_files_of_the_page(tiny):

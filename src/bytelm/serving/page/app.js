@@ -134,8 +134,10 @@ async function refresh() {
     const at = selected >= 0 ? doc.begins[selected] : -1;
     const { numGiven } = doc;
     doc = fromPatches(found, numGiven);
+    const { scrollTop } = $("text");
     text.clear();
     draw(found);
+    $("text").scrollTop = scrollTop;
     select(at >= 0 ? doc.patchOf[at] : -1);
     return found;
   } catch (error) {
@@ -340,6 +342,7 @@ document.addEventListener("keydown", (event) => {
 const tabs = [$("tab-generate"), $("tab-compare")];
 
 function showTab(tab) {
+  if (card) clearError();
   for (const one of tabs) {
     one.setAttribute("aria-selected", one === tab);
     one.tabIndex = one === tab ? 0 : -1;

@@ -14,6 +14,8 @@ const OPTIONS = {
 };
 
 let rows = [];
+/** Rows that are to be compared; the controller of their requests. */
+let left = [];
 let comparing = null;
 /** Bytes of the text, if it was taken from the output and not changed: they may be no UTF-8. */
 let taken = null;
@@ -52,7 +54,6 @@ class Row {
     });
     this.section = element("section", "card");
     this.text = element("div", "text");
-    this.text.dir = "auto";
     this.section.append(element("h3", "", title), this.text);
     this.section.hidden = true;
     this.view = new TextView(this.text);
@@ -102,25 +103,29 @@ class Row {
 async function compare(some = rows) {
   comparing?.abort();
   const { signal } = comparing = new AbortController();
+  left = rows.filter((row) => some.includes(row) || left.includes(row));
   const text = taken ?? $("compare-text").value;
   $("compare-error").hidden = true;
   $("compare-status").textContent = "Comparing…";
-  let numFailed = 0;
-  for (const row of some) {
+  const number = left.length;
+  let failure = null;
+  while (left.length) {
+    const [row] = left;
     try {
       row.show(await patches({ text, ...row.fields }, signal));
     } catch (error) {
       if (signal.aborted) return;
-      numFailed += 1;
+      failure = error;
       row.fail(error);
-      $("compare-error").textContent = error.message;
-      $("compare-error").hidden = false;
-      // The others would fail in the same way.
-      if (error.status !== 400) break;
     }
+    if (signal.aborted) return;
+    // Other rules would fail in the same way, unless it is the rule that is wrong.
+    left = failure && failure.status !== 400 ? [] : left.slice(1);
   }
-  $("compare-status").textContent = numFailed
-    ? "Some rules could not be applied." : `Compared ${some.length} rules.`;
+  $("compare-error").hidden = failure === null;
+  $("compare-error").textContent = failure?.message ?? "";
+  $("compare-status").textContent = failure
+    ? "Not all rules could be applied." : `Compared ${number} rule${number === 1 ? "" : "s"}.`;
 }
 
 $("compare-text").addEventListener("input", () => { taken = null; });

@@ -1,5 +1,7 @@
 // Bytes of a text with their entropies and patches, and the characters that they form.
 
+const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+
 export const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, "0");
 
 // Bytes that may follow each lead byte first, and the length of the character (Unicode, table 3-7).
@@ -65,14 +67,13 @@ export class Doc {
   }
 
   get text() {
-    return new TextDecoder("utf-8", { ignoreBOM: true }).decode(new Uint8Array(this.bytes));
+    return decoder.decode(new Uint8Array(this.bytes));
   }
 
   #character(end) {
     const begin = end - this.#pending;
     this.#pending = 0;
-    this.#push(begin, end, new TextDecoder("utf-8", { ignoreBOM: true })
-      .decode(new Uint8Array(this.bytes.slice(begin, end))));
+    this.#push(begin, end, decoder.decode(new Uint8Array(this.bytes.slice(begin, end))));
   }
 
   #invalid(end) {

@@ -21,6 +21,8 @@ const count = (number, one) => `${number.toLocaleString("en")} ${one}${number ==
 
 export class TextView {
   #patches = [];
+  /** Whether a patch has a letter, the first of which says where its boundary is drawn. */
+  #isDirected = [];
   #numTokens = 0;
   #selected = -1;
 
@@ -34,6 +36,7 @@ export class TextView {
     this.root.replaceChildren();
     this.root.removeAttribute("aria-activedescendant");
     this.#patches = [];
+    this.#isDirected = [];
     this.#numTokens = 0;
     this.#selected = -1;
   }
@@ -68,7 +71,10 @@ export class TextView {
       }
     }
     const patch = this.#patches[last];
-    if (text !== null && RTL.test(text)) patch.classList.add("rtl");
+    if (text !== null && !this.#isDirected[last] && /\p{L}/u.test(text)) {
+      this.#isDirected[last] = true;
+      patch.classList.toggle("rtl", RTL.test(text));
+    }
     let kind = end <= doc.numGiven ? "given" : "";
     if (text === null) kind += " hex";
     if (isSplit) kind += " split";
