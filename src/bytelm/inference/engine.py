@@ -97,6 +97,7 @@ class Engine:
             )
         self._model, self._num_slots, self._prefill_ids = model, num_slots, prefill_ids
         self._max_document_bytes = max_document_bytes
+        self._device = model.device
         self._memory = PagedMemory(num_positions)
         self._state = model.new_state(num_slots, strategy, self._memory)
         self._prefixes = Prefixes(model.new_state(num_kept, strategy, self._memory))
@@ -244,7 +245,7 @@ class Engine:
     def _read_chunk(self, reading: Reading, budget: int, events: list[Event]) -> int:
         """Read the next ids of a prompt, and return how many."""
         begin, end = reading.num_read, reading.next_end(budget)
-        ids = torch.from_numpy(reading.ids[begin:end]).to(self._model.device)
+        ids = torch.from_numpy(reading.ids[begin:end]).to(self._device)
         try:
             logits = self._prefill(reading, ids)
         except Exception as error:
@@ -331,7 +332,7 @@ class Engine:
         """Feed the last id of every running request; return the logits, if any go on."""
         while self._decoding:
             last = [job.continuation.chosen[-1] for job in self._decoding]
-            ids = torch.tensor(last, device=self._model.device)
+            ids = torch.tensor(last, device=self._device)
             try:
                 logits = self._state.decode(ids, range(len(last)))
                 if self._speculation is not None and len(last) == 1:

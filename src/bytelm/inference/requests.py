@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -123,7 +124,7 @@ class FairQueue:
     def take(self, is_ready: Callable[[Job], bool]) -> Job | None:
         """Take the next request that can begin, if there is one; its client is last from now."""
         for client, jobs in self._jobs.items():
-            index = _first(is_ready(job) for job in list(jobs)[:LOOK_AHEAD])
+            index = _first(is_ready(job) for job in islice(jobs, LOOK_AHEAD))
             if index is not None:
                 job = jobs[index]
                 del jobs[index], self._jobs[client]

@@ -6,6 +6,7 @@ their forward pass, their decoding state, and their scorer.
 """
 
 import copy
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class CausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        tensors = iter(self.trained.state_dict().values())
+        tensors = chain(self.trained.parameters(), self.trained.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def forward(
