@@ -22,6 +22,8 @@ from bytelm.inference.states import PatchedState, Reading
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Lengths of drafts that are considered; 1 is to decode without."""
+FIRST = (1, 2, 4)
+"""Lengths that are measured first; the times of others are extrapolated from theirs."""
 RETRY = 64
 """Rounds after which the length next to the best one is measured again."""
 MEMORY = 0.9
@@ -143,8 +145,8 @@ class DraftLength:
     """Choice of the length of drafts, from the acceptance and the times that were measured.
 
     If a drafted byte is accepted with probability ``a``, a round of length ``k`` yields
-    ``1 + a + ... + a^(k-1)`` bytes; the length is chosen that yields most bytes per second. Of a
-    length that was not tried, the time is estimated from its neighbour's.
+    ``1 + a + ... + a^(k-1)`` bytes; the length is chosen that yields most bytes per second. The
+    time of a length that was not tried yet is extrapolated.
     """
 
     def __init__(self, longest: int) -> None:
@@ -158,7 +160,7 @@ class DraftLength:
     def begin(self) -> int:
         """Begin a round, and return its length."""
         self._num_rounds += 1
-        untried = [one for one in self._lengths[:4] if one not in self._times]
+        untried = [one for one in FIRST if one in self._lengths and one not in self._times]
         best = max(self._lengths, key=self.rate)
         length = untried[0] if untried else best
         if not untried and self._num_rounds % RETRY == 0:
@@ -187,11 +189,13 @@ class DraftLength:
     def _seconds(self, length: int) -> float:
         if length in self._times:
             return self._times[length]
-        known = [one for one in self._times if one > 1] or list(self._times)
+        known = sorted(one for one in self._times if one > 1)
         if not known:
             return float(length)
         nearest = min(known, key=lambda one: abs(one - length))
-        return self._times[nearest] * max(length / nearest, 1.0)
+        low, high = known[0], known[-1]
+        slope = (self._times[high] - self._times[low]) / (high - low) if high > low else 0.0
+        return self._times[nearest] + max(slope, 0.0) * (length - nearest)
 
 
 class Speculation:
