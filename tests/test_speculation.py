@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import byte_strings, ids_of, lm_models, random_patched
-from bytelm.inference import Engine, PagedMemory, PatchedState, Request, Sampling, generate
+from bytelm.inference import Engine, PagedMemory, PatchedState, Request, Sampling, generate, stream
 from bytelm.inference.speculation import Draft, DraftLength, longest_draft
-from bytelm.patching import EntropyRule
+from bytelm.patching import EntropyRule, StaticRule
 
 MODELS = {name: make for name, make in lm_models().items() if "transformer" not in name}
 del MODELS["llama-like"]
@@ -106,6 +106,35 @@ def test_drafts_within_a_patch_are_always_accepted(monkeypatch):
     stats = engine.stats()
     assert stats.num_accepted == stats.num_drafted > 30
     assert stats.num_steps < 25
+    # Each drafted byte, and one verification in each step.
+    fed = stats.num_drafted + stats.num_steps
+    assert stats.passes.encoder <= fed
+    assert stats.passes.decoder == stats.passes.encoder + stats.passes.scorer
+    assert stats.passes.global_model == 0
+
+
+def test_passes_and_the_bytes_of_weights_that_they_read_are_counted():
+    model = random_patched(rule=StaticRule(4))
+    engine = Engine(model, 1)
+    engine.submit(Request(b"abc", 41, Sampling(seed=3)))
+    while not engine.is_idle:
+        engine.step()
+    stats = engine.stats()
+    # The last byte is not fed; every fourth ends a patch.
+    assert (stats.passes.encoder, stats.passes.decoder, stats.passes.scorer) == (40, 40, 0)
+    assert stats.passes.global_model == 10
+    sizes = [
+        sum(p.numel() * 4 for name, p in part.named_parameters() if "embedding" not in name)
+        for part in (model.blt.encoder, model.blt.global_model, model.blt.decoder)
+    ]
+    assert stats.bytes_moved == 40 * sizes[0] + 10 * sizes[1] + 40 * sizes[2]
+
+
+def test_a_stream_may_be_speculated():
+    model = random_patched()
+    options = {"max_bytes": 30, "sampling": Sampling(seed=5), "stop": [b"zq"]}
+    parts = list(stream(model, b"a text", speculate=True, **options))
+    assert parts == list(stream(model, b"a text", **options))
 
 
 def test_requests_beside_others_are_not_speculated(monkeypatch):

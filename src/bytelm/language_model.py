@@ -332,6 +332,7 @@ class LanguageModel:
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
         stop: Text | Sequence[Text] = (),
+        speculate: bool = False,
     ) -> Iterator[Generated]:
         """Continue a prompt, yielding bytes as soon as they are certain.
 
@@ -340,6 +341,8 @@ class LanguageModel:
             max_bytes: maximum number of bytes to generate.
             sampling: how each byte is sampled.
             stop: one or several texts that end generation; they are not part of the result.
+            speculate: let the decoder of a BLT draft bytes, as many as are measured to pay
+                (:mod:`bytelm.inference.speculation`); the bytes stay the same.
 
         Raises:
             ConfigError: an option is out of range.
@@ -351,6 +354,7 @@ class LanguageModel:
             max_bytes=max_bytes,
             sampling=sampling,
             stop=_as_list(stop),
+            speculate=speculate,
         )
 
     def stream_many(
@@ -397,6 +401,7 @@ class LanguageModel:
         max_bytes: int = 256,
         sampling: Sampling = GREEDY,
         stop: Text | Sequence[Text] = (),
+        speculate: bool = False,
     ) -> Iterator[str]:
         """Continue a prompt as :meth:`stream` does, yielding text.
 
@@ -406,7 +411,8 @@ class LanguageModel:
             ConfigError: an option is out of range.
         """
         decoder = codec.Utf8Stream()
-        for part in self.stream(prompt, max_bytes=max_bytes, sampling=sampling, stop=stop):
+        options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop}
+        for part in self.stream(prompt, **options, speculate=speculate):
             text = decoder.feed(part.data)
             if text:
                 yield text

@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -284,6 +284,13 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Write raw bytes instead of decoded text.")
     ] = False,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate",
+            help="Let the decoder of a BLT draft bytes, as many as pay; the text stays the same.",
+        ),
+    ] = False,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -343,6 +350,7 @@ def generate(
     given = {"--out": out, "--slots": slots, "--max-document-bytes": max_document_bytes}
     if prompts is not None:
         others = {"PROMPT": prompt, "--chat": chat, "--system": system, "--raw": raw}
+        others |= {"--speculate": speculate}
         if unwanted := [name for name, value in others.items() if value]:
             raise ConfigError(
                 "--prompts takes prompts from a file, and writes JSON Lines: leave out "
@@ -368,7 +376,8 @@ def generate(
         data = chat_prompt([*before, {"role": "user", "content": data}])
     elif system is not None:
         raise ConfigError("--system is the beginning of a chat: add --chat")
-    options = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
+    options: dict[str, Any] = {"max_bytes": max_bytes, "sampling": sampling, "stop": stop or ()}
+    options["speculate"] = speculate
     is_terminal = sys.stdout.isatty()
     if raw and is_terminal:
         raise ConfigError("--raw writes control characters as they are: send it to a file or pipe")

@@ -30,6 +30,14 @@ def serve(
     max_document_bytes: Annotated[
         int, typer.Option(min=1, help="Longest prompt and continuation together, in bytes.")
     ] = 8192,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate",
+            help="Let the decoder of a BLT draft bytes of a continuation that is alone; the text "
+            "stays the same.",
+        ),
+    ] = False,
     queue: Annotated[
         int, typer.Option(min=1, help="Most continuations that are in progress or waiting.")
     ] = 256,
@@ -84,6 +92,7 @@ def serve(
         name=name or checkpoint.resolve().name,
         num_slots=slots,
         max_document_bytes=max_document_bytes,
+        speculate=speculate,
         api_keys=tuple(keys),
         rate_limit=rate_limit,
         max_body=max_body,

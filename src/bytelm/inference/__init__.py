@@ -15,7 +15,7 @@ from bytelm.inference.pages import MemoryFullError, PagedMemory
 from bytelm.inference.requests import Event, Request, RequestTooLongError, Stats
 from bytelm.inference.sampling import GREEDY, Sampler, Sampling
 from bytelm.inference.session import Decodable, Session
-from bytelm.inference.states import DecodingState, PatchedState, TransformerState
+from bytelm.inference.states import DecodingState, Passes, PatchedState, TransformerState
 
 __all__ = [
     "GREEDY",
@@ -29,6 +29,7 @@ __all__ = [
     "Generated",
     "MemoryFullError",
     "PagedMemory",
+    "Passes",
     "PatchedState",
     "Prediction",
     "Request",

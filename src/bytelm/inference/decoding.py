@@ -36,8 +36,16 @@ def stream(
     max_bytes: int,
     sampling: Sampling = GREEDY,
     stop: Sequence[bytes] = (),
+    speculate: bool = False,
 ) -> Iterator[Generated]:
-    """Continue a prompt, which may be empty, in a new session; see :func:`continue_from`."""
+    """Continue a prompt, which may be empty, in a new session; see :func:`continue_from`.
+
+    With ``speculate`` it is continued in an :class:`Engine` that drafts bytes, which are the same.
+    """
+    if speculate:
+        check_options(max_bytes, stop)
+        request = Request(prompt, max_bytes, sampling, stop)
+        return (part for _, part in _parts(answer(model, [request], speculate=True)))
     ids = model.units.encode(codec.encode(prompt))
     return continue_from(
         Session(model),
@@ -138,7 +146,11 @@ def _parts(events: Iterator[Event]) -> Iterator[tuple[int, Generated]]:
 
 
 def answer(
-    model: Decodable, requests: Sequence[Request], *, num_slots: int = 16
+    model: Decodable,
+    requests: Sequence[Request],
+    *,
+    num_slots: int = 16,
+    speculate: bool = False,
 ) -> Iterator[Event]:
     """Answer requests in an :class:`Engine`, yielding events whose tickets number the requests.
 
@@ -146,6 +158,7 @@ def answer(
         model: as in :func:`stream`.
         requests: any number of requests; few of them are encoded at a time.
         num_slots: largest number of requests that are decoded at once.
+        speculate: as in :class:`Engine`.
 
     Raises:
         ConfigError: an option is out of range.
@@ -154,7 +167,7 @@ def answer(
         return
     longest = max(len(request.prompt) + request.max_bytes for request in requests)
     num_slots = min(num_slots, len(requests))
-    engine = Engine(model, num_slots, max_document_bytes=max(longest, 1))
+    engine = Engine(model, num_slots, max_document_bytes=max(longest, 1), speculate=speculate)
     waiting = enumerate(requests)
     numbers: dict[int, int] = {}
     while True:

@@ -8,6 +8,7 @@ of the caches that grow is bounded and shared (:mod:`.pages`): if it is full, ke
 dropped, and then the request that began last waits again, and goes on where it was.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -155,6 +156,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return what the engine is doing, and has done."""
+        state, passes, bytes_moved = self._state, None, 0
+        if isinstance(state, PatchedState):
+            passes = dataclasses.replace(state.passes)
+            bytes_moved = passes.bytes_moved(state.blt)
         return Stats(
             num_waiting=len(self._queue),
             num_reading=len(self._reading),
@@ -168,6 +173,8 @@ class Engine:
             num_pages=self._memory.num_pages,
             num_drafted=self._speculation.num_drafted if self._speculation else 0,
             num_accepted=self._speculation.num_accepted if self._speculation else 0,
+            passes=passes,
+            bytes_moved=bytes_moved,
         )
 
     def forget(self) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from bytelm.errors import ConfigError
 from bytelm.inference.continuation import Continuation, Generated
 from bytelm.inference.sampling import GREEDY, Sampling
+from bytelm.inference.states import Passes
 
 LOOK_AHEAD = 32
 """Requests of a client, from the first, that are looked at for one that can begin."""
@@ -73,6 +74,10 @@ class Stats:
     """Bytes that the decoder drafted for requests that were alone."""
     num_accepted: int
     """Of these, bytes that decoding without drafts would have chosen."""
+    passes: Passes | None = None
+    """How often each part of a BLT was run to decode; prompts are not counted."""
+    bytes_moved: int = 0
+    """Bytes of a BLT's weights that these passes read (:meth:`Passes.bytes_moved`)."""
 
 
 class Job:

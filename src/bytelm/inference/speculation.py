@@ -68,6 +68,8 @@ class Draft:
         self._states.append(states)
         readable = state.latent.read(slots)
         assert readable is not None
+        state.passes.encoder += 1
+        state.passes.decoder += 1
         first = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
         return state.blt.decoder(states[-1], readable, first, decoder.decode(slots))[0, 0]
 

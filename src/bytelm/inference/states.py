@@ -7,6 +7,7 @@ threshold, a patch could begin elsewhere; calibration therefore puts the thresho
 the entropies of an n-gram scorer do not depend on how a document is split.)
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -66,6 +67,26 @@ class Reading(NamedTuple):
     latents: Readable | None
     """Keys and values of the patches that closed, if any did."""
     logits: Float[Tensor, "bytes vocab"]
+
+
+@dataclass
+class Passes:
+    """How often each part of a patched state was run, whatever the number of rows in a pass."""
+
+    scorer: int = 0
+    encoder: int = 0
+    global_model: int = 0
+    decoder: int = 0
+
+    def bytes_moved(self, blt: BLT) -> int:
+        """Return the bytes of weights that were read: all of a part in each of its passes.
+
+        As in Fast BLT, equation 8, the scorer and embeddings are not counted; caches are not
+        either.
+        """
+        parts = (self.encoder, blt.encoder), (self.global_model, blt.global_model)
+        counted = (*parts, (self.decoder, blt.decoder))
+        return sum(count * _weight_bytes(part) for count, part in counted)
 
 
 class EmbeddingState(SlotTensors):
@@ -227,6 +248,8 @@ class PatchedState(CompoundState):
         super().__init__(*parts, *([self.scorer] if self.scorer else []))
         self._graphs = Graphs(capture, self)
         self._patch_graphs = self._graphs if memory is None else Graphs(None, self)
+        self.passes = Passes()
+        """How often each part was run so far."""
         self.observed = Observed(None, None)
         """What the last call saw of the documents it was given."""
 
@@ -248,6 +271,7 @@ class PatchedState(CompoundState):
         if not len(ids):
             return ids.new_empty(0, codec.VOCAB_SIZE, dtype=torch.float32)
         check_free(self.caches, {slot: len(ids)})
+        self.passes.encoder += 1
         context = self._encoder_cache.prefill(slot, len(ids))
         states = self.blt.encoder(self.embedding.prefill(slot, ids), context)
         return self.read(slot, ids, states).logits
@@ -262,7 +286,14 @@ class PatchedState(CompoundState):
         readable, decoder_ids, latents = self._close(slot, states, next_boundary)
         context = self._decoder_cache.prefill(slot, len(ids))
         logits = self.blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+        self._count(is_global=latents is not None)
         return Reading(states, entropies, next_boundary, latents, logits)
+
+    def _count(self, *, is_global: bool) -> None:
+        """Count the passes of new bytes, but for the encoder's."""
+        self.passes.scorer += self.scorer is not None
+        self.passes.global_model += is_global
+        self.passes.decoder += 1
 
     def _close(
         self,
@@ -342,7 +373,9 @@ class PatchedState(CompoundState):
         index = ids.new_tensor(self.open.count(named))
         state, ends = self._graphs.run(self._byte_step, slots, ids, index, entropies)
         self.observed = Observed(entropies, ends)
+        self.passes.encoder += 1
         closing = [slot for slot, end in zip(named, ends.tolist(), strict=True) if end]
+        self._count(is_global=bool(closing))
         if closing:
             some = as_range(closing, self.num_slots)
             self._global_cache.reserve(some)
@@ -382,6 +415,15 @@ class PatchedState(CompoundState):
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def _weight_bytes(part: nn.Module) -> int:
+    """Return the bytes of a part's weights, embeddings left out."""
+    tensors = [
+        *((name, tensor) for name, tensor in part.named_parameters()),
+        *((name, tensor) for name, tensor in part.named_buffers()),
+    ]
+    return sum(x.numel() * x.element_size() for name, x in tensors if "embedding" not in name)
 
 
 def _new_cache(

@@ -97,7 +97,10 @@ class Server:
         self.lm, self.settings, self.metrics = lm, settings, Metrics()
         if engine is None:
             engine = Engine(
-                lm.module, settings.num_slots, max_document_bytes=settings.max_document_bytes
+                lm.module,
+                settings.num_slots,
+                max_document_bytes=settings.max_document_bytes,
+                speculate=settings.speculate,
             )
         self.worker = Worker(engine, settings.max_open, self.metrics.on_step)
         self.sidework = Sidework()

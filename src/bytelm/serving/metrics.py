@@ -25,6 +25,9 @@ COUNTERS = {
     "num_steps": ("steps", "Byte steps of the engine"),
     "ids_read": ("prompt_ids_read", "Ids of prompts that were read"),
     "ids_reused": ("prompt_ids_reused", "Ids of prompts that were in memory already"),
+    "num_drafted": ("bytes_drafted", "Bytes drafted by speculation"),
+    "num_accepted": ("bytes_accepted", "Drafted bytes that were accepted"),
+    "bytes_moved": ("weight_bytes_read", "Bytes of weights read to decode"),
     "num_preempted": ("preemptions", "Times that a continuation had to wait again"),
 }
 

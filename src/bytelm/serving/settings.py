@@ -19,6 +19,8 @@ class Settings:
     """Largest number of requests that are decoded at once."""
     max_document_bytes: int = 8192
     """Longest document: prompt and continuation together."""
+    speculate: bool = False
+    """Whether the decoder drafts bytes of a request that is alone."""
     api_keys: tuple[str, ...] = ()
     """Keys that are accepted; if there is none, everybody is."""
     rate_limit: float | None = None
