@@ -222,7 +222,7 @@ def test_caches_are_those_that_a_state_holds(variant):
     assert sizes["encoder"] == held(state._encoder_cache)
     assert sizes["global"] == held(state._global_cache)
     assert sizes["decoder"] == held(state._decoder_cache)
-    latent = sum(x.numel() for layer in state._latent.read(None) for x in layer)
+    latent = sum(x.numel() for layer in state.latent.read(None) for x in layer)
     assert sizes["decoder cross-attention"] == 4 * latent
 
 
