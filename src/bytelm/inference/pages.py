@@ -197,13 +197,11 @@ class PagedCache(KVCache):
             [[*self._tables[slot], *[0] * (num_pages - len(self._tables[slot]))] for slot in named],
             device=positions.device,
         )
-        within = torch.arange(PAGE, device=positions.device)
-        entries = (table[:, :, None] * PAGE + within).flatten(1)
-        is_seen = torch.arange(entries.shape[1], device=positions.device) <= positions[:, None]
-        at = entries.gather(1, positions[:, None])[:, 0]
-        return _PagedDecode(
-            self._pages, self.spec.rotation(positions[:, None]), entries, is_seen, at
-        )
+        room = torch.arange(num_pages * PAGE, device=positions.device)
+        is_seen = room <= positions[:, None]
+        at = table.gather(1, positions[:, None] // PAGE)[:, 0] * PAGE + positions % PAGE
+        factors = self.spec.rotation(positions[:, None])
+        return _PagedDecode(self._pages, factors, table, is_seen, at)
 
     def past(self, layer: int, slot: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values ``[length, kv_heads, head_dim]`` of a slot's positions."""
@@ -283,7 +281,7 @@ class _PagedDecode(NamedTuple):
 
     pages: Pages
     factors: Complex[Tensor, "slots 1 1 half"]
-    entries: Int[Tensor, "slots room"]
+    table: Int[Tensor, "slots pages"]
     is_seen: Bool[Tensor, "slots room"]
     at: Int[Tensor, " slots"]
     """Entry of the new position of each slot."""
@@ -307,12 +305,20 @@ class _PagedDecode(NamedTuple):
         all_keys, all_values = self.pages.keys[self.layer], self.pages.values[self.layer]
         all_keys[:, self.at] = keys[:, 0].transpose(0, 1)
         all_values[:, self.at] = values[:, 0].transpose(0, 1)
-        seen_keys, seen_values = all_keys[:, self.entries], all_values[:, self.entries]
+        seen_keys, seen_values = self._gather(all_keys), self._gather(all_values)
         grouped = queries[:, 0].unflatten(1, (len(all_keys), -1)).transpose(0, 1)
         scores = (grouped @ seen_keys.transpose(2, 3)).float() * queries.shape[-1] ** -0.5
         weights = scores.masked_fill(~self.is_seen[:, None], float("-inf")).softmax(-1)
         mixed = weights.to(values.dtype) @ seen_values
         return mixed.transpose(0, 1).flatten(1, 2)[:, None]
+
+    def _gather(
+        self, tensor: Float[Tensor, "kv_heads positions head_dim"]
+    ) -> Float[Tensor, "kv_heads slots room head_dim"]:
+        """Copy the pages of each slot, whole pages at a time."""
+        pages = tensor.unflatten(1, (-1, PAGE)).flatten(2)
+        chosen = pages.index_select(1, self.table.flatten())
+        return chosen.view(len(tensor), len(self.table), -1, tensor.shape[2])
 
 
 def _span(page: int) -> slice:
