@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -205,6 +206,22 @@ def lm_models():
             rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_context=64),
         ),
     }
+
+
+def some_by_default(names):
+    """Parameters of a fixture: one model of each way to decode, the rest in the slow stage."""
+    some = {
+        "base",
+        "no cross-attention",
+        "no n-grams",
+        "every byte a patch",
+        "reset",
+        "n-gram scorer",
+        "stateful rule",
+        "learned rule",
+        "transformer with n-grams",
+    }
+    return [pytest.param(name, marks=() if name in some else pytest.mark.slow) for name in names]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import lm_models, random_byte_lm, random_patched
+from builders import lm_models, random_byte_lm, random_patched, some_by_default
 from bytelm.errors import ConfigError, NumericalError
 from bytelm.inference import (
     Engine,
@@ -28,7 +28,7 @@ EVERY_BYTE = MODELS["every byte a patch"]()
 SHARED = b"You are a helpful assistant that answers in one sentence. "
 
 
-@pytest.fixture(params=MODELS, scope="module")
+@pytest.fixture(params=some_by_default(MODELS), scope="module")
 def model(request):
     return MODELS[request.param]()
 

@@ -22,6 +22,7 @@ from builders import (
     random_patched,
     random_scorer,
     random_transformer,
+    some_by_default,
 )
 from bytelm import codec, cpu
 from bytelm.errors import ConfigError
@@ -260,7 +261,9 @@ def test_slots_are_independent_whatever_happens_to_them(model, strategy):
     check()
 
 
-def test_slots_in_pages_are_independent_too(model, monkeypatch):
+@pytest.mark.parametrize("name", some_by_default(MODELS))
+def test_slots_in_pages_are_independent_too(name, monkeypatch):
+    model = MODELS[name]()
     monkeypatch.setattr("bytelm.inference.pages.PAGE", 3)
 
     @given(actions)
