@@ -3,13 +3,16 @@
 import ipaddress
 import os
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bytelm.cli.app import app, console, status
 from bytelm.cli.models import Checkpoint, Device, Precision
 from bytelm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bytelm.serving import Settings
 
 KEY_VARIABLE = "BYTELM_API_KEY"
 
@@ -71,17 +74,33 @@ def serve(
     precision: Precision = "auto",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads to compute with. (default: OMP_NUM_THREADS, or all)"),
+        typer.Option(
+            min=1,
+            help="Threads to compute with, of each replica. (default: OMP_NUM_THREADS, or all; "
+            "replicas share them)",
+        ),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="Serve replicas with Ray Serve, on this computer or at RAY_ADDRESS."
+        ),
+    ] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Number of replicas, with --ray. (default: 1)")
     ] = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API of completions.
 
-    SIGINT (Ctrl+C) and SIGTERM end the server after the requests that are in progress.
+    SIGINT (Ctrl+C) and SIGTERM end the server after the requests that are in progress. --ray serves
+    several replicas of the model behind one address.
 
     [dim]bytelm serve runs/blt-1m
     curl http://127.0.0.1:8000/health[/]
     """
     _check_installed()
+    if replicas is not None and not ray:
+        raise ConfigError("--replicas needs --ray: without it there is one process")
     from bytelm.language_model import load
     from bytelm.serving import Settings, create_app, listen
     from bytelm.serving import serve as run
@@ -100,28 +119,44 @@ def serve(
         timeout=timeout,
         cors_origins=tuple(cors_origin or ()),
     )
+    if ray:
+        try:
+            from bytelm.serving.replicas import ReplicaOptions, deployed, wait_until_stopped
+        except ModuleNotFoundError as error:
+            missing = error.name or "Ray Serve"
+            raise ConfigError(f"--ray needs {missing}: pip install 'bytelm[ray]'") from None
+
+        options = ReplicaOptions(replicas or 1, threads, device, precision, grace)
+        with deployed(checkpoint, settings, options, host, port) as found:
+            _announce(settings, host, found)
+            wait_until_stopped()
+        return
     with listen(host, port) as listening:
         lm = load(checkpoint, device, precision)
         if threads is not None:
             use_threads(threads, device)
         application = create_app(lm, settings)
-        if not keys and not _is_loopback(host):
-            status.print(
-                f"warning: {host} can be reached from other computers, and no key is needed: "
-                f"set --api-key or {KEY_VARIABLE}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listening.getsockname()[1]}"
-        console.print(
-            f"{settings.name} at {address} (Ctrl+C stops it)",
+        _announce(settings, host, listening.getsockname()[1])
+        run(application, listening, grace)
+
+
+def _announce(settings: "Settings", host: str, port: int) -> None:
+    """Say where the server is, and warn if others can reach it without a key."""
+    if not settings.api_keys and not _is_loopback(host):
+        status.print(
+            f"warning: {host} can be reached from other computers, and no key is needed: "
+            f"set --api-key or {KEY_VARIABLE}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-        run(application, listening, grace)
+    shown = f"[{host}]" if ":" in host else host
+    console.print(
+        f"{settings.name} at http://{shown}:{port} (Ctrl+C stops it)",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _check_installed() -> None:

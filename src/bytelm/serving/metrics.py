@@ -46,11 +46,27 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"bytelm_{name}", text, getattr(stats, field))
 
 
+class _Labelled(Collector):
+    """Metrics of a registry, with more labels."""
+
+    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
+        self._registry, self._labels = registry, labels
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [
+                one._replace(labels={**one.labels, **self._labels}) for one in metric.samples
+            ]
+            yield metric
+
+
 class Metrics:
     """Metrics of one server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.labels: dict[str, str] = {}
+        """Labels of all metrics."""
         self._requests = Counter(
             "bytelm_http_requests",
             "Requests answered",
@@ -97,7 +113,11 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all metrics in the text format."""
-        return generate_latest(self.registry)
+        if not self.labels:
+            return generate_latest(self.registry)
+        labelled = CollectorRegistry()
+        labelled.register(_Labelled(self.registry, self.labels))
+        return generate_latest(labelled)
 
 
 class Measured:
