@@ -68,6 +68,8 @@ def test_clients_that_disconnect_while_they_wait_leave_the_queue(lm, monkeypatch
         running(lm, num_slots=1) as server,
         httpx.stream("POST", f"{server.url}/v1/completions", json=body),
     ):
+        # Not the first client, which has an answer before its prompt is read.
+        server.wait_until(lambda: server.worker.stats.num_decoding == 1)
         connection = open_stream(server, prompt="b", max_tokens=300)
         server.wait_until(lambda: server.worker.stats.num_waiting == 1)
         connection.close()

@@ -223,8 +223,8 @@ class Worker:
 
     def _cancel(self, answers: Answers) -> None:
         for ticket in [t for t, (owner, _) in self._running.items() if owner is answers]:
-            del self._running[ticket]
             self._engine.cancel(ticket)
+            del self._running[ticket]
 
     def _step(self) -> None:
         began = time.perf_counter()
