@@ -19,6 +19,7 @@ from bytelm.inference import (
     stream,
 )
 from bytelm.inference.prefixes import MIN_SHARED, shared_length
+from bytelm.inference.speculation import Draft, DraftLength
 from bytelm.inference.states import PatchedState
 from bytelm.patching import StaticRule
 
@@ -317,6 +318,41 @@ def test_logits_that_are_not_finite_end_one_request(monkeypatch):
     for ticket in (tickets[0], tickets[2]):
         parts = [event.part for event in events if event.ticket == ticket]
         assert data(parts) == generate(STATIC, bytes([65 + ticket]), max_bytes=6)
+
+
+@pytest.mark.parametrize("what", ["logits", "verification"])
+def test_what_a_failed_request_leaves_is_not_continued(what, monkeypatch):
+    """An exception may come when more, or other, bytes were fed than were chosen."""
+    model = random_patched(rule=StaticRule(3))
+    engine = Engine(model, 2, speculate=what == "verification")
+    monkeypatch.setattr(DraftLength, "begin", lambda self: 4)
+    request = Request(SHARED, 30, Sampling(seed=1))
+    engine.submit(request)
+    events = engine.step() + engine.step()
+    text = b"".join(event.part.data for event in events)
+    inner = PatchedState.decode if what == "logits" else Draft.keep
+
+    def damaged(state, ids, slots=None):
+        return inner(state, ids, slots) * torch.nan
+
+    def failing(draft, count):
+        raise RuntimeError("a fault in the model")
+
+    if what == "logits":
+        monkeypatch.setattr(PatchedState, "decode", damaged)
+    else:
+        monkeypatch.setattr(Draft, "keep", failing)
+    events = engine.step()
+    assert events[-1].error is not None
+    text += b"".join(event.part.data for event in events if event.part)
+    owner, name = (PatchedState, "decode") if what == "logits" else (Draft, "keep")
+    monkeypatch.setattr(owner, name, inner)
+    # All beginnings: the longest one that is kept is taken, whatever its length.
+    for length in range(len(SHARED + text), len(SHARED), -1):
+        again = Request((SHARED + text)[:length] + b"?", 12, Sampling(seed=2))
+        (parts,) = run(engine, [again])
+        assert data(parts) == alone(model, again)
+    assert_empty(engine)
 
 
 @pytest.mark.parametrize("name", ["base", "stateful rule", "n-gram scorer", "static"])

@@ -291,7 +291,10 @@ class Engine:
             self._decoding.append(job)
         else:
             self._must_wait = False
-        self._prefixes.keep(reading.slot, reading.ids, prediction)
+        if job.has_failed:
+            self._prefixes.give_back(reading.slot)
+        else:
+            self._prefixes.keep(reading.slot, reading.ids, prediction)
 
     def _stop_reading(self, reading: Reading) -> None:
         self._reading.remove(reading)
@@ -310,9 +313,10 @@ class Engine:
                 self._choose(job, prediction, events)
         ended = [slot for slot, job in enumerate(self._decoding) if job.continuation.has_ended]
         for slot in ended:
-            # The last id was not fed.
-            ids = self._decoding[slot].ids[:-1]
-            self._prefixes.keep_copy(self._state, slot, ids)
+            if not self._decoding[slot].has_failed:
+                # The last id was not fed.
+                ids = self._decoding[slot].ids[:-1]
+                self._prefixes.keep_copy(self._state, slot, ids)
         self._leave(ended)
 
     def _speculate(self, events: list[Event]) -> bool:
@@ -331,8 +335,7 @@ class Engine:
         except MemoryFullError:
             return False
         except Exception as error:
-            job.continuation.has_ended = True
-            events.append(Event(job.ticket, None, error))
+            self._fail(job, error, events)
         return True
 
     def _decode_all(self, events: list[Event]) -> Tensor | None:
@@ -358,8 +361,11 @@ class Engine:
             for part in job.continuation.choose(prediction):
                 events.append(Event(job.ticket, part))
         except Exception as error:
-            job.continuation.has_ended = True
-            events.append(Event(job.ticket, None, error))
+            self._fail(job, error, events)
+
+    def _fail(self, job: Job, error: Exception, events: list[Event]) -> None:
+        job.continuation.has_ended = job.has_failed = True
+        events.append(Event(job.ticket, None, error))
 
     def _predictions(self, state: DecodingState, logits: Tensor) -> list[Prediction]:
         """Return the predictions of the last call of a state."""

@@ -93,6 +93,8 @@ class Job:
         self.ticket = ticket
         self.request = request
         self.continuation = continuation
+        self.has_failed = False
+        """Whether an exception ended it, so that its slot may hold anything."""
         self._prompt = prompt
 
     @property
