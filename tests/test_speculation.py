@@ -154,6 +154,21 @@ def test_requests_beside_others_are_not_speculated(monkeypatch):
         assert found[ticket] == generate(model, request.prompt, **options)
 
 
+def test_only_rounds_that_began_are_timed(monkeypatch):
+    """Not steps in which a prompt is read as well: they would make single bytes look slow."""
+    begun = []
+    monkeypatch.setattr(DraftLength, "begin", lambda self: begun.append(1) or 1)
+    monkeypatch.setattr(DraftLength, "end", lambda *_: begun.pop())
+    engine = Engine(random_patched(), 2, prefill_ids=8, speculate=True)
+    engine.submit(Request(b"a", 40, Sampling(seed=5)))
+    for _ in range(3):
+        engine.step()
+    engine.submit(Request(b"a prompt that is read in several steps", 3))
+    while not engine.is_idle:
+        engine.step()
+    assert begun == []
+
+
 def test_a_memory_too_small_for_a_draft_is_enough_for_single_bytes(monkeypatch):
     draft_always(monkeypatch, 5)
     model = MODELS["every byte a patch"]()

@@ -110,6 +110,7 @@ class Engine:
         # The first slots of the state, in this order: neighbours are read without copies.
         self._decoding: list[Job] = []
         self._must_wait = False
+        self._is_timed = False  # whether this step is to decode without a draft, for comparison
         self._next_ticket = 0
         self._num_steps = self._bytes = self._ids_read = self._ids_reused = self._preempted = 0
 
@@ -327,6 +328,7 @@ class Engine:
         job = self._decoding[0]
         length = min(speculation.lengths.begin(), job.continuation.num_left)
         if length == 1:
+            self._is_timed = True
             return False
         try:
             speculation.run(
@@ -345,8 +347,9 @@ class Engine:
             ids = torch.tensor(last, device=self._device)
             try:
                 logits = self._state.decode(ids, range(len(last)))
-                if self._speculation is not None and len(last) == 1:
+                if self._speculation is not None and self._is_timed:
                     self._speculation.lengths.end(1, 0, 0)
+                self._is_timed = False
                 return logits
             except MemoryFullError:
                 self._make_room()
