@@ -161,12 +161,12 @@ def test_only_rounds_that_began_are_timed(monkeypatch):
     monkeypatch.setattr(DraftLength, "end", lambda *_: begun.pop())
     engine = Engine(random_patched(), 2, prefill_ids=8, speculate=True)
     engine.submit(Request(b"a", 40, Sampling(seed=5)))
-    for _ in range(3):
-        engine.step()
+    events = engine.step() + engine.step()
     engine.submit(Request(b"a prompt that is read in several steps", 3))
     while not engine.is_idle:
-        engine.step()
+        events += engine.step()
     assert begun == []
+    assert [event.error for event in events if event.error] == []
 
 
 def test_a_memory_too_small_for_a_draft_is_enough_for_single_bytes(monkeypatch):
