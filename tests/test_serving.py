@@ -504,7 +504,9 @@ def test_the_page_names_every_option_field_and_metric(run, server):
 
 
 def test_metrics(server):
-    generated = post(server, prompt="abc", max_tokens=5).json()["usage"]["completion_tokens"]
+    generated = post(server, prompt="abc", max_tokens=5, seed=1).json()["usage"][
+        "completion_tokens"
+    ]
     httpx.get(f"{server.url}/made/up")
     text = httpx.get(f"{server.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
