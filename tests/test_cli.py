@@ -61,7 +61,7 @@ def test_a_damaged_file_is_in_the_table_and_the_manifest(run, tmp_path, monkeypa
 
 
 def test_options_of_a_scorer_need_one(run, world, tmp_path):
-    for options in (("--patch-size", "4.5"), ("--reset-at-newline",)):
+    for options in (("--patch-size", "4.5"), ("--reset-at-newline",), ("--device", "cuda")):
         status, _, err = run("data", "prepare", world / "d", "--out", tmp_path / "d", *options)
         assert status == 1
         assert f"{options[0]} is about entropies, which need a scorer: add --scorer" in err

@@ -60,8 +60,19 @@ def data_prepare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes. (default: one per core with --scorer, otherwise one)"),
+        typer.Option(
+            min=1,
+            help="Processes that score and write. (default: one per core with --scorer or on Ray, "
+            "otherwise one)",
+        ),
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Use processes of this computer, or Ray: here, or at RAY_ADDRESS."),
+    ] = "local",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Device of the scorer; on Ray, a GPU per worker.")
+    ] = "cpu",
     shard_mb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Text per shard, in MB.")
     ] = 32.0,
@@ -80,7 +91,11 @@ def data_prepare(
     from bytelm.display import ConsoleProgress, show_data, show_inputs
 
     if scorer is None:
-        given = {"--patch-size": patch_size is not None, "--reset-at-newline": reset_at_newline}
+        given = {
+            "--patch-size": patch_size is not None,
+            "--reset-at-newline": reset_at_newline,
+            "--device": device != "cpu",
+        }
         for option in (name for name, is_given in given.items() if is_given):
             raise ConfigError(
                 f"{option} is about entropies, which need a scorer: add --scorer CHECKPOINT, or "
@@ -94,6 +109,8 @@ def data_prepare(
         validation_share=validation_share,
         shard_bytes=round(shard_mb * 1e6),
         workers=workers,
+        engine=engine,
+        device=device,
     )
     with resumable(), ConsoleProgress(console).preparing() as report:
         prepare(inputs, out, options, report)

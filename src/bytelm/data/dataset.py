@@ -15,7 +15,8 @@ Boundaries are not stored: they follow from the entropies and a threshold that m
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -335,6 +336,17 @@ class Dataset:
     def _locate(self, index: int) -> tuple[_Shard, int]:
         at = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._shards[at], index - int(self._first[at])
+
+
+def shard_documents(path: Path) -> Iterator[bytes]:
+    """Yield the documents of a shard.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    shard = _views(_open_table(path), has_entropies=False)
+    for begin, end in pairwise(shard.begins):
+        yield shard.text[begin:end].tobytes()
 
 
 def _open_table(path: Path) -> pa.Table:

@@ -1,24 +1,20 @@
 """Prepare text into Arrow shards, in parallel, and resumable after a kill.
 
-Documents are distributed, in reading order, over shards of about equal size, one series for
-training and one for validation. Held-out inputs are read first, and copies of their documents are
-held out too; prepared data keeps its split; for other documents a hash of the bytes decides, so
-that copies of a document are in the same split. Worker processes score and write the shards, each
-file under a temporary name first. A journal lists the finished shards; after a kill, the same
-command reads the inputs again and skips them.
+Inputs are divided into sections and blocks (:mod:`bytelm.data.sections`), which an engine reads
+and writes in processes of its own, here or on Ray. In reading order, this module decides which
+documents of each block are held out: those of held-out inputs, which are read first, and all their
+copies; prepared data keeps its split; for other documents a hash of the bytes decides, so that
+copies of a document are in the same split. Each file is written under a temporary name first, and
+a journal lists the finished blocks; after a kill, the same command makes the others.
 """
 
-import json
 import os
-import shutil
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bytelm.checkpoint import (
     check_checkpoint,
@@ -28,37 +24,28 @@ from bytelm.checkpoint import (
     read_config,
     save_scorer,
 )
-from bytelm.data.corpus import Reader
 from bytelm.data.dataset import (
     JOURNAL,
     MANIFEST,
     RESUME,
     SCORER,
+    InputRecord,
     LeftOut,
     Manifest,
     ScorerRecord,
-    ShardRecord,
     Split,
     check_shard,
     read_manifest,
+    shard_documents,
     write_manifest,
 )
+from bytelm.data.engines import Device, Engine, Work, local_engine
 from bytelm.data.inputs import Input, ReadOptions, find_inputs
-from bytelm.data.records import Document
-from bytelm.data.splitting import Splitter
-from bytelm.data.writing import Shard, writers
-from bytelm.errors import DataError
-from bytelm.storage import (
-    append_line,
-    atomic_folder,
-    disk_errors,
-    is_vacant,
-    locked,
-    read_lines,
-    remove_unfinished,
-    to_json,
-    write_text,
-)
+from bytelm.data.journal import BlockRecord, Journal, SectionRecord
+from bytelm.data.sections import Outline, Section, divide
+from bytelm.data.splitting import Splitter, document_digest
+from bytelm.errors import ConfigError, DataError
+from bytelm.storage import atomic_folder, disk_errors, is_vacant, locked, remove_unfinished
 from bytelm.version import __version__
 
 
@@ -77,17 +64,23 @@ class PrepareOptions:
     """Share of the other documents to hold out; ``None`` for 0.01, or 0 with ``validation``."""
     shard_bytes: int = 32 * 2**20
     """Bytes of text per shard."""
+    engine: Literal["local", "ray"] = "local"
+    """``local``: processes of this computer; ``ray``: Ray, here or on the cluster at
+    ``RAY_ADDRESS``."""
     workers: int | None = None
-    """Number of processes; ``None`` for one per core if there is a scorer, otherwise one."""
+    """Number of processes that score and write. ``None`` is, on this computer, one per core if
+    there is a scorer for the CPU, otherwise one; on Ray, one per core, or per GPU for ``cuda``."""
+    device: Device = "cpu"
+    """Device that scores; entropies of ``cuda`` differ from those of ``cpu`` in their last bits."""
     leave_out: tuple[Path, ...] = ()
     """Folders inside the inputs that are not read; the output folder never is."""
 
     @property
     def num_workers(self) -> int:
-        """Number of processes."""
+        """Number of processes of the local engine."""
         if self.workers is not None:
             return max(self.workers, 1)
-        return (os.cpu_count() or 1) if self.scorer else 1
+        return (os.cpu_count() or 1) if self.scorer and self.device == "cpu" else 1
 
     @property
     def hashed_share(self) -> float:
@@ -123,6 +116,7 @@ def prepare(
         report: called with the progress.
 
     Raises:
+        ConfigError: an input is a stream, which Ray cannot read, or Ray cannot be used.
         DataError: an input cannot be read, the inputs hold no text, a validation share is given for
             prepared data only, ``out`` is not empty, or it was prepared with other settings.
         CheckpointError: the scorer cannot be loaded.
@@ -145,6 +139,11 @@ def prepare(
     inputs += found
     settings = _settings(inputs, options)
     streams = [one.name for one in inputs if one.is_stream]
+    if streams and options.engine == "ray":
+        raise ConfigError(
+            f"{streams[0]} can be read by this process only, not by others of Ray: leave out "
+            "--engine ray, or write it to a file first"
+        )
     if (out / MANIFEST).exists():
         if streams:
             raise DataError(
@@ -160,30 +159,61 @@ def prepare(
     with disk_errors(out, DataError, RESUME), locked(out):
         remove_unfinished(out)
         # A stream may hold another text this time, so no shard of it counts as finished.
-        finished = {} if streams else _finished(out, settings)
-        if not finished:
-            _clear(out)
-        _write_journal(out, settings, finished)
-        scorer = _copy_scorer(out, options)
-        reader = Reader(options.read)
-        shards = _run(inputs, out, options, reader, finished, report)
-        if not shards:
-            raise DataError(f"the inputs hold no text: name others ({_reasons(reader)})")
-        manifest = Manifest(
-            bytelm=__version__,
-            settings=settings,
-            shards=shards,
-            inputs=reader.records,
-            left_out=_left_out(reader),
-            scorer=scorer,
-        )
+        journal = Journal(out, settings, resume=not streams)
+        manifest = _make(inputs, out, options, journal, settings, report)
         write_manifest(out, manifest)
-        (out / JOURNAL).unlink()
+        journal.remove()
     return manifest
 
 
-def _left_out(reader: Reader) -> LeftOut:
-    records = reader.records
+def _make(
+    inputs: list[Input],
+    out: Path,
+    options: PrepareOptions,
+    journal: Journal,
+    settings: dict[str, Any],
+    report: Callable[[PreparationState], None],
+) -> Manifest:
+    """Make all shards that are not finished, and return the manifest."""
+    scorer = _copy_scorer(out, options)
+    work = Work(
+        out=out,
+        read=options.read,
+        block_bytes=options.shard_bytes,
+        scorer=out / SCORER if options.scorer else None,
+        reset_at_newline=options.reset_at_newline,
+        device=options.device if options.scorer else "cpu",
+    )
+    with _engine(options, work) as engine:
+        preparation = _Preparation(inputs, options, engine, journal, out, report)
+        preparation.run()
+    blocks = [journal.blocks[number] for number in range(preparation.num_blocks)]
+    shards = sorted((one for block in blocks for one in block.shards), key=lambda one: one.split)
+    if not shards:
+        raise DataError(f"the inputs hold no text: name others ({_reasons(preparation.inputs)})")
+    return Manifest(
+        bytelm=__version__,
+        settings=settings,
+        shards=shards,
+        inputs=preparation.inputs,
+        left_out=_left_out(preparation.inputs),
+        scorer=scorer,
+    )
+
+
+def _engine(options: PrepareOptions, work: Work) -> AbstractContextManager[Engine]:
+    if options.engine == "local":
+        return local_engine(work, options.num_workers)
+    try:
+        from bytelm.data.ray_engine import ray_engine
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--engine ray needs {error.name}, which is not installed: pip install 'bytelm[ray]'"
+        ) from None
+    return ray_engine(work, options.workers)
+
+
+def _left_out(records: list[InputRecord]) -> LeftOut:
     return LeftOut(
         empty_documents=sum(one.empty_documents for one in records),
         invalid_records=sum(one.invalid_records for one in records),
@@ -192,10 +222,10 @@ def _left_out(reader: Reader) -> LeftOut:
     )
 
 
-def _reasons(reader: Reader) -> str:
+def _reasons(records: list[InputRecord]) -> str:
     """Return why there are no documents, for a message."""
-    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in _left_out(reader) if count]
-    named = [f"{one.name}: {one.note}" for one in reader.records[:3] if one.note]
+    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in _left_out(records) if count]
+    named = [f"{one.name}: {one.note}" for one in records[:3] if one.note]
     return "; ".join([", ".join(counts), *named])
 
 
@@ -204,6 +234,7 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
     scorer = None
     if options.scorer is not None:
         scorer = fingerprint(find_checkpoint(options.scorer))
+    device = {} if options.scorer is None or options.device == "cpu" else {"device": options.device}
     return {
         "inputs": [i.identity for i in inputs if i.kind != "skipped"],
         "read": asdict(options.read),
@@ -211,6 +242,7 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
         "reset_at_newline": options.reset_at_newline,
         "validation_share": options.hashed_share,
         "shard_bytes": options.shard_bytes,
+        **device,
     }
 
 
@@ -231,40 +263,6 @@ def _check_is_ours(out: Path) -> None:
         raise DataError(
             f"{out} is not empty and was not made by `bytelm data prepare`: choose another folder"
         )
-
-
-def _finished(out: Path, settings: dict[str, Any]) -> dict[str, ShardRecord]:
-    """Return the shards that a stopped preparation with the same settings finished, by file."""
-    entries: list[Any] = []
-    if (out / JOURNAL).exists():
-        # Shards after a damaged line are made again.
-        with suppress(ValueError):
-            entries.extend(map(json.loads, read_lines(out / JOURNAL)))
-    if not entries or entries[0] != settings:
-        return {}
-    records = [ShardRecord.model_validate(entry) for entry in entries[1:]]
-    return {record.file: record for record in records if _is_intact(out, record)}
-
-
-def _clear(out: Path) -> None:
-    """Remove the shards and the scorer of a stopped preparation."""
-    for path in out.glob("*.arrow"):
-        path.unlink()
-    shutil.rmtree(out / SCORER, ignore_errors=True)
-
-
-def _write_journal(out: Path, settings: dict[str, Any], finished: dict[str, ShardRecord]) -> None:
-    """Write a journal of the settings and the finished shards, atomically."""
-    entries = [settings, *(record.model_dump(mode="json") for record in finished.values())]
-    write_text(out / JOURNAL, "".join(to_json(entry) + "\n" for entry in entries))
-
-
-def _is_intact(out: Path, record: ShardRecord) -> bool:
-    try:
-        check_shard(out, record, contents=False)
-    except DataError:
-        return False
-    return True
 
 
 def _copy_scorer(out: Path, options: PrepareOptions) -> ScorerRecord | None:
@@ -307,106 +305,99 @@ def _with_own_reset(options: PrepareOptions) -> PrepareOptions:
     return replace(options, reset_at_newline=own.reset_at_newline)
 
 
-def _run(
-    inputs: list[Input],
-    out: Path,
-    options: PrepareOptions,
-    reader: Reader,
-    finished: dict[str, ShardRecord],
-    report: Callable[[PreparationState], None],
-) -> list[ShardRecord]:
-    """Read the inputs and write all shards; return their records, sorted by name."""
-    records = dict[str, ShardRecord]()
-    total = sum(i.num_bytes for i in inputs if i.is_read)
-    progress = PreparationState(0, total, 0, 0)
-    reading = _Reading(inputs, reader, progress, report)
-    splitter = Splitter(inputs, options.hashed_share, options.read.cut_bytes)
-    # Bytes of input read between a shard and the one before it.
-    spans = dict[str, int]()
-
-    def done(record: ShardRecord) -> None:
-        records[record.file] = record
-        progress.shards += 1
-        progress.done_bytes += spans.pop(record.file)
-        if record.file not in finished:
-            append_line(out / JOURNAL, to_json(record.model_dump(mode="json")))
-        report(progress)
-
-    num_workers = options.num_workers
-    scorer = out / SCORER if options.scorer else None
-    with writers(
-        out, scorer, reset_at_newline=options.reset_at_newline, num_workers=num_workers
-    ) as submit:
-        pending: set[Future[ShardRecord]] = set()
-        for shard in _deal(iter(reading), splitter, options.shard_bytes):
-            spans[shard.name] = reading.take_span()
-            if shard.name in finished:
-                done(finished[shard.name])
-                continue
-            pending.add(submit(shard))
-            # Wait only if too much text is pending; otherwise record what is finished.
-            timeout = None if len(pending) > 2 * num_workers else 0
-            ready, pending = wait(pending, timeout, return_when=FIRST_COMPLETED)
-            for future in ready:
-                done(future.result())
-        for future in as_completed(pending):
-            done(future.result())
-    return [records[name] for name in sorted(records)]
-
-
-class _Reading:
-    """Iterator over the documents of all inputs that reports its position."""
+class _Preparation:
+    """Reads all sections and writes all blocks that are not finished."""
 
     def __init__(
         self,
         inputs: list[Input],
-        reader: Reader,
-        progress: PreparationState,
+        options: PrepareOptions,
+        engine: Engine,
+        journal: Journal,
+        out: Path,
         report: Callable[[PreparationState], None],
     ) -> None:
-        self._inputs, self._reader = inputs, reader
-        self._progress, self._report = progress, report
-        self._position = self._taken = 0
+        self.num_blocks = 0
+        self.inputs: list[InputRecord] = []
+        self._sections = divide(inputs, options.shard_bytes)
+        self._splitter = Splitter(inputs, options.hashed_share, options.read.cut_bytes)
+        self._engine, self._journal, self._out = engine, journal, out
+        self._progress = PreparationState(0, sum(one.num_bytes for one in self._sections), 0, 0)
+        self._report = report
+        self._pending = set[Future[BlockRecord]]()
+        self._input_bytes = dict[int, int]()
+        """Bytes of input of each block that is not finished."""
 
-    def __iter__(self) -> Iterator[Document]:
-        before, reported = 0, 0.0
-        for source in self._inputs:
-            num_bytes = source.num_bytes if source.is_read else 0
-            for document in self._reader.read(source):
-                self._progress.documents += 1
-                self._position = before + min(self._reader.position, num_bytes)
-                if time.monotonic() - reported > 0.1:
-                    reported = time.monotonic()
-                    self._report(self._progress)
-                yield document
-            before += num_bytes
-            self._position = before
+    def run(self) -> None:
+        """Prepare all sections, in order."""
+        known = self._journal.sections
+        unread = [one for number, one in enumerate(self._sections) if number not in known]
+        readings = self._engine.read(unread)
+        for number, section in enumerate(self._sections):
+            if number in known:
+                self._skip(section, known[number])
+            else:
+                self._read(number, next(readings))
+        for future in as_completed(self._pending):
+            self._finish(future.result())
 
-    def take_span(self) -> int:
-        """Return the bytes of input read since the last call."""
-        span = self._position - self._taken
-        self._taken = self._position
-        return span
+    def _skip(self, section: Section, record: SectionRecord) -> None:
+        """Do as if a section had been read whose blocks are all written."""
+        blocks = range(record.first, record.first + record.blocks)
+        shards = [one for block in blocks for one in self._journal.blocks[block].shards]
+        if section.is_held_out:
+            for shard in shards:
+                documents = shard_documents(self._out / shard.file)
+                self._splitter.hold_out(map(document_digest, documents))
+        assert record.first == self.num_blocks
+        self.num_blocks += record.blocks
+        self.inputs += record.inputs
+        self._progress.documents += record.documents
+        self._progress.done_bytes += section.num_bytes
+        self._progress.shards += len(shards)
+        self._report(self._progress)
 
+    def _read(self, number: int, reading: Iterator[tuple[Outline, Any]]) -> None:
+        first, documents, inputs = self.num_blocks, self._progress.documents, len(self.inputs)
+        for outline, block in reading:
+            self.inputs += outline.records
+            self._progress.documents += len(outline.digests)
+            if outline.digests:
+                self._write(outline, block)
+            else:
+                self._progress.done_bytes += outline.input_bytes
+            self._report(self._progress)
+        record = SectionRecord(
+            section=number,
+            first=first,
+            blocks=self.num_blocks - first,
+            documents=self._progress.documents - documents,
+            inputs=self.inputs[inputs:],
+        )
+        self._journal.add(record)
 
-def _deal(documents: Iterator[Document], splitter: Splitter, shard_bytes: int) -> Iterator[Shard]:
-    """Distribute documents, in reading order, over shards of each split; yield full shards."""
-    open_shards: dict[Split, list[Document]] = {"train": [], "validation": []}
-    sizes, numbers = Counter[Split](), Counter[Split]()
+    def _write(self, outline: Outline, block: Any) -> None:
+        """Write a block unless it is finished, and note which others are finished by now."""
+        splits: list[Split | None] = [
+            self._splitter.split(digest, decided)
+            for digest, decided in zip(outline.digests, outline.splits, strict=True)
+        ]
+        number = self.num_blocks
+        self.num_blocks += 1
+        self._input_bytes[number] = outline.input_bytes
+        if number in self._journal.blocks:
+            self._finish(self._journal.blocks[number])
+            return
+        self._pending.add(self._engine.write(number, block, splits))
+        # Wait only if too much text is pending; otherwise note what is finished.
+        timeout = None if len(self._pending) > 2 * self._engine.num_workers else 0
+        ready, self._pending = wait(self._pending, timeout, return_when=FIRST_COMPLETED)
+        for future in ready:
+            self._finish(future.result())
 
-    def close(split: Split) -> Shard:
-        shard = Shard(f"{split}-{numbers[split]:05d}.arrow", split, open_shards[split])
-        numbers[split] += 1
-        sizes[split] = 0
-        open_shards[split] = []
-        return shard
-
-    for document in documents:
-        split = splitter.split(document)
-        open_shards[split].append(document)
-        sizes[split] += len(document.data)
-        if sizes[split] >= shard_bytes:
-            yield close(split)
-    for split in ("train", "validation"):
-        if open_shards[split]:
-            yield close(split)
+    def _finish(self, record: BlockRecord) -> None:
+        if record.block not in self._journal.blocks:
+            self._journal.add(record)
+        self._progress.shards += len(record.shards)
+        self._progress.done_bytes += self._input_bytes.pop(record.block)
+        self._report(self._progress)

@@ -10,7 +10,7 @@ So prepared data keeps its split, and no copy of a held-out document is trained 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bytelm.data.corpus import cut
@@ -50,19 +50,26 @@ class Splitter:
             if digest < self._limit
         }
 
-    def split(self, document: Document) -> Split:
+    def split(self, digest: int, decided: Split | None) -> Split:
         """Return the split of a document.
 
         Documents of inputs that are held out whole must come first.
+
+        Args:
+            digest: hash of the document; see :func:`document_digest`.
+            decided: split that its input has decided.
         """
-        digest = _digest(document.data)
-        if document.split == "validation":
-            self._held_out.add(digest)
+        if decided == "validation":
+            self.hold_out([digest])
         if digest in self._held_out:
             return "validation"
-        if document.split == "train" or digest in self._trained:
+        if decided == "train" or digest in self._trained:
             return "train"
         return "validation" if digest < self._limit else "train"
+
+    def hold_out(self, digests: Iterable[int]) -> None:
+        """Hold out all later copies of some documents."""
+        self._held_out.update(digests)
 
 
 def _digests(folder: Path, split: Split, cut_bytes: int | None) -> Iterator[int]:
@@ -70,9 +77,9 @@ def _digests(folder: Path, split: Split, cut_bytes: int | None) -> Iterator[int]
     dataset = Dataset(folder, split)
     for index in range(len(dataset)):
         for part in cut(Document(dataset.document(index), ""), cut_bytes):
-            yield _digest(part.data)
+            yield document_digest(part.data)
 
 
-def _digest(data: bytes) -> int:
+def document_digest(data: bytes) -> int:
     """Return 64 bits of the SHA-256 of a document."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")

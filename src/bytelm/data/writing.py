@@ -1,15 +1,7 @@
-"""Score and write shards as Arrow files, in worker processes."""
+"""Score documents and write them as shards, Arrow files."""
 
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +19,12 @@ from bytelm.data.dataset import (
     SourceTotal,
     Split,
 )
+from bytelm.data.journal import BlockRecord
 from bytelm.data.records import Document
-from bytelm.errors import DataError
 from bytelm.patching import Scorer
 from bytelm.scoring import check_entropies, group_by_size, score_documents
 from bytelm.scoring.documents import CHUNK
 from bytelm.storage import atomic_file, file_hash
-from bytelm.workers import ignore_sigint, shielded
 
 SCORED_TOGETHER = 65_536
 """Positions of short documents that are scored at once."""
@@ -48,73 +39,57 @@ class Shard:
     documents: list[Document]
 
 
-@contextmanager
-def writers(
-    out: Path, scorer: Path | None, *, reset_at_newline: bool, num_workers: int
-) -> Iterator[Callable[[Shard], "Future[ShardRecord]"]]:
-    """Yield a function that submits shards to worker processes, or to this one if it is the only.
+def shards_of(
+    number: int, documents: Sequence[Document], splits: Sequence[Split | None]
+) -> list[Shard]:
+    """Return the shards of a block, at most one of each split.
+
+    Args:
+        number: number of the block.
+        documents: its documents.
+        splits: split of each; ``None`` to leave it out.
+    """
+    names: tuple[Split, ...] = ("train", "validation")
+    shards = []
+    for split in names:
+        chosen = [one for one, its in zip(documents, splits, strict=True) if its == split]
+        if chosen:
+            shards.append(Shard(f"{split}-{number:05d}.arrow", split, chosen))
+    return shards
+
+
+class Writer:
+    """Writer of shards, which scores their documents.
 
     Args:
         out: folder of the shards.
         scorer: checkpoint of the scorer, if entropies are wanted.
         reset_at_newline: whether a newline begins a new context for the scorer.
-        num_workers: number of processes; 1 for this one.
+        device: device that scores.
 
     Raises:
-        OSError: a file cannot be written.
-        DataError: a worker died.
+        CheckpointError: the scorer cannot be loaded.
     """
-    arguments = (out, scorer, reset_at_newline)
-    if num_workers == 1:
-        writer = Writer(*arguments)
 
-        def run(shard: Shard) -> "Future[ShardRecord]":
-            future: Future[ShardRecord] = Future()
-            future.set_result(writer.write(shard))
-            return future
-
-        yield run
-        return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(*arguments, os.getpid()),
-    )
-    workers: set[BaseProcess] = set()
-
-    def submit(shard: Shard) -> "Future[ShardRecord]":
-        before = set(active_children())
-        # The pool starts a process here if all others are busy.
-        with shielded():
-            future = pool.submit(_write_in_worker, shard)
-        workers.update(set(active_children()) - before)
-        return future
-
-    try:
-        yield submit
-    except KeyboardInterrupt:
-        # The next preparation writes the shards in progress.
-        for worker in workers:
-            worker.kill()
-        raise
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died, perhaps for lack of memory: run the same command again, which "
-            "resumes where it stopped, with fewer --workers (or, from the start, with --cut-bytes)"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Writer:
-    """Writer of shards, which scores their documents."""
-
-    def __init__(self, out: Path, scorer: Path | None, reset_at_newline: bool) -> None:
-        self._out = out
+    def __init__(
+        self, out: Path, scorer: Path | None, reset_at_newline: bool, device: str = "cpu"
+    ) -> None:
+        self._out, self._device = out, device
         self._scorer: Scorer | None = None
         if scorer is not None:
-            self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline)
+            self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline, device=device)
+
+    def write_block(
+        self, number: int, documents: Sequence[Document], splits: Sequence[Split | None]
+    ) -> BlockRecord:
+        """Write the shards of a block; see :func:`shards_of`.
+
+        Raises:
+            OSError: a file cannot be written.
+            NumericalError: an entropy is not finite.
+        """
+        shards = [self.write(shard) for shard in shards_of(number, documents, splits)]
+        return BlockRecord(block=number, shards=shards)
 
     def write(self, shard: Shard) -> ShardRecord:
         """Write one shard atomically, and return its record.
@@ -134,7 +109,7 @@ class Writer:
             columns.append(pa.array(ranges, TRAINED.type))
         if self._scorer is not None:
             schema = schema.append(ENTROPIES)
-            columns.append(_entropy_column(self._scorer, shard.documents))
+            columns.append(_entropy_column(self._scorer, shard.documents, self._device))
         path = self._out / shard.name
         with (
             atomic_file(path) as temporary,
@@ -184,20 +159,22 @@ def _totals(documents: list[Document]) -> dict[str, SourceTotal]:
     return totals
 
 
-def _entropy_column(scorer: Scorer, documents: list[Document]) -> pa.Array:
+def _entropy_column(scorer: Scorer, documents: list[Document], device: str) -> pa.Array:
     """Return the entropies of all documents, using little memory apart from the result's."""
     lengths = [len(document.data) + 1 for document in documents]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     values = np.empty(offsets[-1], np.float32)
     at = 0
     for group in group_by_size(documents, lambda one: len(one.data) + 1, SCORED_TOGETHER):
-        for part in _entropies(scorer, group):
+        for part in _entropies(scorer, group, device):
             values[at : at + len(part)] = part
             at += len(part)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
-def _entropies(scorer: Scorer, documents: list[Document]) -> Iterator[NDArray[np.float32]]:
+def _entropies(
+    scorer: Scorer, documents: list[Document], device: str
+) -> Iterator[NDArray[np.float32]]:
     """Yield the entropies of documents in order, of a single document in parts to save memory."""
 
     def name(index: int) -> str:
@@ -205,36 +182,13 @@ def _entropies(scorer: Scorer, documents: list[Document]) -> Iterator[NDArray[np
         return f"the document of source {one.source!r} that begins with {one.data[:32]!r}"
 
     if len(documents) > 1:
-        ids = [torch.from_numpy(codec.encode(one.data)) for one in documents]
-        yield from (one.float().numpy() for one in score_documents(scorer, ids, name=name))
+        ids = [torch.from_numpy(codec.encode(one.data)).to(device) for one in documents]
+        yield from (one.float().cpu().numpy() for one in score_documents(scorer, ids, name=name))
         return
     state, data = scorer.new_state(), documents[0].data
     for begin in range(0, max(len(data), 1), CHUNK):
         ids = codec.encode(data[begin : begin + CHUNK], bos=begin == 0)
-        entropies = state.prefill(0, torch.from_numpy(ids)).float()
+        entropies = state.prefill(0, torch.from_numpy(ids).to(device)).float()
         # The first id is BOS, whose entropy is that of byte 0.
         check_entropies(entropies, name(0), begin + (begin > 0))
-        yield entropies.numpy()
-
-
-_writer: Writer | None = None
-
-
-def _start_worker(out: Path, scorer: Path | None, reset_at_newline: bool, parent: int) -> None:
-    global _writer
-    ignore_sigint()
-    torch.set_num_threads(1)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    _writer = Writer(out, scorer, reset_at_newline)
-
-
-def _die_with(parent: int) -> None:
-    """End this worker when its parent process has ended, even by SIGKILL."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _write_in_worker(shard: Shard) -> ShardRecord:
-    assert _writer is not None
-    return _writer.write(shard)
+        yield entropies.cpu().numpy()

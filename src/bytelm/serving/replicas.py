@@ -13,7 +13,6 @@ import math
 import os
 import random
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bytelm.checkpoint import Precision
+from bytelm.cluster import ADDRESS, connect
 from bytelm.errors import ConfigError
 from bytelm.language_model import load
 from bytelm.layout import check_checkpoint, find_checkpoint
@@ -44,13 +44,10 @@ from bytelm.serving.server import (
     listen,
 )
 from bytelm.serving.settings import Settings
-from bytelm.stopping import SIGNALS
 from bytelm.threads import use_threads
 
 NAME = "bytelm"
 """Name of the application on Ray Serve."""
-ADDRESS = "RAY_ADDRESS"
-"""Environment variable with the address of a Ray cluster."""
 HEADER = "X-Replica"
 """Header of responses that names the replica."""
 OTHER_REQUESTS = 64
@@ -247,7 +244,7 @@ def deployed(
         with listen(host, port) as listening:
             port = listening.getsockname()[1]
     try:
-        _connect(address, options)
+        _connect(options)
         cpus, gpus = resources(options, ray.nodes())
         app = application(folder, settings, options, cpus, gpus)
         _check_serve()
@@ -307,27 +304,10 @@ def resources(options: ReplicaOptions, nodes: list[dict[str, Any]]) -> tuple[int
     return cpus, gpus
 
 
-def _connect(address: str | None, options: ReplicaOptions) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def _connect(options: ReplicaOptions) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    own: dict[str, Any] = {}
-    if not address:
-        cpus = max(os.cpu_count() or 1, options.num_replicas * (options.threads or 1))
-        own = {
-            "num_cpus": cpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        ray.init(address or "local", logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"at {address}: check {ADDRESS}" if address else "here"
-        raise ConfigError(f"Ray cannot be used {where}: {error}") from error
-    finally:
-        # Ray has a handler of its own, which exits.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    cpus = max(os.cpu_count() or 1, options.num_replicas * (options.threads or 1))
+    connect(cpus, object_store_memory=OBJECT_STORE_BYTES)
 
 
 def _check_serve() -> None:
