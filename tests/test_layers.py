@@ -8,7 +8,7 @@ import bytelm
 LAYERS = [
     {"errors", "version"},
     {"codec", "progress", "slots", "stopping", "storage", "terminal"},
-    {"cluster", "layout", "threads", "workers"},
+    {"cluster", "layout", "ranks", "shards", "threads", "workers"},
     {"chat", "config", "tokens", "tracking"},
     {"kernels", "patching"},
     {"model", "units"},

@@ -15,6 +15,7 @@ is ever unpickled. A training run adds its own files to a step's folder (see
 
 import math
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -95,12 +96,18 @@ def load_tensors(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     known = module.state_dict()
+    return {present_name(name, known): tensor for name, tensor in tensors.items()}
 
-    def present(name: str) -> str:
-        is_known = name.partition("/")[0] in known
-        return name if is_known else _OLD_EMBEDDING.sub(r"\1embedding.ids.weight", name)
 
-    return {present(name): tensor for name, tensor in tensors.items()}
+def present_name(name: str, known: Container[str]) -> str:
+    """Return the present name of a tensor of a checkpoint, which an earlier version may have made.
+
+    Args:
+        name: name in the file, which may have more after a slash.
+        known: present names of the model's tensors.
+    """
+    is_known = name.partition("/")[0] in known
+    return name if is_known else _OLD_EMBEDDING.sub(r"\1embedding.ids.weight", name)
 
 
 def check_finite(name: str, tensor: Tensor, where: Path | str, *, allow_inf: bool = False) -> None:
@@ -133,10 +140,20 @@ def write_model(
     training: dict[str, Any] | None = None,
 ) -> None:
     """Write a model's files into a folder that :func:`atomic_folder` yielded."""
-    known = {name: getattr(description, name) for name in ModelDescription.model_fields}
-    write_config(folder, CheckpointConfig(**known, training=training))
+    write_description(folder, lm, description, training)
     for name, module in lm.saved.items():
         save_tensors(folder / f"{name}.safetensors", module.state_dict())
+
+
+def write_description(
+    folder: Path,
+    lm: CausalLM,
+    description: ModelDescription,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write a model's files except those of weights."""
+    known = {name: getattr(description, name) for name in ModelDescription.model_fields}
+    write_config(folder, CheckpointConfig(**known, training=training))
     if lm.tokenizer is not None:
         lm.tokenizer.save(folder / TOKENIZER)
 

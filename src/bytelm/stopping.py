@@ -55,6 +55,11 @@ class Stopping:
         """Whether the time limit has passed."""
         return self._deadline is not None and time.monotonic() >= self._deadline
 
+    def agree(self) -> None:
+        """Request a stop if the time limit has passed; called between pieces of work."""
+        if self.is_late:
+            self.request("time limit")
+
     def check(self) -> None:
         """Interrupt work that may be abandoned if a stop was requested, or it takes overtime.
 
@@ -68,6 +73,10 @@ class Stopping:
         if self.reason:
             self._can_interrupt = False
             raise Stopped(self.reason)
+
+    def check_together(self) -> None:
+        """Check, where all processes that share the work do; see :meth:`check`."""
+        self.check()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

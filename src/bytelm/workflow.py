@@ -189,6 +189,7 @@ def build(
         if scorer is not None:
             raise ConfigError("data.path brings its own scorer: leave out one of the two")
         setup = set_up(loaded, device)
+        setup.lm.to(device)
         return LanguageModel(setup.lm, CheckpointConfig(**dict(setup.description)))
     return _build_alone(loaded, scorer, device)
 

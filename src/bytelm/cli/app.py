@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from bytelm.cli.advice import NO_MEMORY, attribute_options, command_of, command_options
 from bytelm.errors import BytelmError
+from bytelm.ranks import find_place
 from bytelm.stopping import SAME_SECONDS, SIGNALS, Stopped, is_importing
 from bytelm.storage import at_home
 from bytelm.terminal import Terminal, escape_controls
@@ -56,7 +57,8 @@ class _Commands(TyperGroup):
             with _readable():
                 return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            print(_stopped(str(stop)), file=sys.stderr)
+            if find_place().rank == 0:
+                print(_stopped(str(stop)), file=sys.stderr)
             raise typer.Exit(128 + _interrupts.number) from None
 
 
@@ -193,6 +195,9 @@ def _options() -> dict[str, set[str]]:
 
 
 def _fail(message: str) -> NoReturn:
+    if find_place().rank > 0:
+        # All ranks have the error; the first prints it.
+        sys.exit(1)
     options = _options()
     message = attribute_options(message, command_of(sys.argv[1:], options), options)
     shown = Text.assemble(("error: ", "bold red"), message)

@@ -20,6 +20,7 @@ from bytelm.config import (
     load_recipe,
 )
 from bytelm.errors import ConfigError, DataError
+from bytelm.ranks import find_place
 from bytelm.storage import to_json
 from bytelm.terminal import escape_controls
 
@@ -67,14 +68,17 @@ def train(
     Every value of a recipe can be set as key.path=value: data.path, data.row_bytes, train.steps,
     train.seed, train.device, optimizer.learning_rate, ... `bytelm recipes NAME` prints a recipe.
     More train.steps extend the run in the folder, if its schedule is wsd or constant.
+    On several GPUs, start it with torchrun, or with srun in a SLURM job (docs/scaling.md).
 
     [dim]bytelm train entropy-tiny data.path=data --out entropy
-    bytelm train blt-1m data.path=data-scored train.steps=2000[/]
+    bytelm train blt-1m data.path=data-scored train.steps=2000
+    torchrun --nproc-per-node 8 -m bytelm train blt-1b data.path=data-scored[/]
     """
     from bytelm.display import ConsoleProgress, TrainingBar, show_likelihood
     from bytelm.threads import use_threads
     from bytelm.training import fit_ngrams, recorded_threads, train
 
+    console.quiet = find_place().rank > 0
     resolved = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / Path(recipe).stem
     if isinstance(resolved, NgramRecipe):

@@ -131,6 +131,18 @@ class TrainConfig(Node):
     """auto: bfloat16 autocast on CUDA, float32 on the CPU."""
     compile: bool | None = None
     """Whether to use torch.compile; null for CUDA only."""
+    compile_blocks: bool = False
+    """Compile each transformer block by itself instead of the whole model, which takes less time;
+    several ranks always do."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """block: remember only the inputs of blocks and repeat their forward pass in the backward pass;
+    selective: remember the results of matrix products and attention as well."""
+    shard_ranks: Positive | None = None
+    """Ranks that share one copy of the weights, moments and gradients; null for all ranks, 1 for a
+    copy on every rank. Set to the GPUs of a node, weights are gathered within nodes (HSDP)."""
+    reshard: bool = True
+    """Free the gathered weights of a block after its forward pass, and gather them again for the
+    backward pass: less memory, more communication."""
     log_every: Positive = 10
     validate_every: Positive = 500
     validation_bytes: Positive = 1_000_000
@@ -139,6 +151,12 @@ class TrainConfig(Node):
     keep_checkpoints: Positive = 2
     tensorboard: bool = False
     """Earlier name of ``track.tensorboard``."""
+
+    def precision_on(self, device: str) -> str:
+        """Return the precision of computation on a type of device: float32 or bfloat16."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if device == "cuda" else "float32"
 
 
 class WandbConfig(Node):

@@ -114,6 +114,15 @@ class LoaderState:
 
     step: int
     streams: list[dict[str, Any]] = field(default_factory=list)
+    """State of the stream of each row."""
+
+    @classmethod
+    def join(cls, states: "Sequence[LoaderState]") -> "LoaderState":
+        """Return the state with the streams of all ranks, from those of the ranks in order."""
+        size = len(states)
+        num_rows = sum(len(state.streams) for state in states)
+        streams = [states[r % size].streams[r // size] for r in range(num_rows)]
+        return cls(states[0].step, streams)
 
 
 class Loader:
@@ -192,23 +201,25 @@ class Loader:
         return generator.permutation(np.concatenate(drawn))
 
     def state(self) -> LoaderState:
-        """Return the state after the batches loaded so far."""
+        """Return the state after the batches loaded so far, with the streams of this rank."""
         return LoaderState(self.step, [asdict(self._streams[r]) for r in self._rows])
 
     def restore(self, state: LoaderState) -> None:
-        """Resume from the state of a loader with the same settings.
+        """Resume from the state of loaders with the same settings, on any number of ranks.
+
+        Args:
+            state: state with the streams of all ranks; see :meth:`LoaderState.join`.
 
         Raises:
             DataError: the state has another number of rows.
         """
-        if len(state.streams) != len(self._rows):
+        if len(state.streams) != self._num_streams:
             raise DataError(
-                f"the saved position has {len(state.streams)} rows a step on each rank, not "
-                f"{len(self._rows)}: resume with the same data.rows_per_step and number of ranks"
+                f"the saved position has {len(state.streams)} rows a step, not "
+                f"{self._num_streams}: resume with the same data.rows_per_step"
             )
         self.step = state.step
-        streams = [_StreamState.from_json(s) for s in state.streams]
-        self._streams = dict(zip(self._rows, streams, strict=True))
+        self._streams = {r: _StreamState.from_json(state.streams[r]) for r in self._rows}
 
     @property
     def epochs(self) -> float:

@@ -25,6 +25,7 @@ from bytelm.data import IGNORED, Batch, Row, make_batch
 from bytelm.errors import NumericalError
 from bytelm.lm import CausalLM
 from bytelm.progress import ignore
+from bytelm.training.distributed import World
 from bytelm.units import Span
 
 ROWS = 8
@@ -115,6 +116,7 @@ def measure_spans(
     *,
     context_bytes: int,
     report: Callable[[int], None] = ignore,
+    world: World | None = None,
 ) -> dict[str, Likelihood]:
     """Return the likelihood of spans, summed by label.
 
@@ -122,19 +124,24 @@ def measure_spans(
         lm: language model.
         spans: spans no longer than the context.
         context_bytes: bytes in a row.
-        report: called with the bytes measured so far.
+        report: called with the bytes that this rank has measured so far, by all ranks as often.
+        world: ranks that have the same spans, and share the work; ``None`` for one.
 
     Raises:
         NumericalError: a likelihood is not finite.
     """
+    world = world or World()
     totals: dict[str, Likelihood] = {}
     done = 0
-    for measured in span_nats(lm, spans, context_bytes=context_bytes):
-        likelihood = measured.likelihood
-        totals.setdefault(measured.one.label, Likelihood()).add(likelihood)
-        done += likelihood.num_bytes
+    for measured in _measure(lm, spans, context_bytes, world):
+        for one in measured:
+            likelihood = one.likelihood
+            totals.setdefault(one.one.label, Likelihood()).add(likelihood)
+            done += likelihood.num_bytes
         report(done)
-    return totals
+    by_rank = world.gather(totals)
+    labels = dict.fromkeys(label for each in by_rank for label in each)
+    return {label: total(each[label] for each in by_rank if label in each) for label in labels}
 
 
 def span_nats(
@@ -145,30 +152,49 @@ def span_nats(
     Raises:
         NumericalError: a likelihood is not finite.
     """
-    for rows in _pack(spans, lm, context_bytes):
-        batch = make_batch([row for row, _ in rows]).to(lm.device)
-        with torch.no_grad():
-            nats = position_nats(lm, batch).double().cpu()
-        if not nats.isfinite().all():
-            raise _not_finite(rows, nats)
-        for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
-            begin = 0
-            for segment, one in zip(row.segments, contents, strict=True):
-                end = begin + len(segment.targets)
-                # Exact for tokens too: no token extends across ``num_seen``.
-                seen = int(np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right"))
-                yield SpanNats(
-                    one,
-                    row_nats[begin + seen : end],
-                    segment.target_bytes[seen:],
-                    lm.units.count(segment, seen),
-                )
-                begin = end
+    for measured in _measure(lm, spans, context_bytes, World()):
+        yield from measured
 
 
-def _not_finite(
-    rows: list[tuple[Row, list[LabelledSpan]]], nats: Float[Tensor, "batch ids"]
-) -> NumericalError:
+Rows = list[tuple[Row, list[LabelledSpan]]]
+"""Rows that are measured at once, and the spans in each."""
+
+
+def _measure(
+    lm: CausalLM, spans: Iterable[LabelledSpan], context_bytes: int, world: World
+) -> Iterator[list[SpanNats]]:
+    """Yield the nats of the spans in this rank's rows, for all rows that are measured at once."""
+    for rows, counts in world.share(_pack(spans, lm, context_bytes)):
+        nats = world.agree(lambda rows=rows: _finite_nats(lm, rows))
+        yield list(_by_span(lm, rows, nats)) if counts else []
+
+
+def _finite_nats(lm: CausalLM, rows: Rows) -> Float[Tensor, "batch ids"]:
+    batch = make_batch([row for row, _ in rows]).to(lm.device)
+    with torch.no_grad():
+        nats = position_nats(lm, batch).double().cpu()
+    if not nats.isfinite().all():
+        raise _not_finite(rows, nats)
+    return nats
+
+
+def _by_span(lm: CausalLM, rows: Rows, nats: Float[Tensor, "batch ids"]) -> Iterator[SpanNats]:
+    for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
+        begin = 0
+        for segment, one in zip(row.segments, contents, strict=True):
+            end = begin + len(segment.targets)
+            # Exact for tokens too: no token extends across ``num_seen``.
+            seen = int(np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right"))
+            yield SpanNats(
+                one,
+                row_nats[begin + seen : end],
+                segment.target_bytes[seen:],
+                lm.units.count(segment, seen),
+            )
+            begin = end
+
+
+def _not_finite(rows: Rows, nats: Float[Tensor, "batch ids"]) -> NumericalError:
     """Return an error that names the first byte whose likelihood is not finite."""
     number, index = (~nats.isfinite()).nonzero()[0].tolist()
     row, contents = rows[number]
@@ -183,11 +209,9 @@ def _not_finite(
     )
 
 
-def _pack(
-    spans: Iterable[LabelledSpan], lm: CausalLM, context_bytes: int
-) -> Iterator[list[tuple[Row, list[LabelledSpan]]]]:
+def _pack(spans: Iterable[LabelledSpan], lm: CausalLM, context_bytes: int) -> Iterator[Rows]:
     """Yield groups of rows with whole spans; rows are as long as the longest of their group."""
-    rows: list[tuple[Row, list[LabelledSpan]]] = []
+    rows: Rows = []
     for one in spans:
         if not rows or rows[-1][0].num_bytes + one.span.num_positions > context_bytes:
             if len(rows) == ROWS:
@@ -200,9 +224,7 @@ def _pack(
         yield _trimmed(rows)
 
 
-def _trimmed(
-    rows: list[tuple[Row, list[LabelledSpan]]],
-) -> list[tuple[Row, list[LabelledSpan]]]:
+def _trimmed(rows: Rows) -> Rows:
     longest = max(row.num_bytes for row, _ in rows)
     for row, _ in rows:
         row.max_bytes = longest

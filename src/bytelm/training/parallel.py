@@ -1,27 +1,165 @@
-"""Apply parallelism to a model from outside."""
+"""Apply parallelism to a model from outside: activation checkpointing, compilation, sharding.
 
-from torch import nn
+They keep the module and its parts where they are, since the language model holds them already.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from bytelm.config import TrainConfig
+from bytelm.errors import ConfigError
+from bytelm.model.embedding import HashEmbedding
+from bytelm.model.layers import Block, EncoderCrossAttention
+from bytelm.training.distributed import World
+
+SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+"""Operations whose results selective checkpointing keeps: those that cost most to repeat."""
 
 
-def parallelize(model: nn.Module, config: TrainConfig) -> None:
-    """Prepare an initialised model, in place, for training on the available devices.
+def parallelize(
+    model: nn.Module, config: TrainConfig, device: torch.device, world: World | None = None
+) -> None:
+    """Prepare an initialised model, in place, for training on the devices of all ranks.
 
-    On one device there is nothing to do. On several, this is the place to apply activation
-    checkpointing, per-block compilation and sharding, in that order; the rest of the package does
-    not depend on them. What is applied must keep the module and its parts where they are, as
-    ``fully_shard`` and ``nn.Module.compile`` do, since the language model holds them already.
-
-    ``fully_shard`` gathers a module's weights in its ``forward``, so it can be applied to modules
-    that are entered through it alone: the blocks of every stack, ``global_model``, the encoder's
-    cross-attentions and, for training steps, the whole model. It cannot be applied to ``encoder``
-    and ``decoder`` of a BLT, which are also entered through ``patch_vectors``, ``read_latents``
-    and ``logits``, nor to the decoder's cross-attentions (``project_keys_values``); their weights
-    belong to the whole model's group. With a learned patching rule a BLT is not entered through
-    ``forward`` either.
+    In this order: activation checkpointing of the blocks, compilation, and sharding with FSDP2.
+    Alone, the model is only moved to its device and compiled as a whole.
 
     Args:
-        model: the trained part of a language model.
+        model: the trained part of a language model, on any device.
         config: configuration of the run.
+        device: device of this rank.
+        world: the ranks; ``None`` for one.
+
+    Raises:
+        ConfigError: the ranks cannot form groups of ``train.shard_ranks``.
     """
+    world = world or World()
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    wanted = config.compile
+    if wanted is None:
+        wanted = device.type == "cuda"
+    by_block = wanted == "blocks" or (wanted and world.size > 1)
+    for block in blocks:
+        if config.activation_checkpointing != "none":
+            _set_forward(block, _checkpointed(block.forward, config.activation_checkpointing))
+        if by_block:
+            # Not the block itself, whose hooks gather its weights.
+            _set_forward(block, torch.compile(block.forward, dynamic=False))
+    if world.size > 1:
+        shard(model, config, device, world)
+    model.to(device)
+    if wanted and not by_block:
+        model.compile(dynamic=False)
+
+
+def _set_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    # An attribute of the instance takes precedence over the class's method.
+    module.__dict__["forward"] = function
+
+
+def _checkpointed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Return a forward pass that is repeated in the backward pass instead of being remembered."""
+    if kind == "block":
+        return partial(checkpoint, forward, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    is_saved = operation in SAVED
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def shard(model: nn.Module, config: TrainConfig, device: torch.device, world: World) -> None:
+    """Shard a model's parameters over the ranks, and sum the gradients of the ranks.
+
+    ``fully_shard`` gathers a module's weights when it is called, so it is applied to modules that
+    are entered through their forward pass alone: the blocks of every stack, the embedding, the
+    encoder's cross-attentions, and the whole model, whose group has the rest. ``encoder`` and
+    ``decoder`` of a BLT are entered through other methods too, as are the decoder's
+    cross-attentions.
+
+    Raises:
+        ConfigError: the ranks cannot form groups of ``train.shard_ranks``.
+    """
+    cast = config.precision_on(device.type) == "bfloat16"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if cast else None, reduce_dtype=torch.float32
+    )
+    options = {"mesh": device_mesh(config, device, world), "mp_policy": policy}
+    for module in _gathered_alone(model):
+        fully_shard(module, reshard_after_forward=config.reshard, **options)
+    fully_shard(model, **options)
+    for method in ("encode", "predict"):
+        if hasattr(model, method):
+            # With a learned patching rule a BLT is entered through these.
+            register_fsdp_forward_method(model, method)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the targets of all ranks already.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _gathered_alone(model: nn.Module) -> Iterator[nn.Module]:
+    kinds = (Block, EncoderCrossAttention, HashEmbedding)
+    return (module for module in list(model.modules()) if isinstance(module, kinds))
+
+
+def device_mesh(config: TrainConfig, device: torch.device, world: World) -> DeviceMesh:
+    """Return the mesh of the ranks: groups that share one copy of the weights, and their copies.
+
+    ::
+
+        8 ranks, shard_ranks 4      ranks 0 1 2 3  share a copy
+                                    ranks 4 5 6 7  share another, with the same values
+
+    Raises:
+        ConfigError: the ranks cannot form groups of ``train.shard_ranks``.
+    """
+    ranks = config.shard_ranks or world.size
+    if world.size % ranks:
+        raise ConfigError(
+            f"train.shard_ranks is {ranks}, which does not divide the {world.size} ranks: set it "
+            "to the number of GPUs of a node, or leave it out"
+        )
+    if ranks == world.size:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    shape = (world.size // ranks, ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a whole, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds: all of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,8 +14,10 @@ FIRST_ROWS = 2 * OPEN_SPANS
 """First rows of a balanced stream, which hold longer stretches of documents than later ones."""
 
 
-def load_rows(recipe: Recipe, dataset: Dataset, units: Units) -> Loader:
-    """Return the loader of a resolved recipe's rows, at its first step."""
+def load_rows(
+    recipe: Recipe, dataset: Dataset, units: Units, *, rank: int = 0, world_size: int = 1
+) -> Loader:
+    """Return the loader of a rank's share of a resolved recipe's rows, at its first step."""
     data = recipe.data
     return Loader(
         dataset,
@@ -26,6 +28,8 @@ def load_rows(recipe: Recipe, dataset: Dataset, units: Units) -> Loader:
         packing=data.packing or "in-order",
         mixture=data.mixture,
         seed=recipe.train.seed,
+        rank=rank,
+        world_size=world_size,
     )
 
 

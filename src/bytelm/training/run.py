@@ -16,8 +16,11 @@ from bytelm.stopping import Stopped, Stopping
 from bytelm.storage import disk_errors, is_vacant, locked, read_json, write_json, write_text
 from bytelm.tracking import JsonlMetrics
 from bytelm.training.best import BestCheckpoint
+from bytelm.training.distributed import World, join
 from bytelm.training.extension import extend, find_base
 from bytelm.training.objective import Likelihood, total
+from bytelm.training.parallel import local
+from bytelm.training.setup import choose_device
 from bytelm.training.state import TrainerState, load_step, save_step, step_folder
 from bytelm.training.trackers import check_trackers, open_trackers
 from bytelm.training.trainer import Trainer, with_cooldowns
@@ -35,6 +38,10 @@ RESUME_FREELY = {
     "data.verify",
     "train.device",
     "train.compile",
+    "train.compile_blocks",
+    "train.activation_checkpointing",
+    "train.shard_ranks",
+    "train.reshard",
     "train.log_every",
     "train.validate_every",
     "train.validation_bytes",
@@ -81,25 +88,30 @@ def train(
     SIGINT and SIGTERM end the run at once, with a checkpoint of the last complete step. A
     validation that is not complete then is made when the run is resumed.
 
+    Processes that torchrun or SLURM started together train together, and stop together after the
+    step in progress. All need the folder; rank 0 writes to it, all write checkpoints.
+
     Args:
         recipe: recipe of a transformer or a BLT.
         folder: folder of the run, created if it does not exist.
-        callbacks: receivers of the run's events, called in this order.
+        callbacks: receivers of the run's events, called in this order, on rank 0 only.
         time_limit: seconds after which to stop, as after a signal; the step in progress may take
             :data:`bytelm.stopping.OVERTIME` longer.
 
     Raises:
         ConfigError: the recipe is incomplete, or differs from that of the run in the folder, or
-            that run cannot be extended.
+            that run cannot be extended, or the ranks cannot share the rows.
         DataError: the data is missing, damaged or unsuitable.
         PatchingError: the wanted patch size cannot be reached.
         CheckpointError: a checkpoint is damaged or cannot be written.
         TrainingError: the loss or a weight is not finite.
         Stopped: a stop was requested before the run was set up.
     """
-    stop = Stopping(time_limit)
-    with stop.listening(), open_run(recipe, folder, callbacks=callbacks, stop=stop) as run:
-        return run.train()
+    with join(choose_device(recipe.train).type) as world:
+        stop = world.stopping(time_limit)
+        options: dict[str, Any] = {"callbacks": callbacks, "stop": stop, "world": world}
+        with stop.listening(), open_run(recipe, folder, **options) as run:
+            return run.train()
 
 
 @contextmanager
@@ -109,31 +121,28 @@ def open_run(
     *,
     callbacks: Sequence[Callback] = (),
     stop: Stopping | None = None,
+    world: World | None = None,
 ) -> Iterator["Run"]:
     """Open a run, new or resumed, to take its steps one by one; :func:`train` takes them all.
 
     The folder is locked until the context ends. Arguments and errors are those of :func:`train`;
-    ``stop`` has the requests to stop, which interrupt if it is listening.
+    ``stop`` has the requests to stop, which interrupt if it is listening. With a ``world`` of
+    several ranks, all call this.
     """
-    stop = stop or Stopping()
-    check_trackers(recipe)
-    start = _check_folder(recipe, folder).start
+    stop, world = stop or Stopping(), world or World()
+    start = world.decide(lambda: _check_start(recipe, folder)).start
     with stop.interruptible():
-        trainer = Trainer(_as_recorded(recipe, start), has_weights=start is not None)
+        recorded = _as_recorded(recipe, start)
+        trainer = world.agree(lambda: Trainer(recorded, has_weights=start is not None, world=world))
     with ExitStack() as stack:
-        with _writing(folder):
-            stack.enter_context(locked(folder))
-            # Another process may have trained in the meantime.
-            start, is_extended = _check_folder(recipe, folder)
-            state = superseded = None
-            if start is None:
-                # Only now, so that an invalid recipe does not occupy the folder.
-                _write_recipe(recipe, folder, trainer.setup.origin)
-            else:
-                state = _resume(folder, start, trainer)
-            if start is not None and is_extended:
-                superseded = extend(recipe, folder, start)
-            run = Run(folder, trainer, state, callbacks, stop)
+        # Another process may have trained in the meantime.
+        start, is_extended = world.decide(lambda: _claim(recipe, folder, trainer, stack))
+        state = superseded = None
+        if start is not None:
+            state = world.agree(lambda: _resume(folder, start, trainer))
+            if is_extended:
+                superseded = world.decide(lambda: _extend(recipe, folder, start))
+        run = world.agree(lambda: Run(folder, trainer, state, callbacks, stop))
         try:
             if is_extended:
                 run.announce(superseded)
@@ -154,16 +163,23 @@ class Run:
         stop: Stopping,
     ) -> None:
         self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
+        self.world = trainer.world
         self.stop = stop
         """Requests to stop."""
         self.origin = _read_origin(folder)
-        self.jsonl = JsonlMetrics(folder / METRICS, state.metrics_bytes if state else 0)
-        self.writers: list[Callback] = [self.jsonl]
-        self.writers.append(BestCheckpoint(folder))
-        self.writers += open_trackers(trainer.recipe, folder, trainer.num_steps)
+        self.jsonl: JsonlMetrics | None = None
+        self.writers: list[Callback] = []
+        if self.world.is_main:
+            with _writing(folder):
+                self._open_writers(state.metrics_bytes if state else 0)
         self.validation: dict[str, Likelihood] = {}
         """Likelihood of held-out text by source at the last validation."""
         self.is_validation_due = state is not None and state.is_validation_due
+
+    def _open_writers(self, metrics_bytes: int) -> None:
+        self.jsonl = JsonlMetrics(self.folder / METRICS, metrics_bytes)
+        self.writers = [self.jsonl, BestCheckpoint(self.folder)]
+        self.writers += open_trackers(self.trainer.recipe, self.folder, self.trainer.num_steps)
 
     @property
     def _step_folder(self) -> Path:
@@ -185,8 +201,7 @@ class Run:
             self.begin()
             while not self.finished and not self.stop.reason:
                 self.step()
-                if self.stop.is_late:
-                    self.stop.request("time limit")
+                self.stop.agree()
         except Stopped:
             # Nothing that counts is lost: see Trainer.step.
             pass
@@ -243,10 +258,21 @@ class Run:
 
     def end(self) -> None:
         """Call the callbacks' ``on_end``."""
-        self._call(lambda callback: callback.on_end())
+        if self.world.is_main:
+            self._tell(lambda callback: callback.on_end())
 
     def _call(self, event: Callable[[Callback], None]) -> None:
-        """Report an event to the run's own writers, and then to every callback."""
+        """Report an event, and begin the cooldown if a callback asks for it."""
+        for steps in self.world.decide(lambda: self._tell(event)):
+            self.trainer.cool_down(steps)
+
+    def _tell(self, event: Callable[[Callback], None]) -> list[int]:
+        """Report an event to the run's own writers, and then to every callback.
+
+        Returns:
+            The steps that remain, for each callback that asks to begin the cooldown.
+        """
+        cooldowns = []
         with _writing(self.folder):
             for writer in self.writers:
                 event(writer)
@@ -256,7 +282,8 @@ class Run:
             except StopTraining:
                 self.stop.request("callback")
             except BeginCooldown as request:
-                self.trainer.cool_down(request.steps)
+                cooldowns.append(request.steps)
+        return cooldowns
 
     def _step(self) -> None:
         try:
@@ -280,7 +307,7 @@ class Run:
     def _evaluate(self) -> dict[str, Likelihood]:
         try:
             with self.stop.interruptible():
-                return self.trainer.evaluate(lambda num_bytes: self.stop.check())
+                return self.trainer.evaluate(lambda num_bytes: self.stop.check_together())
         except NumericalError as error:
             step = self.trainer.num_steps
             what = f"the held-out loss is no longer finite at step {step}"
@@ -313,9 +340,11 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint, unless this step has one."""
         trainer, folder = self.trainer, self._step_folder
-        if folder.exists():
+        if self.world.decide(folder.exists):
             return
-        if not all(bool(p.isfinite().all()) for p in trainer.lm.trained.parameters()):
+        parameters = map(local, trainer.lm.trained.parameters())
+        (num_damaged,) = self.world.sum(sum(not bool(p.isfinite().all()) for p in parameters))
+        if num_damaged:
             raise self._diverged(f"weights are no longer finite at step {trainer.num_steps}")
         training = {
             "step": trainer.num_steps,
@@ -325,13 +354,15 @@ class Run:
             **self.origin,
         }
         with _writing(self.folder):
+            metrics_bytes = self.jsonl.position() if self.jsonl is not None else 0
             save_step(
                 self.folder,
                 trainer.setup,
                 trainer.optimizer,
-                trainer.state(self.jsonl.position(), self.is_validation_due),
+                trainer.state(metrics_bytes, self.is_validation_due),
                 training,
                 trainer.last_shared_step,
+                self.world,
             )
         self._call(lambda callback: callback.on_checkpoint(trainer.num_steps, folder))
 
@@ -370,6 +401,27 @@ def _check_folder(recipe: Recipe, folder: Path) -> _Start:
     elif not path.exists() and not is_vacant(folder):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
     return _Start(saved[-1] if saved else None)
+
+
+def _check_start(recipe: Recipe, folder: Path) -> _Start:
+    check_trackers(recipe)
+    return _check_folder(recipe, folder)
+
+
+def _claim(recipe: Recipe, folder: Path, trainer: Trainer, stack: ExitStack) -> _Start:
+    """Lock a folder for as long as ``stack`` lasts, and return where to start in it."""
+    with _writing(folder):
+        stack.enter_context(locked(folder))
+        found = _check_folder(recipe, folder)
+        if found.start is None:
+            # Only now, so that an invalid recipe does not occupy the folder.
+            _write_recipe(recipe, folder, trainer.setup.origin)
+    return found
+
+
+def _extend(recipe: Recipe, folder: Path, start: Path) -> Path | None:
+    with _writing(folder):
+        return extend(recipe, folder, start)
 
 
 def _as_recorded(recipe: Recipe, start: Path | None) -> Recipe:
@@ -421,7 +473,8 @@ def _read_origin(folder: Path) -> dict[str, Any]:
 
 def _resume(folder: Path, start: Path, trainer: Trainer) -> TrainerState:
     """Resume from a checkpoint, and return its state."""
-    state = load_step(start, trainer.lm.trained, trainer.optimizer, trainer.device)
+    setup, world = trainer.setup, trainer.world
+    state = load_step(start, setup.lm.trained, trainer.optimizer, trainer.device, world)
     if state.data_fingerprint != trainer.data_fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data than {trainer.setup.dataset.folder} now holds: "

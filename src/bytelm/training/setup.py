@@ -1,6 +1,6 @@
 """Resolve a recipe with its data, and build the model to train."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from bytelm.errors import ConfigError, DataError, PatchingError
 from bytelm.lm import CausalLM, build_lm
 from bytelm.patching import build_patcher
 from bytelm.tokens import Tokenizer, load_tokenizer
+from bytelm.training.distributed import World
 from bytelm.training.initial import load_initial
-from bytelm.training.parallel import parallelize
 from bytelm.training.parts import freeze
 from bytelm.training.rows import with_measured_room, with_room
 from bytelm.units import Units
@@ -38,19 +38,26 @@ class Setup(NamedTuple):
     description: ModelDescription
     dataset: Dataset
     lm: CausalLM
-    """The initialised language model, on its device."""
+    """The initialised language model: its trained part on the CPU, its scorer on the device."""
     origin: dict[str, Any] | None = None
     """Record of the checkpoint whose weights it begins with, if any."""
 
 
-def set_up(recipe: Recipe, device: torch.device, *, has_weights: bool = False) -> Setup:
+def set_up(
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    has_weights: bool = False,
+    world: World | None = None,
+) -> Setup:
     """Resolve a recipe and initialise its model.
 
     Args:
         recipe: the recipe.
-        device: device of the model.
+        device: device of the scorer.
         has_weights: whether weights of the run itself will be loaded, so that those of ``init`` are
             not needed.
+        world: the ranks, of which the first resolves and checks for all; ``None`` for one.
 
     Raises:
         ConfigError: the recipe is incomplete, or the tokenizer, the checkpoint to begin with or a
@@ -64,9 +71,11 @@ def set_up(recipe: Recipe, device: torch.device, *, has_weights: bool = False) -
         raise ConfigError(
             "data.path is missing: add data.path=FOLDER, made by `bytelm data prepare`"
         )
+    world = world or World()
     tokenizer = _load_tokenizer(recipe)
-    dataset = Dataset(Path(recipe.data.path), "train", verify=recipe.data.verify)
-    recipe = _with_threshold(recipe, dataset)
+    verify = recipe.data.verify and world.is_main
+    dataset = Dataset(Path(recipe.data.path), "train", verify=verify)
+    recipe = _decided(world, _with_threshold, recipe, dataset)
     scorer = scorer_config = None
     record = _scorer_record(recipe, dataset)
     if record is not None:
@@ -83,11 +92,14 @@ def set_up(recipe: Recipe, device: torch.device, *, has_weights: bool = False) -
         origin = None
         if recipe.init is not None and not has_weights:
             origin = load_initial(recipe.init, lm, description)
-    recipe = _with_units(recipe, dataset, lm.units)
+    recipe = _decided(world, _with_units, recipe, dataset, lm.units)
     freeze(lm.trained, recipe.optimizer.freeze)
-    cpu.fuse(lm.trained.to(device))
-    parallelize(lm.trained, recipe.train)
+    cpu.fuse(lm.trained)
     return Setup(recipe, description, dataset, lm, origin)
+
+
+def _decided(world: World, resolve: Callable[..., Recipe], *arguments: Any) -> Recipe:
+    return world.decide(lambda: resolve(*arguments))
 
 
 def resolve(recipe: Recipe, dataset: Dataset) -> tuple[Recipe, Units]:

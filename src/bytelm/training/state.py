@@ -8,12 +8,17 @@
         optimizer.safetensors            moments by parameter name
         trainer.json                     step, data position, metrics position
 
+The files are the same on any number of ranks; each writes and reads its own rows of the tensors
+(:mod:`bytelm.shards`).
+
 A resumed run is bitwise equal to an uninterrupted one: the order of the data is the only randomness
 in training, and is a function of the position. Sums depend on the number of threads in their last
 bits, so the command line resumes with the number that the checkpoint was made with.
 """
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +29,23 @@ from torch import Tensor, nn
 from bytelm.checkpoint import (
     check_checkpoint,
     load_tensors,
+    present_name,
     save_tensors,
+    write_description,
     write_model,
 )
 from bytelm.data import LoaderState
 from bytelm.errors import CheckpointError
-from bytelm.layout import best_step, saved_steps, step_folder, step_number
-from bytelm.storage import atomic_folder, read_json, remove_unfinished, write_json
+from bytelm.layout import MODEL, best_step, saved_steps, step_folder, step_number
+from bytelm.shards import part_of, read_parts, stored_names, write_parts
+from bytelm.storage import (
+    atomic_folder,
+    disk_errors,
+    read_json,
+    remove_unfinished,
+    write_json,
+)
+from bytelm.training.distributed import World
 from bytelm.training.setup import Setup
 
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
@@ -65,6 +80,7 @@ def save_step(
     state: TrainerState,
     training: dict[str, Any],
     last_shared_step: int | None = None,
+    world: World | None = None,
 ) -> None:
     """Save a step, then remove all but the newest ``train.keep_checkpoints`` and two others.
 
@@ -77,40 +93,141 @@ def save_step(
         state: state of the trainer.
         training: record of the training for the model's configuration.
         last_shared_step: last step from which the run can be extended, if there is one.
+        world: the ranks, which all call this; ``None`` for one.
 
     Raises:
         CheckpointError: the checkpoint cannot be written; earlier ones are unchanged.
     """
+    world = world or World()
     folder = step_folder(run, state.step)
-    remove_unfinished(folder.parent)
-    with atomic_folder(folder) as temporary:
-        write_model(temporary, setup.lm, setup.description, training)
-        save_tensors(temporary / OPTIMIZER, _moments(setup.lm.trained, optimizer))
-        write_json(temporary / TRAINER, asdict(state))
+    with _written_together(folder, world) as temporary:
+        if world.is_main:
+            write_json(temporary / TRAINER, asdict(state))
+        moments = _moments(setup.lm.trained, optimizer)
+        if world.size == 1:
+            write_model(temporary, setup.lm, setup.description, training)
+            save_tensors(temporary / OPTIMIZER, moments)
+        else:
+            _write_parts(temporary, setup, training, moments, world)
+    if world.is_main:
+        _remove_old(run, setup.recipe.train.keep_checkpoints, last_shared_step)
+
+
+@contextmanager
+def _written_together(folder: Path, world: World) -> Iterator[Path]:
+    """Yield a temporary folder to all ranks, which becomes ``folder`` if all succeed."""
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            remove_unfinished(folder.parent)
+            return stack.enter_context(atomic_folder(folder))
+
+        temporary = world.decide(begin)
+        yield temporary
+        world.decide(stack.close)
+
+
+def _write_parts(
+    folder: Path,
+    setup: Setup,
+    training: dict[str, Any],
+    moments: dict[str, Tensor],
+    world: World,
+) -> None:
+    """Write this rank's parts of a checkpoint, and on rank 0 what is not sharded."""
+    trained = {name: part_of(tensor) for name, tensor in setup.lm.trained.state_dict().items()}
+    parts = {MODEL: trained, OPTIMIZER: {name: part_of(one) for name, one in moments.items()}}
+
+    def write() -> None:
+        for file, tensors in parts.items():
+            write_parts(folder / file, tensors, has_header=world.is_main)
+        if world.is_main:
+            write_description(folder, setup.lm, setup.description, training)
+            for name, module in setup.lm.saved.items():
+                if module is not setup.lm.trained:
+                    save_tensors(folder / f"{name}.safetensors", module.state_dict())
+
+    with disk_errors(folder, CheckpointError, "nothing was changed: {remedy}"):
+        world.agree(write)
+
+
+def _remove_old(run: Path, num_kept: int, last_shared_step: int | None) -> None:
     saved, kept = saved_steps(run), {best_step(run)}
     if last_shared_step is not None:
         kept.update([one for one in saved if step_number(one) <= last_shared_step][-1:])
-    for old in saved[: -setup.recipe.train.keep_checkpoints]:
+    for old in saved[:-num_kept]:
         if old not in kept:
             shutil.rmtree(old)
 
 
 def load_step(
-    folder: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path,
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    world: World | None = None,
 ) -> TrainerState:
     """Restore parameters and moments, and return the rest of the state.
+
+    Args:
+        folder: the checkpoint.
+        trained: the trained part of the model.
+        optimizer: its optimiser, without state.
+        device: device of the model.
+        world: the ranks, which all call this; ``None`` for one.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
+    world = world or World()
+    world.decide(lambda: _check(folder))
+    if world.size == 1:
+        trained.load_state_dict(load_tensors(folder / MODEL, trained, device))
+        _set_moments(trained, optimizer, load_tensors(folder / OPTIMIZER, trained, device))
+    else:
+        world.agree(lambda: _load_parts(folder, trained, optimizer, device))
+    data = read_json(folder / TRAINER)
+    interval = {_INTERVAL.get(name, name): value for name, value in data["interval"].items()}
+    return TrainerState(**{**data, "data": LoaderState(**data["data"]), "interval": interval})
+
+
+def _check(folder: Path) -> None:
     try:
         check_checkpoint(folder)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} (or remove {folder} to resume from the checkpoint before it)"
         ) from None
-    trained.load_state_dict(load_tensors(folder / "model.safetensors", trained, device))
-    moments = load_tensors(folder / OPTIMIZER, trained, device)
+
+
+def _load_parts(
+    folder: Path, trained: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """Restore this rank's parts of the parameters and moments."""
+    parameters = trained.state_dict()
+    _read_parts(folder / MODEL, parameters, lambda name: parameters[name])
+    moments: dict[str, Tensor] = {}
+
+    def allocate(name: str) -> Tensor:
+        parameter, _, key = name.partition("/")
+        is_step = key == "step"
+        made = (
+            torch.zeros((), device=device) if is_step else torch.zeros_like(parameters[parameter])
+        )
+        return moments.setdefault(name, made)
+
+    _read_parts(folder / OPTIMIZER, parameters, allocate)
+    _set_moments(trained, optimizer, moments)
+
+
+def _read_parts(path: Path, known: dict[str, Tensor], place: Callable[[str], Tensor]) -> None:
+    names = {stored: present_name(stored, known) for stored in stored_names(path)}
+    read_parts(path, {stored: place(name) for stored, name in names.items()})
+
+
+def _set_moments(
+    trained: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
+) -> None:
     names = {id(p): name for name, p in trained.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -118,9 +235,6 @@ def load_step(
             # A parameter without a gradient so far has no moments.
             if keys["step"] in moments:
                 optimizer.state[parameter] = {key: moments[name] for key, name in keys.items()}
-    data = read_json(folder / TRAINER)
-    interval = {_INTERVAL.get(name, name): value for name, value in data["interval"].items()}
-    return TrainerState(**{**data, "data": LoaderState(**data["data"]), "interval": interval})
 
 
 _INTERVAL = {"num_patches": "num_units", "room_patches": "room_units"}

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from bytelm.config import Cooldown, Recipe
-from bytelm.data import IGNORED, Batch, Dataset
+from bytelm.data import IGNORED, Batch, Dataset, LoaderState
 from bytelm.errors import ConfigError, TrainingError
 from bytelm.progress import ignore
 from bytelm.stopping import Stopped, Stopping
+from bytelm.training.distributed import World
 from bytelm.training.flops import (
     Stretches,
     full_step_flops,
@@ -29,6 +31,7 @@ from bytelm.training.optim import (
     learning_rate,
     planned_cooldown,
 )
+from bytelm.training.parallel import parallelize, whole
 from bytelm.training.rows import load_rows
 from bytelm.training.setup import choose_device, set_up
 from bytelm.training.state import TrainerState
@@ -66,25 +69,57 @@ class _Interval:
         return figures
 
 
+class _Counts(NamedTuple):
+    """What the rows of a step hold."""
+
+    targets: int
+    bytes: int
+    positions: int
+    units: int
+    room_bytes: int
+    room_units: int
+    flops: float
+
+
+class _Nats(NamedTuple):
+    """Negative log-likelihood of a step's targets, and of its bytes."""
+
+    targets: float
+    bytes: float
+
+
 class Trainer:
     """Data, model and optimiser of a recipe; independent of run folders and displays.
 
     Args:
         recipe: the recipe.
         has_weights: whether weights will be loaded that replace those of ``init``.
+        world: the ranks that train together; ``None`` for this one alone.
 
     Raises:
         ConfigError, CheckpointError, DataError, PatchingError: as
             :func:`bytelm.training.setup.set_up`.
     """
 
-    def __init__(self, recipe: Recipe, *, has_weights: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, has_weights: bool = False, world: World | None = None
+    ) -> None:
+        self.world = world = world or World()
+        world.check_shares(recipe.data.rows_per_step)
         self.device = choose_device(recipe.train)
-        self.setup = set_up(recipe, self.device, has_weights=has_weights)
+        self.setup = set_up(recipe, self.device, has_weights=has_weights, world=world)
         self.recipe, self.lm = self.setup.recipe, self.setup.lm
         data = self.recipe.data
-        self.loader = load_rows(self.recipe, self.setup.dataset, self.lm.units)
-        self.held_out = Dataset(self.setup.dataset.folder, "validation", verify=data.verify)
+        parallelize(self.lm.trained, self.recipe.train, self.device, world)
+        self.loader = load_rows(
+            self.recipe,
+            self.setup.dataset,
+            self.lm.units,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        verify = data.verify and world.is_main
+        self.held_out = Dataset(self.setup.dataset.folder, "validation", verify=verify)
         self.optimizer = build_optimizer(self.lm.trained, self.recipe.optimizer)
         self.attended_flops: float | None = 0.0
         """Training FLOPs of the rows so far; ``None`` in runs that earlier versions began."""
@@ -96,8 +131,6 @@ class Trainer:
         self.bytes_seen = 0
         self.interval = _Interval()
         self._rate = self._norm = 0.0
-        if recipe.train.compile or (recipe.train.compile is None and self.device.type == "cuda"):
-            self.lm.trained.compile(dynamic=False)
 
     @property
     def step_flops(self) -> float:
@@ -141,44 +174,42 @@ class Trainer:
         stop, began, position = stop or Stopping(), time.monotonic(), self.loader.state()
         try:
             with stop.interruptible():
-                batch, num_targets, *nats = self._accumulate(stop)
+                counts, nats = self._accumulate(stop)
         except Stopped:
             self.loader.restore(position)
             self.optimizer.zero_grad(set_to_none=True)
             raise
         self._update()
-        self._count(batch, num_targets, *nats)
+        self._count(counts, nats)
         self.interval.seconds += time.monotonic() - began
 
-    def _accumulate(self, stop: Stopping) -> tuple[Batch, int, float, float]:
-        """Accumulate and clip the gradients of a step.
-
-        Returns:
-            The batch, its number of targets, and the nats of all targets and of the bytes.
-        """
+    def _accumulate(self, stop: Stopping) -> tuple[_Counts, _Nats]:
+        """Accumulate and clip the gradients of a step; return what the ranks have in sum."""
         batch = self.loader.next_batch()
-        num_targets = int((batch.targets != IGNORED).sum())
+        counts = _Counts(*self.world.sum(*self._counts_of(batch)))
+        num_targets = max(counts.targets, 1)
         all_nats, byte_nats = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in batch.split(self.recipe.train.micro_rows or len(batch.ids)):
             stop.check()
             micro = micro.to(self.device)
             with self._precision():
                 nats = position_nats(self.lm, micro)
-            # Divide by the targets of the whole step, so that micro-batches equal one large batch;
-            # there may be none in rows of long prompts.
-            (nats.sum() / max(num_targets, 1)).backward()
+            # Divide by the targets of the whole step, so that micro-batches and the batches of
+            # ranks equal one large batch; there may be none in rows of long prompts.
+            (nats.sum() / num_targets).backward()
             with torch.no_grad():
                 all_nats += nats.sum()
                 byte_nats += (nats * (micro.target_bytes > 0)).sum()
         clip_norm = self.recipe.optimizer.clip_norm
-        self._norm = float(clip_grad_norm_(self.lm.trained.parameters(), clip_norm))
-        loss = float(all_nats) / max(num_targets, 1)
+        self._norm = float(whole(clip_grad_norm_(self.lm.trained.parameters(), clip_norm)))
+        nats = _Nats(*self.world.sum(float(all_nats), float(byte_nats)))
+        loss = nats.targets / num_targets
         if not (math.isfinite(self._norm) and math.isfinite(loss)):
             raise TrainingError(
                 f"the loss is no longer finite at step {self.num_steps + 1} (loss {loss}, "
                 f"gradient norm {self._norm})"
             )
-        return batch, num_targets, float(all_nats), float(byte_nats)
+        return counts, nats
 
     def _update(self) -> None:
         settings = self.recipe.optimizer
@@ -188,24 +219,41 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _count(self, batch: Batch, num_targets: int, all_nats: float, byte_nats: float) -> None:
-        interval = self.interval
-        num_bytes = int(batch.target_bytes.sum())
-        interval.target_nats += all_nats
-        interval.byte_nats += byte_nats
-        interval.num_bytes += num_bytes
-        interval.num_targets += num_targets
-        interval.num_positions += int(batch.byte_counts.sum())
+    def _counts_of(self, batch: Batch) -> _Counts:
+        num_positions = int(batch.byte_counts.sum())
         # Rows of tokens have no fixed room for bytes.
         has_bytes = self.lm.units.byte_room == 1.0
-        interval.room_bytes += batch.ids.numel() if has_bytes else int(batch.byte_counts.sum())
+        num_units = room_units = 0
         if batch.unit_counts is not None and batch.budget is not None:
-            interval.num_units += int(batch.unit_counts.sum())
-            interval.room_units += batch.budget * len(batch.ids)
+            num_units = int(batch.unit_counts.sum())
+            room_units = batch.budget * len(batch.ids)
+        flops = 0.0
         if self.attended_flops is not None:
-            self.attended_flops += Stretches.of(self.recipe, [batch]).flops(self.recipe)
+            flops = Stretches.of(self.recipe, [batch]).flops(self.recipe)
+        return _Counts(
+            targets=int((batch.targets != IGNORED).sum()),
+            bytes=int(batch.target_bytes.sum()),
+            positions=num_positions,
+            units=num_units,
+            room_bytes=batch.ids.numel() if has_bytes else num_positions,
+            room_units=room_units,
+            flops=flops,
+        )
+
+    def _count(self, counts: _Counts, nats: _Nats) -> None:
+        interval = self.interval
+        interval.target_nats += nats.targets
+        interval.byte_nats += nats.bytes
+        interval.num_bytes += counts.bytes
+        interval.num_targets += counts.targets
+        interval.num_positions += counts.positions
+        interval.room_bytes += counts.room_bytes
+        interval.num_units += counts.units
+        interval.room_units += counts.room_units
+        if self.attended_flops is not None:
+            self.attended_flops += counts.flops
         self.num_steps += 1
-        self.bytes_seen += num_bytes
+        self.bytes_seen += counts.bytes
 
     def cool_down(self, steps: int) -> None:
         """Begin the cooldown of a wsd schedule now, or change its end, which the recipe records.
@@ -243,12 +291,14 @@ class Trainer:
     def report(self) -> dict[str, float]:
         """Return the metrics since the last report, and begin a new interval."""
         interval, self.interval = self.interval, _Interval()
+        # Each rank draws spans for its own rows.
+        (epochs,) = self.world.sum(self.loader.epochs)
         return {
             **interval.metrics(),
             "learning_rate": self._rate,
             "gradient_norm": self._norm,
             "bytes_seen": self.bytes_seen,
-            "epochs": self.loader.epochs,
+            "epochs": epochs,
             "flops": self.flops,
         }
 
@@ -256,7 +306,7 @@ class Trainer:
         """Return the likelihood of held-out text by source; empty if nothing is held out.
 
         Args:
-            report: called with the bytes measured so far.
+            report: called with the bytes that this rank has measured so far, by all ranks as often.
         """
         if not len(self.held_out):
             return {}
@@ -269,13 +319,15 @@ class Trainer:
         # Held-out rows have many shapes: compiling each would take longer than running it.
         stance = torch.compiler.set_stance("force_eager")
         with _evaluating(self.lm), self._precision(), stance:
-            return measure_spans(self.lm, spans, context_bytes=context_bytes, report=report)
+            return measure_spans(
+                self.lm, spans, context_bytes=context_bytes, report=report, world=self.world
+            )
 
     def state(self, metrics_bytes: int, is_validation_due: bool) -> TrainerState:
         """Return the state to resume from, except tensors."""
         return TrainerState(
             step=self.num_steps,
-            data=self.loader.state(),
+            data=LoaderState.join(self.world.gather(self.loader.state())),
             data_fingerprint=self.data_fingerprint,
             metrics_bytes=metrics_bytes,
             bytes_seen=self.bytes_seen,
@@ -294,10 +346,7 @@ class Trainer:
         self.interval = _Interval(**state.interval)
 
     def _precision(self) -> AbstractContextManager[object]:
-        wanted = self.recipe.train.precision
-        if wanted == "auto":
-            wanted = "bfloat16" if self.device.type == "cuda" else "float32"
-        if wanted == "float32":
+        if self.recipe.train.precision_on(self.device.type) == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 

@@ -1,0 +1,311 @@
+"""Training on several ranks: the same as on one, up to rounding."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from builders import SPACE_BLT, merged
+from bytelm.config import Recipe, parse
+from bytelm.data import PrepareOptions, prepare
+from bytelm.errors import ConfigError, DataError
+from bytelm.layout import saved_steps, step_number
+from bytelm.progress import BeginCooldown, Callback
+from bytelm.ranks import Place, find_place, first_host
+from bytelm.training import Trainer, train
+from bytelm.training.distributed import World, join
+from earlier import StopAt
+from processes import on_ranks
+
+WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
+TRANSFORMER = {
+    "model": {"kind": "transformer", "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24},
+    "patching": None,
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(5, 60))) for _ in range(200)]
+    (folder / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare([str(folder / "x.jsonl")], folder / "d", PrepareOptions(validation_share=0.1))
+    return str(folder / "d")
+
+
+def recipe(data, changes=None, **train_options):
+    settings = {
+        # Rows that are closed by their patches hold different numbers of bytes.
+        "data": {"path": data, "row_bytes": 96, "row_patches": 16, "rows_per_step": 8},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "clip_norm": 0.3},
+        "train": {
+            "steps": 20,
+            "log_every": 1,
+            "validate_every": 10,
+            "checkpoint_every": 10,
+            "validation_bytes": 3000,
+            "keep_checkpoints": 9,
+            **train_options,
+        },
+    }
+    settings["data"]["packing"] = "in-order"
+    return parse(Recipe, merged(merged(SPACE_BLT, settings), changes or {}), "test")
+
+
+def metrics(run: Path):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_but_for_rounding(run, other):
+    ours, theirs = metrics(run), metrics(other)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"bytes_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6), (a["step"], name)
+    for mine, others in zip(saved_steps(run), saved_steps(other), strict=True):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            a, b = load_file(mine / file), load_file(others / file)
+            assert a.keys() == b.keys()
+            for name in a:
+                assert torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-4), name
+        a, b = (json.loads((one / "trainer.json").read_text()) for one in (mine, others))
+        for name in ("step", "data", "bytes_seen", "is_validation_due"):
+            assert a[name] == b[name]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe(data), folder)
+    return folder
+
+
+def test_two_ranks_train_as_one_does_and_one_resumes_what_they_began(data, whole, tmp_path):
+    """With clipping, micro-batches, and other numbers of targets on each rank."""
+    settings = recipe(data, micro_rows=2)
+    results = on_ranks(2, train_until, settings, tmp_path / "run", 14)
+    assert [(one.step, one.finished, one.stopped) for one in results] == [
+        (14, False, "callback")
+    ] * 2
+    assert [step_number(one) for one in saved_steps(tmp_path / "run")] == [10, 14]
+    assert train(settings, tmp_path / "run").finished
+    (at_14,) = (one for one in saved_steps(tmp_path / "run") if step_number(one) == 14)
+    at_14.rename(tmp_path / "set aside")
+    assert_equal_but_for_rounding(tmp_path / "run", whole)
+
+
+def train_until(settings, folder, step):
+    return train(settings, folder, callbacks=[StopAt(step)])
+
+
+def test_ranks_of_the_test_hold_different_numbers_of_targets(data):
+    counts = []
+    one = Trainer(recipe(data))
+    for _ in range(3):
+        targets = (one.loader.next_batch().targets >= 0).sum(1)
+        counts.append((int(targets[0::2].sum()), int(targets[1::2].sum())))
+    assert all(a != b for a, b in counts)
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (4, {}),
+        (4, {"train": {"shard_ranks": 2, "micro_rows": 1}}),
+        (2, {"train": {"shard_ranks": 1, "reshard": False}}),
+        (2, {"train": {"activation_checkpointing": "block", "reshard": False}}),
+        (2, {"train": {"activation_checkpointing": "selective"}}),
+        (2, {"optimizer": {"freeze": ["encoder"], "lr_multipliers": {"global": 0.5}}}),
+        (4, TRANSFORMER),
+        (8, {"data": {"mixture": {"x": 1.0}}}),
+    ],
+)
+def test_any_number_of_ranks_trains_as_one_does(data, tmp_path, size, changes):
+    settings = recipe(data, changes)
+    train(settings, tmp_path / "one")
+    assert all(one.finished for one in on_ranks(size, train, settings, tmp_path / "many"))
+    assert_equal_but_for_rounding(tmp_path / "many", tmp_path / "one")
+
+
+@SLOW
+@pytest.mark.parametrize(("first", "second"), [(4, 2), (2, 4), (1, 4)])
+def test_another_number_of_ranks_resumes(data, whole, tmp_path, first, second):
+    settings = recipe(data)
+    on_ranks(first, train_until, settings, tmp_path / "run", 10)
+    on_ranks(second, train, settings, tmp_path / "run")
+    assert_equal_but_for_rounding(tmp_path / "run", whole)
+
+
+@SLOW
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(data, whole, tmp_path):
+    settings = recipe(data)
+    results = on_ranks(2, train_and_signal, settings, tmp_path / "run", 1, 6)
+    assert [(one.step, one.stopped) for one in results] == [(7, "SIGTERM")] * 2
+    assert [step_number(one) for one in saved_steps(tmp_path / "run")] == [7]
+    on_ranks(2, train, settings, tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(whole)[-1]["loss"])
+
+
+def train_and_signal(settings, folder, rank, step):
+    update = Trainer._update
+
+    def update_and_signal(trainer):
+        update(trainer)
+        if trainer.world.rank == rank and trainer.num_steps == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    Trainer._update = update_and_signal
+    return train(settings, folder)
+
+
+@SLOW
+def test_a_time_limit_stops_all(data, tmp_path):
+    results = on_ranks(2, train_for, recipe(data, steps=100_000), tmp_path / "run", 3.0)
+    assert results[0] == results[1]
+    assert (results[0].finished, results[0].stopped) == (False, "time limit")
+    assert step_number(saved_steps(tmp_path / "run")[-1]) == results[0].step > 1
+
+
+def train_for(settings, folder, seconds):
+    return train(settings, folder, time_limit=seconds)
+
+
+class CoolDownAt(Callback):
+    def on_metrics(self, step, metrics):
+        if step == 5:
+            raise BeginCooldown(3)
+
+
+@SLOW
+def test_a_callback_of_rank_0_decides_for_all(data, tmp_path):
+    settings = recipe(data, {"optimizer": {"schedule": "wsd"}})
+    results = on_ranks(2, train_cooling_down, settings, tmp_path / "run")
+    assert [(one.step, one.finished) for one in results] == [(8, True)] * 2
+
+
+def train_cooling_down(settings, folder):
+    return train(settings, folder, callbacks=[CoolDownAt()])
+
+
+@SLOW
+def test_bfloat16_loses_what_one_process_loses(data, tmp_path):
+    settings = recipe(data, steps=4, precision="bfloat16", validate_every=9)
+    train(settings, tmp_path / "one")
+    on_ranks(2, train, settings, tmp_path / "two")
+    losses = [[line["loss"] for line in metrics(tmp_path / run)[:4]] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0][-1] < losses[0][0]
+
+
+def decisions():
+    with join("cpu") as world:
+        return (
+            world.sum(world.rank + 1, 0.5),
+            world.gather("ab"[world.rank]),
+            world.decide(lambda: world.rank),
+            world.agree(lambda: world.rank),
+            list(world.share("abc")),
+            list(world.share("")),
+            [refusal(world, rank) for rank in (0, 1)],
+            nested_refusal(world),
+            refused_decision(world),
+            world.sum(1),
+        )
+
+
+def refusal(world, failing):
+    """An error of one rank is raised on all."""
+    with pytest.raises(DataError) as error:
+        world.agree(lambda: fail() if world.rank == failing else None)
+    return str(error.value)
+
+
+def nested_refusal(world):
+    with pytest.raises(DataError) as error:
+        world.agree(lambda: world.agree(lambda: fail() if world.rank else None))
+    return str(error.value)
+
+
+def refused_decision(world):
+    """A rank that fails earlier than a decision is heard by those who wait for it."""
+    with pytest.raises(DataError) as error:
+        world.agree(lambda: fail() if world.rank else world.decide(lambda: 1))
+    return str(error.value)
+
+
+def fail():
+    raise DataError("no such folder")
+
+
+def test_ranks_sum_gather_decide_and_share_errors():
+    ours, theirs = on_ranks(2, decisions)
+    errors = [["no such folder"] * 2, "no such folder", "no such folder", [2]]
+    assert ours == ([3, 1.0], ["a", "b"], 0, 0, [("a", True), ("c", True)], [], *errors)
+    assert theirs == ([3, 1.0], ["a", "b"], 0, 1, [("b", True), ("c", False)], [], *errors)
+    assert [type(one) for one in ours[0]] == [int, float]
+
+
+def test_a_world_of_one_answers_itself():
+    world = World()
+    assert world.is_main
+    assert world.sum(1, 2.5) == [1, 2.5]
+    assert (world.gather(3), world.decide(lambda: 4), world.agree(lambda: 5)) == ([3], 4, 5)
+    assert list(world.share(iter("ab"))) == [("a", True), ("b", True)]
+    with pytest.raises(DataError):
+        world.agree(fail)
+    with join("cpu") as world:
+        assert world.size == 1
+
+
+def test_ranks_that_cannot_share_the_rows_are_refused(data):
+    with pytest.raises(ConfigError, match=r"8, which 3 ranks .* multiple of 3, such as 9"):
+        Trainer(recipe(data), world=World(Place(0, 3)))
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Place()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "0"}, Place(3, 8, 1)),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Place()),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "16",
+                "SLURM_PROCID": "9",
+                "SLURM_LOCALID": "1",
+                "SLURM_STEP_NODELIST": "gpu[07-08]",
+                "SLURM_JOB_ID": "20001",
+            },
+            Place(9, 16, 1, "gpu07:15001"),
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_LOCALID": "0",
+                "MASTER_ADDR": "head",
+                "MASTER_PORT": "123",
+            },
+            Place(1, 2, 0, "head:123"),
+        ),
+    ],
+)
+def test_the_place_of_a_process_is_what_its_launcher_says(environment, place):
+    assert find_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a1,b2", "a1"), ("gpu[003-010,12],b", "gpu003"), ("n[1,3]-ib,m", "n1-ib")],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
