@@ -118,6 +118,26 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(
         assert Counter(together) == Counter(expected)
 
 
+@pytest.mark.parametrize("packing", ["balanced", "in-order"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (6, 2), (3, 1)])
+def test_any_number_of_ranks_goes_on_where_others_stopped(dataset, packing, before, after):
+    def ranks(size):
+        return [loader(dataset, rank=r, world_size=size, packing=packing) for r in range(size)]
+
+    alone, first, second = loader(dataset, packing=packing), ranks(before), ranks(after)
+    for _ in range(4):
+        alone.next_batch()
+        for rank in first:
+            rank.next_batch()
+    state = LoaderState.join([rank.state() for rank in first])
+    assert state == alone.state()
+    for rank in second:
+        rank.restore(state)
+    for _ in range(3):
+        together = [row for rank in second for row in rows_of(rank.next_batch())]
+        assert Counter(together) == Counter(rows_of(alone.next_batch()))
+
+
 def test_every_id_is_a_target_once_an_epoch(dataset):
     """Over whole epochs, every position of every document is predicted equally often."""
     one = loader(dataset, rows_per_step=1, row_units=None, units=ByteUnits())
@@ -298,7 +318,7 @@ def test_bad_requests_are_named(dataset, tmp_path):
         loader(dataset, mixture={"delta": 1.0})
     with pytest.raises(DataError, match="has no entropies, which the patching rule needs"):
         loader(dataset, units=PatchUnits(Patcher(EntropyRule(threshold=1.0))))
-    with pytest.raises(DataError, match="has 6 rows a step on each rank, not 4"):
+    with pytest.raises(DataError, match="has 6 rows a step, not 4"):
         loader(dataset, rows_per_step=4).restore(loader(dataset).state())
     with pytest.raises(DataError, match="6 rows a step cannot be shared by 8 ranks"):
         loader(dataset, world_size=8, rank=7)
