@@ -61,20 +61,18 @@ def parallelize(
     """
     world = world or World()
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    wanted = config.compile
-    if wanted is None:
-        wanted = device.type == "cuda"
-    by_block = wanted == "blocks" or (wanted and world.size > 1)
+    by_block = config.compile_blocks or world.size > 1
+    compiles = device.type == "cuda" if config.compile is None else config.compile
     for block in blocks:
         if config.activation_checkpointing != "none":
             _set_forward(block, _checkpointed(block.forward, config.activation_checkpointing))
-        if by_block:
+        if compiles and by_block:
             # Not the block itself, whose hooks gather its weights.
             _set_forward(block, torch.compile(block.forward, dynamic=False))
     if world.size > 1:
         shard(model, config, device, world)
     model.to(device)
-    if wanted and not by_block:
+    if compiles and not by_block:
         model.compile(dynamic=False)
 
 
