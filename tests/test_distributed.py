@@ -1,22 +1,27 @@
 """Training on several ranks: the same as on one, up to rounding."""
 
+import errno
 import json
+import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from builders import SPACE_BLT, merged
+from bytelm import shards
 from bytelm.config import Recipe, parse
 from bytelm.data import PrepareOptions, prepare
-from bytelm.errors import ConfigError, DataError
+from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps, step_number
 from bytelm.progress import BeginCooldown, Callback
 from bytelm.ranks import Place, find_place, first_host
-from bytelm.training import Trainer, train
+from bytelm.training import Trainer, saving, train
 from bytelm.training.distributed import World, join
 from earlier import StopAt
 from processes import on_ranks
@@ -55,7 +60,8 @@ def recipe(data, changes=None, **train_options):
         },
     }
     settings["data"]["packing"] = "in-order"
-    return parse(Recipe, merged(merged(SPACE_BLT, settings), changes or {}), "test")
+    settings = merged(merged(SPACE_BLT, settings), changes or {})
+    return parse(Recipe, {**settings, **(changes if changes is TRANSFORMER else {})}, "test")
 
 
 def metrics(run: Path):
@@ -68,7 +74,8 @@ def assert_equal_but_for_rounding(run, other):
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"bytes_per_second"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6), (a["step"], name)
+            rel = 1e-5 if name == "gradient_norm" else 1e-6
+            assert a[name] == pytest.approx(b[name], rel=rel, abs=1e-6), (a["step"], name)
     for mine, others in zip(saved_steps(run), saved_steps(other), strict=True):
         for file in ("model.safetensors", "optimizer.safetensors"):
             a, b = load_file(mine / file), load_file(others / file)
@@ -143,6 +150,92 @@ def test_another_number_of_ranks_resumes(data, whole, tmp_path, first, second):
     on_ranks(first, train_until, settings, tmp_path / "run", 10)
     on_ranks(second, train, settings, tmp_path / "run")
     assert_equal_but_for_rounding(tmp_path / "run", whole)
+
+
+@SLOW
+@pytest.mark.parametrize(("victim", "file"), [(0, 1), (1, 2), (1, 3), (0, 4)])
+def test_a_kill_during_a_checkpoint_leaves_the_one_before(data, whole, tmp_path, victim, file):
+    """Each checkpoint has two files of tensors; it happens in the middle of one."""
+    settings = recipe(data)
+    with pytest.raises(Exception, match=r"(?i)connection|closed|peer|reset"):
+        on_ranks(2, train_and_die, settings, tmp_path / "run", victim, file, may_die=[victim])
+    saved = [step_number(one) for one in saved_steps(tmp_path / "run")]
+    assert saved == ([10] if file > 2 else [])
+    on_ranks(2, train, settings, tmp_path / "run")
+    assert_equal_but_for_rounding(tmp_path / "run", whole)
+    names = sorted(one.name for one in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000020"]
+
+
+def train_and_die(settings, folder, victim, file):
+    write, write_parts, begun = shards._write, saving.write_parts, []
+
+    def begin(*args, **named):
+        begun.append(args)
+        write_parts(*args, **named)
+
+    def write_or_die(descriptor, data, at):
+        if distributed.get_rank() == victim and len(begun) == file:
+            data = memoryview(data).cast("B")
+            write(descriptor, data[: len(data) // 2], at)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(descriptor, data, at)
+
+    shards._write, saving.write_parts = write_or_die, begin
+    return train(settings, folder)
+
+
+def test_training_continues_while_a_checkpoint_is_written(data, whole, tmp_path):
+    """The checkpoint has the weights of its step, not of those that were trained meanwhile."""
+    settings = recipe(data, steps=20)
+    events = on_ranks(2, train_and_write_slowly, settings, tmp_path / "run")[0]
+    assert events.index(("saved", 10)) > events.index(("step", 12))
+    assert_equal_but_for_rounding(tmp_path / "run", whole)
+
+
+class Events(Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_metrics(self, step, metrics):
+        self.events.append(("step", step))
+
+    def on_checkpoint(self, step, folder):
+        assert folder.is_dir()
+        self.events.append(("saved", step))
+
+
+def train_and_write_slowly(settings, folder):
+    write, watched = saving.write_parts, Events()
+
+    def write_slowly(*args, **named):
+        deadline = time.monotonic() + 30
+        while ("step", 12) not in watched.events and time.monotonic() < deadline:
+            if distributed.get_rank() > 0 or "step-00000020" in str(args[0]):
+                break
+            time.sleep(0.01)
+        write(*args, **named)
+
+    saving.write_parts = write_slowly
+    train(settings, folder, callbacks=[watched])
+    return watched.events
+
+
+def test_a_disk_error_of_one_rank_is_that_of_all(data, tmp_path):
+    for error in on_ranks(2, train_on_a_full_disk, recipe(data), tmp_path / "run"):
+        assert "No space left on device; nothing was changed: free some space" in error
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def train_on_a_full_disk(settings, folder):
+    def full(*args, **named):
+        if distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    saving.write_parts = full
+    with pytest.raises(CheckpointError) as error:
+        train(settings, folder)
+    return str(error.value)
 
 
 @SLOW

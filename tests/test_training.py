@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from builders import (
@@ -50,6 +52,7 @@ from bytelm.config import (
 )
 from bytelm.config.reading import _held_in
 from bytelm.data import PrepareOptions, prepare
+from bytelm.display import TrainingBar
 from bytelm.errors import CheckpointError, ConfigError, DataError, PatchingError, TrainingError
 from bytelm.lm import CausalLM, register_model
 from bytelm.patching import register_rule
@@ -64,6 +67,7 @@ from bytelm.training import (
     learning_rate,
     objective,
     run,
+    saving,
     setup,
     state,
     train,
@@ -175,7 +179,7 @@ def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind
 
 # The functions that a step, a validation, an update of the parameters and a checkpoint call.
 GRADIENTS, VALIDATION = (trainer, "position_nats"), (objective, "position_nats")
-UPDATE, CHECKPOINT = (torch.optim.AdamW, "step"), (run, "save_step")
+UPDATE, CHECKPOINT = (torch.optim.AdamW, "step"), (saving, "save_step")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_a_signal_anywhere_leaves_a_run_that_resumes_to_the_same_bits(
 def test_a_second_signal_quits_at_once_and_loses_only_the_last_steps(data, tmp_path, monkeypatch):
     settings = recipe(data, "transformer")
     train(settings, tmp_path / "whole")
-    save = run.save_step
+    save = saving.save_step
 
     def interrupted(*args):
         if args[3].step == 6:
@@ -235,7 +239,7 @@ def test_a_second_signal_quits_at_once_and_loses_only_the_last_steps(data, tmp_p
             signal.raise_signal(signal.SIGINT)
         save(*args)
 
-    monkeypatch.setattr(run, "save_step", interrupted)
+    monkeypatch.setattr(saving, "save_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "stopped")
     monkeypatch.undo()
@@ -375,7 +379,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    save = state.save_tensors
+    save = saving.save_tensors
 
     def full(path, tensors):
         if "step-00000006" in str(path):
@@ -383,22 +387,41 @@ def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(data, tmp_path
         save(path, tensors)
 
     whole = train(recipe(data), tmp_path / "whole")
-    monkeypatch.setattr(state, "save_tensors", full)
+    monkeypatch.setattr(saving, "save_tensors", full)
     with pytest.raises(CheckpointError, match="No space left on device; nothing was changed"):
         train(recipe(data), tmp_path / "r")
     assert [p.name for p in saved_steps(tmp_path / "r")] == ["step-00000003"]
     assert os.listdir(tmp_path / "r" / "checkpoints") == ["step-00000003"]
-    monkeypatch.setattr(state, "save_tensors", save)
+    monkeypatch.setattr(saving, "save_tensors", save)
     assert train(recipe(data), tmp_path / "r") == whole
     assert_same_bits(tmp_path / "whole", tmp_path / "r")
 
 
-def test_a_damaged_checkpoint_names_the_one_before_it(data, tmp_path):
-    train(recipe(data, steps=8), tmp_path / "r")
-    path = saved_steps(tmp_path / "r")[-1] / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=r"or remove .*step-00000008 to resume from"):
-        train(recipe(data, steps=8), tmp_path / "r")
+def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_resumes(data, tmp_path, capsys):
+    settings = recipe(data, "transformer")
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "r")
+    saved = saved_steps(tmp_path / "r")
+    for one, name in ((saved[-1], "trainer.json"), (saved[-2], "optimizer.safetensors")):
+        path = one / name
+        path.write_bytes(path.read_bytes()[:-5])
+    assert state.recorded_threads(tmp_path / "r") == torch.get_num_threads()
+    bar = TrainingBar(Console(), "r")
+    assert train(settings, tmp_path / "r", callbacks=[bar]).finished
+    said = capsys.readouterr().out.splitlines()[:2]
+    for line, one, name in zip(said, saved[:-3:-1], ("trainer", "optimizer"), strict=True):
+        assert re.search(f"{one.name}/{name}.* is damaged.*: resuming from", line)
+        assert line.endswith(f"{one}.damaged")
+        assert one.with_name(f"{one.name}.damaged").is_dir()
+    assert_same_bits(tmp_path / "whole", tmp_path / "r")
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(data, tmp_path):
+    train(recipe(data, "transformer", steps=6), tmp_path / "r")
+    for one in saved_steps(tmp_path / "r"):
+        (one / "trainer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step-00000006/trainer.json is damaged.*no other"):
+        train(recipe(data, "transformer", steps=6), tmp_path / "r")
 
 
 def test_another_recipe_is_refused_and_harmless_changes_are_not(data, tmp_path):

@@ -66,6 +66,14 @@ class Callback:
             superseded: folder that later checkpoints were moved to, if there were any.
         """
 
+    def on_damaged(self, checkpoint: Path, reason: str) -> None:
+        """Called before ``on_begin`` for a newer checkpoint that a run cannot resume from.
+
+        Args:
+            checkpoint: its folder, which was renamed.
+            reason: what is wrong with it.
+        """
+
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called with the metrics since the last call, or of held-out text (``validation_*``)."""
 

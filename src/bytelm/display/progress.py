@@ -168,6 +168,11 @@ class TrainingBar(Callback):
             text += f": later ones, and the metrics so far, are in {superseded}"
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def on_damaged(self, checkpoint: Path, reason: str) -> None:
+        """Print why the run resumes from an earlier checkpoint."""
+        text = f"  {reason}: resuming from the checkpoint before it; it is kept as {checkpoint}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics."""
         assert self._bar is not None

@@ -21,7 +21,7 @@ from bytelm.study.loading import run_recipe, with_steps
 from bytelm.study.plan import Plan, Run, alternative_names
 from bytelm.study.text import text_folder, tokenizer_path
 from bytelm.tokens import load_tokenizer
-from bytelm.training.run import RESUME_FREELY
+from bytelm.training.starting import RESUME_FREELY
 
 RESULT = "result.json"
 

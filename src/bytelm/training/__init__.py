@@ -12,8 +12,9 @@ from bytelm.training.objective import (
 from bytelm.training.optim import build_optimizer, learning_rate
 from bytelm.training.parallel import parallelize
 from bytelm.training.rows import with_room
-from bytelm.training.run import Run, TrainingResult, open_run, recorded_recipe, train
+from bytelm.training.run import Run, TrainingResult, open_run, train
 from bytelm.training.setup import resolve
+from bytelm.training.starting import recorded_recipe
 from bytelm.training.state import charges_full_rows, recorded_threads
 from bytelm.training.trainer import Trainer
 from bytelm.training.turns import Turns, train_in_turns

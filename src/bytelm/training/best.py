@@ -22,12 +22,12 @@ class BestCheckpoint(Callback):
         self._best = float("inf")
         if best_step(run) is not None:
             self._best = float(read_json(run / BEST)[BPB])
-        self._validated: tuple[int, float] | None = None
+        self._validated: dict[int, float] = {}
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the step if it was validated now, and is saved already."""
         if BPB in metrics:
-            self._validated = step, metrics[BPB]
+            self._validated[step] = metrics[BPB]
             self._record(step)
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
@@ -35,9 +35,7 @@ class BestCheckpoint(Callback):
         self._record(step)
 
     def _record(self, step: int) -> None:
-        if self._validated is None or self._validated[0] != step:
-            return
-        bpb = self._validated[1]
-        if bpb < self._best and step_folder(self._run, step).is_dir():
+        bpb = self._validated.get(step)
+        if bpb is not None and bpb < self._best and step_folder(self._run, step).is_dir():
             self._best = bpb
             write_json(self._run / BEST, {"step": step, BPB: bpb})

@@ -40,7 +40,15 @@ class World:
     def __init__(self, place: Place | None = None) -> None:
         place = place or Place()
         self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
+        self._group: Any = None
         self._raised: BytelmError | None = None
+
+    def apart(self) -> "World":
+        """Return a world of the same ranks for another thread, whose calls have their own order."""
+        world = World(Place(self.rank, self.size, self.local_rank))
+        if self.size > 1:
+            world._group = distributed.new_group(backend="gloo")
+        return world
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +60,7 @@ class World:
         if self.size == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(totals)
+        distributed.all_reduce(totals, group=self._group)
         pairs = zip(totals.tolist(), values, strict=True)
         return [round(total) if isinstance(value, int) else total for total, value in pairs]
 
@@ -98,7 +106,7 @@ class World:
         Whatever a rank waits for, it learns of the error of another here.
         """
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, (value, error))
+        distributed.all_gather_object(found, (value, error), group=self._group)
         self._raised = next((error for _, error in found if error is not None), None)
         if self._raised is not None:
             raise self._raised

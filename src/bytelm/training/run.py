@@ -1,60 +1,37 @@
 """Training runs: folders with a recipe, metrics and checkpoints, which can be resumed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from bytelm.checkpoint import read_config, saved_steps
-from bytelm.config import Cooldown, Recipe, differences, dump_yaml, load_recipe
-from bytelm.errors import CheckpointError, ConfigError, NumericalError, TrainingError
+from bytelm.checkpoint import saved_steps
+from bytelm.config import Recipe
+from bytelm.errors import ConfigError, NumericalError, TrainingError
 from bytelm.layout import METRICS as METRICS
-from bytelm.layout import RECIPE
+from bytelm.layout import step_folder, step_number
 from bytelm.progress import BeginCooldown, Callback, StopTraining
 from bytelm.stopping import Stopped, Stopping
-from bytelm.storage import disk_errors, is_vacant, locked, read_json, write_json, write_text
 from bytelm.tracking import JsonlMetrics
 from bytelm.training.best import BestCheckpoint
 from bytelm.training.distributed import World, join
-from bytelm.training.extension import extend, find_base
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.parallel import local
+from bytelm.training.saving import Saver, remove_old
 from bytelm.training.setup import choose_device
-from bytelm.training.state import TrainerState, load_step, save_step, step_folder
+from bytelm.training.starting import (
+    Start,
+    as_recorded,
+    claim,
+    extend_from,
+    find_start,
+    read_origin,
+    writing,
+)
+from bytelm.training.state import TrainerState, load_step
 from bytelm.training.trackers import check_trackers, open_trackers
-from bytelm.training.trainer import Trainer, with_cooldowns
-
-ORIGIN = "init.json"
-"""Record of the checkpoint that a run began with."""
-RESUME = "{remedy} and run the same command again: it resumes from the last checkpoint"
-"""Advice after a disk error; see :func:`bytelm.storage.disk_errors`."""
-
-# Settings that may change when a run is resumed: they do not affect the result (except that
-# another device rounds differently).
-RESUME_FREELY = {
-    "data.path",
-    "data.tokenizer",
-    "data.verify",
-    "train.device",
-    "train.compile",
-    "train.compile_blocks",
-    "train.activation_checkpointing",
-    "train.shard_ranks",
-    "train.reshard",
-    "train.log_every",
-    "train.validate_every",
-    "train.validation_bytes",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.tensorboard",
-    "track.tensorboard",
-    "track.wandb",
-    "track.wandb.project",
-    "track.wandb.entity",
-    "track.wandb.name",
-    "track.wandb.mode",
-}
+from bytelm.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -130,22 +107,25 @@ def open_run(
     several ranks, all call this.
     """
     stop, world = stop or Stopping(), world or World()
-    start = world.decide(lambda: _check_start(recipe, folder)).start
+    found = world.decide(lambda: _find_start(recipe, folder))
+    recorded, has_weights = as_recorded(recipe, found.checkpoint), found.checkpoint is not None
     with stop.interruptible():
-        recorded = _as_recorded(recipe, start)
-        trainer = world.agree(lambda: Trainer(recorded, has_weights=start is not None, world=world))
+        trainer = world.agree(lambda: Trainer(recorded, has_weights=has_weights, world=world))
     with ExitStack() as stack:
-        # Another process may have trained in the meantime.
-        start, is_extended = world.decide(lambda: _claim(recipe, folder, trainer, stack))
-        state = superseded = None
+        origin = trainer.setup.origin
+        found = world.decide(lambda: claim(recipe, folder, found, origin, stack))
+        start, state, superseded = found.checkpoint, None, None
         if start is not None:
             state = world.agree(lambda: _resume(folder, start, trainer))
-            if is_extended:
-                superseded = world.decide(lambda: _extend(recipe, folder, start))
+            if found.is_extended:
+                superseded = world.decide(lambda: extend_from(recipe, folder, start))
         run = world.agree(lambda: Run(folder, trainer, state, callbacks, stop))
         try:
-            if is_extended:
-                run.announce(superseded)
+            for damaged, reason in found.damaged:
+                run.announce(lambda one, x=damaged, y=reason: one.on_damaged(x, y))
+            if found.is_extended:
+                step = trainer.num_steps
+                run.announce(lambda one: one.on_extend(step, superseded))
             yield run
         finally:
             run.end()
@@ -166,11 +146,12 @@ class Run:
         self.world = trainer.world
         self.stop = stop
         """Requests to stop."""
-        self.origin = _read_origin(folder)
+        self.origin = read_origin(folder)
+        self.saver = Saver(folder, self.world)
         self.jsonl: JsonlMetrics | None = None
         self.writers: list[Callback] = []
         if self.world.is_main:
-            with _writing(folder):
+            with writing(folder):
                 self._open_writers(state.metrics_bytes if state else 0)
         self.validation: dict[str, Likelihood] = {}
         """Likelihood of held-out text by source at the last validation."""
@@ -207,11 +188,8 @@ class Run:
             pass
         if self.stop.reason:
             self.save()
+        self._finish_saving(wait=True)
         return self.result()
-
-    def announce(self, superseded: Path | None) -> None:
-        """Report that the run was extended, and the folder that later checkpoints are in."""
-        self._call(lambda callback: callback.on_extend(self.trainer.num_steps, superseded))
 
     def begin(self) -> None:
         """Begin, or resume with a validation that is due; to be called once, before the first step.
@@ -220,7 +198,7 @@ class Run:
             Stopped: a stop was requested.
         """
         steps = self.trainer.num_steps, self.trainer.last_step
-        self._call(lambda callback: callback.on_begin(*steps))
+        self.announce(lambda callback: callback.on_begin(*steps))
         if self.is_validation_due:
             self.validate()
         elif self.has_all_steps:
@@ -234,6 +212,7 @@ class Run:
         """
         trainer, config = self.trainer, self.trainer.recipe.train
         self._step()
+        self._finish_saving(wait=False)
         step, is_last = trainer.num_steps, self.has_all_steps
         self.is_validation_due = step % config.validate_every == 0 or is_last
         if step % config.log_every == 0 or is_last:
@@ -257,11 +236,12 @@ class Run:
         )
 
     def end(self) -> None:
-        """Call the callbacks' ``on_end``."""
+        """Complete a checkpoint that is being written, and call the callbacks' ``on_end``."""
+        self.saver.end()
         if self.world.is_main:
             self._tell(lambda callback: callback.on_end())
 
-    def _call(self, event: Callable[[Callback], None]) -> None:
+    def announce(self, event: Callable[[Callback], None]) -> None:
         """Report an event, and begin the cooldown if a callback asks for it."""
         for steps in self.world.decide(lambda: self._tell(event)):
             self.trainer.cool_down(steps)
@@ -273,7 +253,7 @@ class Run:
             The steps that remain, for each callback that asks to begin the cooldown.
         """
         cooldowns = []
-        with _writing(self.folder):
+        with writing(self.folder):
             for writer in self.writers:
                 event(writer)
         for callback in self.callbacks:
@@ -302,7 +282,7 @@ class Run:
         )
 
     def _report(self, metrics: dict[str, float]) -> None:
-        self._call(lambda callback: callback.on_metrics(self.trainer.num_steps, metrics))
+        self.announce(lambda callback: callback.on_metrics(self.trainer.num_steps, metrics))
 
     def _evaluate(self) -> dict[str, Likelihood]:
         try:
@@ -338,7 +318,8 @@ class Run:
         return metrics
 
     def save(self) -> None:
-        """Save a checkpoint, unless this step has one."""
+        """Save a checkpoint, unless this step has one; on several ranks, begin to."""
+        self._finish_saving(wait=True)
         trainer, folder = self.trainer, self._step_folder
         if self.world.decide(folder.exists):
             return
@@ -353,122 +334,29 @@ class Run:
             "recipe": trainer.recipe.model_dump(mode="json"),
             **self.origin,
         }
-        with _writing(self.folder):
+        with writing(self.folder):
             metrics_bytes = self.jsonl.position() if self.jsonl is not None else 0
-            save_step(
-                self.folder,
-                trainer.setup,
-                trainer.optimizer,
-                trainer.state(metrics_bytes, self.is_validation_due),
-                training,
-                trainer.last_shared_step,
-                self.world,
-            )
-        self._call(lambda callback: callback.on_checkpoint(trainer.num_steps, folder))
+            state = trainer.state(metrics_bytes, self.is_validation_due)
+            self.saver.save(trainer.setup, trainer.optimizer, state, training)
+        self._finish_saving(wait=False)
+
+    def _finish_saving(self, *, wait: bool) -> None:
+        """Announce a checkpoint that is complete, and remove old ones."""
+        with writing(self.folder):
+            folder = self.saver.finish(wait=wait)
+        if folder is None:
+            return
+        trainer = self.trainer
+        if self.world.is_main:
+            with writing(self.folder):
+                num_kept = trainer.recipe.train.keep_checkpoints
+                remove_old(self.folder, num_kept, trainer.last_shared_step)
+        self.announce(lambda callback: callback.on_checkpoint(step_number(folder), folder))
 
 
-def _writing(folder: Path) -> AbstractContextManager[None]:
-    """Explain errors of writing a run; those of callbacks are left as they are."""
-    return disk_errors(folder, CheckpointError, RESUME)
-
-
-class _Start(NamedTuple):
-    start: Path | None
-    """Checkpoint to resume from, if there is one."""
-    is_extended: bool = False
-    """Whether the run is given more steps from there."""
-
-
-def _check_folder(recipe: Recipe, folder: Path) -> _Start:
-    """Check that a folder is vacant, or holds a run of the same recipe or without checkpoints.
-
-    Returns:
-        Where to start in it.
-    """
-    path, saved = folder / RECIPE, saved_steps(folder)
-    if saved:
-        old = load_recipe(str(path)).model_dump(mode="json")
-        changed = differences(old, recipe.model_dump(mode="json"))
-        serious = [line for line in changed if line.split(":")[0] not in RESUME_FREELY]
-        if serious:
-            base = find_base(recipe, folder, [line.split(":")[0] for line in serious])
-            if base is not None:
-                return _Start(base, is_extended=True)
-            raise ConfigError(
-                f"{folder} holds a run of another recipe ({'; '.join(serious)}): use another "
-                "folder, or the same settings to resume it"
-            )
-    elif not path.exists() and not is_vacant(folder):
-        raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
-    return _Start(saved[-1] if saved else None)
-
-
-def _check_start(recipe: Recipe, folder: Path) -> _Start:
+def _find_start(recipe: Recipe, folder: Path) -> Start:
     check_trackers(recipe)
-    return _check_folder(recipe, folder)
-
-
-def _claim(recipe: Recipe, folder: Path, trainer: Trainer, stack: ExitStack) -> _Start:
-    """Lock a folder for as long as ``stack`` lasts, and return where to start in it."""
-    with _writing(folder):
-        stack.enter_context(locked(folder))
-        found = _check_folder(recipe, folder)
-        if found.start is None:
-            # Only now, so that an invalid recipe does not occupy the folder.
-            _write_recipe(recipe, folder, trainer.setup.origin)
-    return found
-
-
-def _extend(recipe: Recipe, folder: Path, start: Path) -> Path | None:
-    with _writing(folder):
-        return extend(recipe, folder, start)
-
-
-def _as_recorded(recipe: Recipe, start: Path | None) -> Recipe:
-    """Return a recipe with what a checkpoint's run decided: how rows are filled, cooldowns."""
-    if start is None:
-        return recipe
-    try:
-        recorded = read_config(start).training or {}
-    except CheckpointError:
-        # Explained when the checkpoint is loaded.
-        return recipe
-    old = recorded.get("recipe", {})
-    # Earlier versions filled rows in order.
-    rows = {"row_patches": None, "packing": "in-order", **old.get("data", {})}
-    for name in ("row_patches", "packing"):
-        if getattr(recipe.data, name) is None:
-            data = recipe.data.model_copy(update={name: rows[name]})
-            recipe = recipe.model_copy(update={"data": data})
-    if recipe.optimizer.cooldowns is None:
-        cooldowns = old.get("optimizer", {}).get("cooldowns") or []
-        if cooldowns:
-            recipe = with_cooldowns(recipe, [Cooldown(**cooldown) for cooldown in cooldowns])
-    return recipe
-
-
-def recorded_recipe(folder: Path) -> Recipe | None:
-    """Return the recipe of a run that has checkpoints, or ``None`` if there is no such run."""
-    if not saved_steps(folder):
-        return None
-    recipe = load_recipe(str(folder / RECIPE))
-    assert isinstance(recipe, Recipe)
-    return recipe
-
-
-def _write_recipe(recipe: Recipe, folder: Path, origin: dict[str, Any] | None) -> None:
-    """Write the recipe of a new run, and the record of ``init``."""
-    if origin is not None:
-        write_json(folder / ORIGIN, origin)
-    elif (folder / ORIGIN).exists():
-        (folder / ORIGIN).unlink()
-    write_text(folder / RECIPE, dump_yaml(recipe))
-
-
-def _read_origin(folder: Path) -> dict[str, Any]:
-    """Return what the checkpoints of a run record about the one that it began with."""
-    path = folder / ORIGIN
-    return {"init": read_json(path)} if path.exists() else {}
+    return find_start(recipe, folder)
 
 
 def _resume(folder: Path, start: Path, trainer: Trainer) -> TrainerState:

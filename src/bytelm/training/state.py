@@ -1,4 +1,4 @@
-"""Save and load the state of a run: model, optimiser moments, and position.
+"""The state of a run, and loading it: model, optimiser moments, and position.
 
 ::
 
@@ -16,10 +16,8 @@ in training, and is a function of the position. Sums depend on the number of thr
 bits, so the command line resumes with the number that the checkpoint was made with.
 """
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from bytelm.checkpoint import (
-    check_checkpoint,
     load_tensors,
     present_name,
-    save_tensors,
-    write_description,
-    write_model,
 )
 from bytelm.data import LoaderState
 from bytelm.errors import CheckpointError
-from bytelm.layout import MODEL, best_step, saved_steps, step_folder, step_number
-from bytelm.shards import part_of, read_parts, stored_names, write_parts
+from bytelm.layout import MODEL, saved_steps
+from bytelm.shards import read_parts, stored_names
 from bytelm.storage import (
-    atomic_folder,
-    disk_errors,
     read_json,
-    remove_unfinished,
-    write_json,
 )
 from bytelm.training.distributed import World
-from bytelm.training.setup import Setup
 
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -73,93 +62,6 @@ class TrainerState:
     """Threads that the step was computed with; sums depend on it in their last bits."""
 
 
-def save_step(
-    run: Path,
-    setup: Setup,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    training: dict[str, Any],
-    last_shared_step: int | None = None,
-    world: World | None = None,
-) -> None:
-    """Save a step, then remove all but the newest ``train.keep_checkpoints`` and two others.
-
-    These are the best one, and the newest one from which the run could be extended.
-
-    Args:
-        run: folder of the run.
-        setup: model and description.
-        optimizer: optimiser of the run.
-        state: state of the trainer.
-        training: record of the training for the model's configuration.
-        last_shared_step: last step from which the run can be extended, if there is one.
-        world: the ranks, which all call this; ``None`` for one.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be written; earlier ones are unchanged.
-    """
-    world = world or World()
-    folder = step_folder(run, state.step)
-    with _written_together(folder, world) as temporary:
-        if world.is_main:
-            write_json(temporary / TRAINER, asdict(state))
-        moments = _moments(setup.lm.trained, optimizer)
-        if world.size == 1:
-            write_model(temporary, setup.lm, setup.description, training)
-            save_tensors(temporary / OPTIMIZER, moments)
-        else:
-            _write_parts(temporary, setup, training, moments, world)
-    if world.is_main:
-        _remove_old(run, setup.recipe.train.keep_checkpoints, last_shared_step)
-
-
-@contextmanager
-def _written_together(folder: Path, world: World) -> Iterator[Path]:
-    """Yield a temporary folder to all ranks, which becomes ``folder`` if all succeed."""
-    with ExitStack() as stack:
-
-        def begin() -> Path:
-            remove_unfinished(folder.parent)
-            return stack.enter_context(atomic_folder(folder))
-
-        temporary = world.decide(begin)
-        yield temporary
-        world.decide(stack.close)
-
-
-def _write_parts(
-    folder: Path,
-    setup: Setup,
-    training: dict[str, Any],
-    moments: dict[str, Tensor],
-    world: World,
-) -> None:
-    """Write this rank's parts of a checkpoint, and on rank 0 what is not sharded."""
-    trained = {name: part_of(tensor) for name, tensor in setup.lm.trained.state_dict().items()}
-    parts = {MODEL: trained, OPTIMIZER: {name: part_of(one) for name, one in moments.items()}}
-
-    def write() -> None:
-        for file, tensors in parts.items():
-            write_parts(folder / file, tensors, has_header=world.is_main)
-        if world.is_main:
-            write_description(folder, setup.lm, setup.description, training)
-            for name, module in setup.lm.saved.items():
-                if module is not setup.lm.trained:
-                    save_tensors(folder / f"{name}.safetensors", module.state_dict())
-
-    with disk_errors(folder, CheckpointError, "nothing was changed: {remedy}"):
-        world.agree(write)
-
-
-def _remove_old(run: Path, num_kept: int, last_shared_step: int | None) -> None:
-    saved, kept = saved_steps(run), {best_step(run)}
-    if last_shared_step is not None:
-        kept.update([one for one in saved if step_number(one) <= last_shared_step][-1:])
-    for old in saved[:-num_kept]:
-        if old not in kept:
-            shutil.rmtree(old)
-
-
 def load_step(
     folder: Path,
     trained: nn.Module,
@@ -177,10 +79,9 @@ def load_step(
         world: the ranks, which all call this; ``None`` for one.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: a file cannot be read, or does not fit the model.
     """
     world = world or World()
-    world.decide(lambda: _check(folder))
     if world.size == 1:
         trained.load_state_dict(load_tensors(folder / MODEL, trained, device))
         _set_moments(trained, optimizer, load_tensors(folder / OPTIMIZER, trained, device))
@@ -189,15 +90,6 @@ def load_step(
     data = read_json(folder / TRAINER)
     interval = {_INTERVAL.get(name, name): value for name, value in data["interval"].items()}
     return TrainerState(**{**data, "data": LoaderState(**data["data"]), "interval": interval})
-
-
-def _check(folder: Path) -> None:
-    try:
-        check_checkpoint(folder)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error} (or remove {folder} to resume from the checkpoint before it)"
-        ) from None
 
 
 def _load_parts(
@@ -243,20 +135,15 @@ _INTERVAL = {"num_patches": "num_units", "room_patches": "room_units"}
 
 def recorded_threads(run: Path) -> int | None:
     """Return the number of threads of the newest checkpoint of a run, if there is one."""
-    saved = saved_steps(run)
-    if not saved or not (saved[-1] / TRAINER).is_file():
-        return None
-    return read_json(saved[-1] / TRAINER).get("threads")
+    for checkpoint in reversed(saved_steps(run)):
+        try:
+            return read_json(checkpoint / TRAINER).get("threads")
+        except CheckpointError:
+            # Damaged: the run resumes from the one before.
+            continue
+    return None
 
 
 def charges_full_rows(run: Path) -> bool:
     """Whether the FLOPs of a run with checkpoints are counted as if each row were one document."""
     return read_json(saved_steps(run)[-1] / TRAINER).get("attended_flops") is None
-
-
-def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in trained.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
