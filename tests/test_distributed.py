@@ -245,7 +245,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data, whole, tmp_pat
     assert [(one.step, one.stopped) for one in results] == [(7, "SIGTERM")] * 2
     assert [step_number(one) for one in saved_steps(tmp_path / "run")] == [7]
     on_ranks(2, train, settings, tmp_path / "run")
-    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(whole)[-1]["loss"])
+    (tmp_path / "run/checkpoints/step-00000007").rename(tmp_path / "set aside")
+    assert_equal_but_for_rounding(tmp_path / "run", whole)
 
 
 def train_and_signal(settings, folder, rank, step):
@@ -265,7 +266,7 @@ def test_a_time_limit_stops_all(data, tmp_path):
     results = on_ranks(2, train_for, recipe(data, steps=100_000), tmp_path / "run", 3.0)
     assert results[0] == results[1]
     assert (results[0].finished, results[0].stopped) == (False, "time limit")
-    assert step_number(saved_steps(tmp_path / "run")[-1]) == results[0].step > 1
+    assert step_number(saved_steps(tmp_path / "run")[-1]) == results[0].step > 0
 
 
 def train_for(settings, folder, seconds):
