@@ -176,7 +176,7 @@ def test_help_and_version(run):
 @pytest.mark.parametrize(
     "verb",
     ["quickstart", "train", "eval", "patch", "generate", "serve", "recipes", "flops",
-     "data prepare", "data calibrate", "data info"],
+     "data prepare", "data calibrate", "data inspect"],
 )  # fmt: skip
 def test_every_verb_has_help(run, verb):
     status, out, _ = run(*verb.split(), "--help")
@@ -190,9 +190,13 @@ def test_help_does_not_wait_for_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_data_info_and_calibrate(run, world):
-    status, out, _ = run("data", "info", world / "scored", "--verify")
+def test_data_inspect_and_calibrate(run, world, tmp_path):
+    figure = tmp_path / "scored.svg"
+    status, out, _ = run("data", "inspect", world / "scored", "--verify", "--out", figure)
     assert status == 0
+    assert "</svg>" in figure.read_text()
+    assert re.search(r"text +\d\.\d{3} .*\u2588", out)
+    assert run("data", "info", world / "scored", "--verify")[0] == 0
     assert "text" in out
     assert "all files match their hashes" in out
     status, out, _ = run("data", "calibrate", world / "scored", "--patch-size", "2.5")

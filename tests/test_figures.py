@@ -2,8 +2,17 @@ import numpy as np
 import pytest
 
 from bytelm.config import EntropyPatching, SpacePatching
+from bytelm.data.dataset import Calibration, SourceStatistics
+from bytelm.data.statistics import NUM_BINS
 from bytelm.errors import ConfigError
-from bytelm.figures import byte_labels, draw_curves, draw_entropies, draw_rules, draw_shares
+from bytelm.figures import (
+    byte_labels,
+    draw_curves,
+    draw_data,
+    draw_entropies,
+    draw_rules,
+    draw_shares,
+)
 from bytelm.language_model import PatchedText
 
 
@@ -39,6 +48,17 @@ def test_shares_of_nothing_and_of_something(tmp_path):
     costs = {"FLOPs\n3": {"encoder": 1.0, "global": 2.0}, "none": {"encoder": 0.0, "global": 0.0}}
     draw_shares(costs, tmp_path / "s.svg", title="some model")
     assert "</svg>" in (tmp_path / "s.svg").read_text()
+
+
+@pytest.mark.parametrize("histogram", [[], [0] * NUM_BINS, list(range(NUM_BINS))])
+def test_prepared_data_with_and_without_entropies(tmp_path, histogram):
+    statistics = {
+        f"${n}$": SourceStatistics(documents=n, text_bytes=10 * n, histogram=histogram)
+        for n in range(20)
+    }
+    rule = {"kind": "entropy", "threshold": 1.5}
+    draw_data(statistics, Calibration(rule=rule, patch_size=4.5, sources={}), tmp_path / "d.svg")
+    assert "</svg>" in (tmp_path / "d.svg").read_text()
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):

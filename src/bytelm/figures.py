@@ -1,4 +1,4 @@
-"""Figures: entropies with patches, rules side by side, training curves, shares of a cost.
+"""Figures: entropies with patches, rules side by side, curves, shares of a cost, prepared data.
 
 Needs matplotlib (``bytelm[figures]``). Each function draws one figure and saves it; the format
 follows from the file's name.
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bytelm.config import CombinedPatching, EntropyPatching
+from bytelm.data.dataset import Calibration, SourceStatistics
+from bytelm.data.statistics import BIN, NUM_BINS, bytes_per_patch
 from bytelm.errors import ConfigError
 from bytelm.language_model import PatchedText
 from bytelm.storage import atomic_file, disk_errors
@@ -43,6 +45,10 @@ PART_COLOURS = {
 BYTES_PER_LINE = 96
 SMALLEST_LABELLED = 0.05
 """Smallest share of a bar that has room for its number."""
+LARGEST_PATCH = 32
+"""Largest mean size of patches that is drawn."""
+MOST_LABELLED = 12
+"""Most sources with an entry in a legend."""
 MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "$": "\\$"}
 """Labels of characters that cannot be drawn as they are; a bare dollar begins a formula."""
 FONTS = ("DejaVu Sans Mono", "Noto Sans Mono CJK JP", "Noto Sans CJK JP", "DejaVu Sans")
@@ -238,6 +244,50 @@ def draw_shares(costs: Mapping[str, Mapping[str, float]], path: Path, *, title: 
     axis.set_title(title, fontsize=9, loc="left")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def draw_data(
+    statistics: Mapping[str, SourceStatistics], calibration: Calibration | None, path: Path
+) -> None:
+    """Draw the size of each source, and its entropies and patches if there are any.
+
+    The patches are those that start wherever an entropy is above a threshold; a dashed line is the
+    calibrated one.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be written.
+    """
+    has_entropies = any(one.histogram for one in statistics.values())
+    figure = new_figure(9.0 if has_entropies else 5.0, 1.6 + 0.25 * len(statistics))
+    figure.set_figheight(max(figure.get_figheight(), 3.2 if has_entropies else 0.0))
+    axes = np.atleast_1d(figure.subplots(1, 3 if has_entropies else 1))
+    axes[0].barh(range(len(statistics)), [one.text_bytes / 1e6 for one in statistics.values()])
+    axes[0].set_yticks(range(len(statistics)), [_plain(name) for name in statistics], fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("text (MB)")
+    thresholds = BIN * np.arange(NUM_BINS)
+    for name, one in statistics.items():
+        if one.histogram:
+            share = np.array(one.histogram) / max(sum(one.histogram), 1)
+            axes[1].step(thresholds, share, where="post", lw=1.2, label=_plain(name))
+            sizes = bytes_per_patch(one)
+            axes[2].plot(thresholds, np.where(sizes <= LARGEST_PATCH, sizes, np.nan), lw=1.2)
+    for axis, label in zip(axes[1:], ("share of bytes", "bytes per patch"), strict=False):
+        axis.set_xlabel("entropy (nats)" if axis is axes[1] else "threshold (nats)")
+        axis.set_ylabel(label)
+        threshold = calibration and calibration.rule.get("threshold")
+        if isinstance(threshold, float):
+            axis.axvline(threshold, color=THRESHOLD_COLOUR, lw=1, ls="--")
+    if has_entropies and len(statistics) <= MOST_LABELLED:
+        axes[1].legend(frameon=False, fontsize=7)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def _plain(name: str) -> str:
+    """Return a name in which a dollar begins no formula."""
+    return name.replace("$", "\\$")
 
 
 def _draw_boxes(axis: "Axes", text: PatchedText, line: int, length: int) -> None:

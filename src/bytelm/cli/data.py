@@ -58,6 +58,12 @@ def data_prepare(
             "--validation)",
         ),
     ] = None,
+    deduplicate: Annotated[
+        bool,
+        typer.Option(
+            "--deduplicate", help="Of documents with the same bytes, keep only the first."
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -108,6 +114,7 @@ def data_prepare(
         validation=tuple(validation or ()),
         validation_share=validation_share,
         shard_bytes=round(shard_mb * 1e6),
+        deduplicate=deduplicate,
         workers=workers,
         engine=engine,
         device=device,
@@ -182,21 +189,39 @@ def data_tokenizer(
     console.print(f"{out}: {tokenizer.vocab_size:,} tokens")
 
 
-@data_app.command("info")
-def data_info(
+@data_app.command("info", hidden=True)
+@data_app.command("inspect")
+def data_inspect(
     folder: Annotated[Path, typer.Argument(help="Prepared data.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its hash.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File for a figure of the same, such as data.svg.")
+    ] = None,
 ) -> None:
-    """Show the contents of prepared data."""
-    from bytelm.data.dataset import check_shard, read_manifest
-    from bytelm.display import ConsoleProgress, show_data
+    """Show the contents of prepared data: sizes, patches and entropies of each source.
 
+    [dim]bytelm data inspect data --verify
+    bytelm data inspect scored --out scored.svg[/]
+    """
+    from bytelm.data.dataset import check_shard, read_manifest
+    from bytelm.data.statistics import folder_statistics
+    from bytelm.display import ConsoleProgress, show_data, show_statistics
+    from bytelm.figures import check_matplotlib, draw_data
+
+    if out is not None:
+        check_matplotlib()
     manifest = read_manifest(folder)
     with ConsoleProgress(console).waiting("comparing files with their hashes"):
         for shard in manifest.shards:
             check_shard(folder, shard, contents=verify)
     show_data(console, folder, manifest)
+    with ConsoleProgress(console).waiting("measuring entropies"):
+        statistics = folder_statistics(folder, manifest)
+    show_statistics(console, statistics)
     if verify:
         console.print("all files match their hashes")
+    if out is not None:
+        draw_data(statistics, manifest.calibration, out)
+        console.print(str(out))

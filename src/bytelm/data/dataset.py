@@ -16,7 +16,7 @@ Boundaries are not stored: they follow from the entropies and a threshold that m
 
 import hashlib
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -112,9 +112,39 @@ class Calibration(Node):
     sources: dict[str, SourceReport]
 
 
+class SourceStatistics(Node):
+    """Statistics of all documents of one source, in both splits."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    duplicate_documents: int = 0
+    """Documents that were left out because they are copies; see ``--deduplicate``."""
+    duplicate_bytes: int = 0
+    total_entropy: float = 0.0
+    """Sum of all entropies, in nats."""
+    histogram: list[int] = Field(default_factory=list)
+    """Entropies from 0, 0.1, 0.2, ... nats to the next; empty if there are none."""
+
+    @property
+    def mean_entropy(self) -> float:
+        """Mean entropy of a prediction, in nats."""
+        return self.total_entropy / max(sum(self.histogram), 1)
+
+    def __add__(self, other: "SourceStatistics") -> "SourceStatistics":
+        """Return the statistics of both."""
+        added = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in type(self).model_fields
+            if name != "histogram"
+        }
+        pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
+        return SourceStatistics(**added, histogram=[a + b for a, b in pairs])
+
+
 class LeftOut(Node):
     """Counts of what preparation skipped."""
 
+    duplicate_documents: int = 0
     empty_documents: int = 0
     invalid_records: int = 0
     binary_files: int = 0
@@ -148,6 +178,8 @@ class Manifest(Node):
     inputs: list[InputRecord] = Field(default_factory=list)
     """Every file, folder and stream, in reading order; empty in data of earlier versions."""
     left_out: LeftOut = LeftOut()
+    statistics: dict[str, SourceStatistics] = Field(default_factory=dict)
+    """Statistics by source; empty in data of earlier versions."""
     scorer: ScorerRecord | None = None
     calibration: Calibration | None = None
 
@@ -228,7 +260,7 @@ def check_shard(folder: Path, shard: ShardRecord, *, contents: bool) -> None:
     check_file(folder / shard.file, shard.file_bytes, sha256, DataError, remedy)
 
 
-class _Shard(NamedTuple):
+class ShardViews(NamedTuple):
     """Views into a memory-mapped shard: document ``i`` is ``text[begins[i]:begins[i + 1]]``."""
 
     text: NDArray[np.uint8]
@@ -259,12 +291,12 @@ class Dataset:
         records = [s for s in self.manifest.shards if s.split == split]
         self.source_names = list(self.manifest.sources())
         """Names of all sources, sorted; the same for both splits."""
-        self._shards: list[_Shard] = []
+        self._shards: list[ShardViews] = []
         lengths, sources = [], []
         for record in records:
             check_shard(folder, record, contents=verify)
-            table = _open_table(folder / record.file)
-            shard = _views(table, self.has_entropies)
+            table = open_table(folder / record.file)
+            shard = views(table, self.has_entropies)
             self._shards.append(shard)
             lengths.append(np.diff(shard.begins))
             order = {name: i for i, name in enumerate(self.source_names)}
@@ -333,7 +365,7 @@ class Dataset:
         ranges = self.trained(index)
         return None if ranges is None else trained_targets(ids, begin, ranges)
 
-    def _locate(self, index: int) -> tuple[_Shard, int]:
+    def _locate(self, index: int) -> tuple[ShardViews, int]:
         at = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._shards[at], index - int(self._first[at])
 
@@ -344,12 +376,17 @@ def shard_documents(path: Path) -> Iterator[bytes]:
     Raises:
         DataError: the file is damaged.
     """
-    shard = _views(_open_table(path), has_entropies=False)
+    shard = views(open_table(path), has_entropies=False)
     for begin, end in pairwise(shard.begins):
         yield shard.text[begin:end].tobytes()
 
 
-def _open_table(path: Path) -> pa.Table:
+def open_table(path: Path) -> pa.Table:
+    """Return a shard, memory-mapped.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     try:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
@@ -357,7 +394,7 @@ def _open_table(path: Path) -> pa.Table:
         raise DataError(f"{path} is damaged: {error}; prepare the data again") from None
 
 
-def _views(table: pa.Table, has_entropies: bool) -> _Shard:
+def views(table: pa.Table, has_entropies: bool) -> ShardViews:
     """Return NumPy views of a shard, which is a single record batch."""
     _, offsets, data = table["document"].chunk(0).buffers()
     text = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
@@ -372,7 +409,7 @@ def _views(table: pa.Table, has_entropies: bool) -> _Shard:
         trained_begins = ranges.offsets.to_numpy()
         ends = [ranges.values.field(name).to_numpy() for name in ("begin", "end")]
         trained = np.stack(ends, axis=1)
-    return _Shard(text, begins, entropies, entropy_begins, trained, trained_begins)
+    return ShardViews(text, begins, entropies, entropy_begins, trained, trained_begins)
 
 
 SCHEMA = pa.schema([("document", pa.large_binary()), ("source", pa.string())])

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.config import Node
-from bytelm.data.dataset import JOURNAL, SCORER, InputRecord, ShardRecord, check_shard
+from bytelm.data.dataset import (
+    JOURNAL,
+    SCORER,
+    InputRecord,
+    ShardRecord,
+    SourceStatistics,
+    check_shard,
+)
 from bytelm.errors import DataError
 from bytelm.storage import append_line, read_lines, to_json, write_text
 
@@ -27,10 +34,11 @@ LAYOUT = 2
 
 
 class BlockRecord(Node):
-    """Shards of one block."""
+    """Shards and statistics of one block."""
 
     block: int
     shards: list[ShardRecord]
+    statistics: dict[str, SourceStatistics]
 
 
 class SectionRecord(Node):

@@ -9,7 +9,7 @@ a journal lists the finished blocks; after a kill, the same command makes the ot
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +33,7 @@ from bytelm.data.dataset import (
     LeftOut,
     Manifest,
     ScorerRecord,
+    SourceStatistics,
     Split,
     check_shard,
     read_manifest,
@@ -43,7 +44,8 @@ from bytelm.data.engines import Device, Engine, Work, local_engine
 from bytelm.data.inputs import Input, ReadOptions, find_inputs
 from bytelm.data.journal import BlockRecord, Journal, SectionRecord
 from bytelm.data.sections import Outline, Section, divide
-from bytelm.data.splitting import Splitter, document_digest
+from bytelm.data.splitting import Seen, Splitter, document_digest
+from bytelm.data.statistics import add_up
 from bytelm.errors import ConfigError, DataError
 from bytelm.storage import atomic_folder, disk_errors, is_vacant, locked, remove_unfinished
 from bytelm.version import __version__
@@ -62,6 +64,8 @@ class PrepareOptions:
     """Inputs that are held out whole."""
     validation_share: float | None = None
     """Share of the other documents to hold out; ``None`` for 0.01, or 0 with ``validation``."""
+    deduplicate: bool = False
+    """Whether of documents with the same bytes only the first, in reading order, is kept."""
     shard_bytes: int = 32 * 2**20
     """Bytes of text per shard."""
     engine: Literal["local", "ray"] = "local"
@@ -191,12 +195,14 @@ def _make(
     shards = sorted((one for block in blocks for one in block.shards), key=lambda one: one.split)
     if not shards:
         raise DataError(f"the inputs hold no text: name others ({_reasons(preparation.inputs)})")
+    statistics = add_up([block.statistics for block in blocks])
     return Manifest(
         bytelm=__version__,
         settings=settings,
         shards=shards,
         inputs=preparation.inputs,
-        left_out=_left_out(preparation.inputs),
+        left_out=_left_out(preparation.inputs, statistics),
+        statistics=statistics,
         scorer=scorer,
     )
 
@@ -213,8 +219,9 @@ def _engine(options: PrepareOptions, work: Work) -> AbstractContextManager[Engin
     return ray_engine(work, options.workers)
 
 
-def _left_out(records: list[InputRecord]) -> LeftOut:
+def _left_out(records: list[InputRecord], statistics: Mapping[str, SourceStatistics]) -> LeftOut:
     return LeftOut(
+        duplicate_documents=sum(one.duplicate_documents for one in statistics.values()),
         empty_documents=sum(one.empty_documents for one in records),
         invalid_records=sum(one.invalid_records for one in records),
         binary_files=sum(one.kind == "binary" for one in records),
@@ -224,7 +231,9 @@ def _left_out(records: list[InputRecord]) -> LeftOut:
 
 def _reasons(records: list[InputRecord]) -> str:
     """Return why there are no documents, for a message."""
-    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in _left_out(records) if count]
+    counts = [
+        f"{count:,} {name.replace('_', ' ')}" for name, count in _left_out(records, {}) if count
+    ]
     named = [f"{one.name}: {one.note}" for one in records[:3] if one.note]
     return "; ".join([", ".join(counts), *named])
 
@@ -234,7 +243,6 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
     scorer = None
     if options.scorer is not None:
         scorer = fingerprint(find_checkpoint(options.scorer))
-    device = {} if options.scorer is None or options.device == "cpu" else {"device": options.device}
     return {
         "inputs": [i.identity for i in inputs if i.kind != "skipped"],
         "read": asdict(options.read),
@@ -242,14 +250,16 @@ def _settings(inputs: list[Input], options: PrepareOptions) -> dict[str, Any]:
         "reset_at_newline": options.reset_at_newline,
         "validation_share": options.hashed_share,
         "shard_bytes": options.shard_bytes,
-        **device,
+        "device": options.device if options.scorer else "cpu",
+        "deduplicate": options.deduplicate,
     }
 
 
 def _check_settings(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
     # Options that an earlier version did not have had their defaults.
     read = asdict(ReadOptions()) | dict(old.get("read") or {})
-    changed = [key for key in new if (read if key == "read" else old.get(key)) != new[key]]
+    old = {"device": "cpu", "deduplicate": False, **old, "read": read}
+    changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         raise DataError(
             f"{out} was prepared with other settings ({', '.join(changed)} differ): choose another "
@@ -321,6 +331,7 @@ class _Preparation:
         self.inputs: list[InputRecord] = []
         self._sections = divide(inputs, options.shard_bytes)
         self._splitter = Splitter(inputs, options.hashed_share, options.read.cut_bytes)
+        self._seen = Seen() if options.deduplicate else None
         self._engine, self._journal, self._out = engine, journal, out
         self._progress = PreparationState(0, sum(one.num_bytes for one in self._sections), 0, 0)
         self._report = report
@@ -345,10 +356,14 @@ class _Preparation:
         """Do as if a section had been read whose blocks are all written."""
         blocks = range(record.first, record.first + record.blocks)
         shards = [one for block in blocks for one in self._journal.blocks[block].shards]
-        if section.is_held_out:
+        if section.is_held_out or self._seen is not None:
             for shard in shards:
                 documents = shard_documents(self._out / shard.file)
-                self._splitter.hold_out(map(document_digest, documents))
+                digests = [document_digest(document) for document in documents]
+                if section.is_held_out:
+                    self._splitter.hold_out(digests)
+                if self._seen is not None:
+                    self._seen.add(digests)
         assert record.first == self.num_blocks
         self.num_blocks += record.blocks
         self.inputs += record.inputs
@@ -378,10 +393,7 @@ class _Preparation:
 
     def _write(self, outline: Outline, block: Any) -> None:
         """Write a block unless it is finished, and note which others are finished by now."""
-        splits: list[Split | None] = [
-            self._splitter.split(digest, decided)
-            for digest, decided in zip(outline.digests, outline.splits, strict=True)
-        ]
+        splits = self._splits(outline)
         number = self.num_blocks
         self.num_blocks += 1
         self._input_bytes[number] = outline.input_bytes
@@ -394,6 +406,17 @@ class _Preparation:
         ready, self._pending = wait(self._pending, timeout, return_when=FIRST_COMPLETED)
         for future in ready:
             self._finish(future.result())
+
+    def _splits(self, outline: Outline) -> list[Split | None]:
+        """Return the split of each document, or ``None`` for copies to leave out."""
+        splits: list[Split | None] = [
+            self._splitter.split(digest, decided)
+            for digest, decided in zip(outline.digests, outline.splits, strict=True)
+        ]
+        if self._seen is None:
+            return splits
+        is_new = self._seen.add(outline.digests)
+        return [split if new else None for split, new in zip(splits, is_new, strict=True)]
 
     def _finish(self, record: BlockRecord) -> None:
         if record.block not in self._journal.blocks:

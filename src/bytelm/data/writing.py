@@ -16,11 +16,13 @@ from bytelm.data.dataset import (
     SCHEMA,
     TRAINED,
     ShardRecord,
+    SourceStatistics,
     SourceTotal,
     Split,
 )
 from bytelm.data.journal import BlockRecord
 from bytelm.data.records import Document
+from bytelm.data.statistics import add_up, shard_statistics
 from bytelm.patching import Scorer
 from bytelm.scoring import check_entropies, group_by_size, score_documents
 from bytelm.scoring.documents import CHUNK
@@ -47,7 +49,7 @@ def shards_of(
     Args:
         number: number of the block.
         documents: its documents.
-        splits: split of each; ``None`` to leave it out.
+        splits: split of each; ``None`` for a copy, which is left out.
     """
     names: tuple[Split, ...] = ("train", "validation")
     shards = []
@@ -89,7 +91,13 @@ class Writer:
             NumericalError: an entropy is not finite.
         """
         shards = [self.write(shard) for shard in shards_of(number, documents, splits)]
-        return BlockRecord(block=number, shards=shards)
+        parts = [shard_statistics(self._out / shard.file) for shard in shards]
+        for document, split in zip(documents, splits, strict=True):
+            if split is None:
+                size = len(document.data)
+                copy = SourceStatistics(duplicate_documents=1, duplicate_bytes=size)
+                parts.append({document.source: copy})
+        return BlockRecord(block=number, shards=shards, statistics=add_up(parts))
 
     def write(self, shard: Shard) -> ShardRecord:
         """Write one shard atomically, and return its record.

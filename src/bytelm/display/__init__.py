@@ -11,6 +11,7 @@ from bytelm.display.tables import (
     show_likelihood,
     show_patches,
     show_quickstart,
+    show_statistics,
     show_study_costs,
     si,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "patches_record",
     "show_costs",
     "show_data",
+    "show_statistics",
     "show_inputs",
     "show_likelihood",
     "show_patches",

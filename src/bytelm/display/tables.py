@@ -13,6 +13,8 @@ from rich.text import Text
 from bytelm.accounting import SCORER, TRAINING_BYTES, Breakdown, PartCost
 from bytelm.config import CalibratedPatching, Recipe
 from bytelm.data import Manifest
+from bytelm.data.dataset import SourceStatistics
+from bytelm.data.statistics import BIN, NUM_BINS
 from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
 from bytelm.quickstart import HEADINGS, REPORT, Quickstart, table_rows
@@ -24,6 +26,8 @@ FEW_BYTES = 10_000
 """Held-out bytes below which a warning is due: a single unusual document decides the result."""
 COSTS_WIDTH = 170
 """Width, in characters, of the table of a study's costs."""
+BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+"""Bars of a histogram, of rising height."""
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -84,6 +88,37 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
     if calibration:
         rule = _rule_text(calibration.rule)
         console.print(f"patches of {calibration.patch_size:.3f} bytes: {rule}", soft_wrap=True)
+
+
+def show_statistics(console: Console, statistics: Mapping[str, SourceStatistics]) -> None:
+    """Show the copies that were left out, and the entropies, of each source, if there are any."""
+    table = Table(title_justify="left", box=None, pad_edge=False)
+    table.add_column("source")
+    has_copies = any(one.duplicate_documents for one in statistics.values())
+    has_entropies = any(one.histogram for one in statistics.values())
+    if has_copies:
+        table.add_column("copies left out", justify="right")
+        table.add_column("their bytes", justify="right")
+    if has_entropies:
+        table.add_column("mean entropy", justify="right")
+        table.add_column(f"histogram, 0 to {NUM_BINS * BIN:.1f} nats")
+    for name, one in statistics.items():
+        row = [escape_line(name)]
+        if has_copies:
+            row += [f"{one.duplicate_documents:,}", f"{one.duplicate_bytes:,}"]
+        if has_entropies and one.histogram:
+            row += [f"{one.mean_entropy:.3f}", _bars(one.histogram)]
+        table.add_row(*row)
+    if has_copies or has_entropies:
+        console.print(table)
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """Return a character for each two counts, whose height is their sum."""
+    sums = [sum(counts[i : i + 2]) for i in range(0, len(counts), 2)]
+    top = max(sums) or 1
+    # What is there at all is seen.
+    return "".join(BARS[math.ceil(one / top * (len(BARS) - 1))] for one in sums)
 
 
 def show_likelihood(
