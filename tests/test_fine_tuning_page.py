@@ -107,7 +107,7 @@ def test_the_page_runs(run, place):
     assert output("generate", "runs/pairs") == "chat\n"
     assert output("generate", "runs/chat") == "Paris\n"
     assert "bits per byte" in output("eval", "runs/tuned/best")
-    assert "trained" in output("data", "info", "pairs")
+    assert "trained" in output("data", "inspect", "pairs")
     assert [one.name for one in saved_steps(Path("runs/blt/superseded/10-steps"))]
     assert best_step(Path("runs/further")) is not None
 
