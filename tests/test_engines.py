@@ -85,7 +85,7 @@ def test_sections_are_runs_of_inputs_that_are_large_enough(sizes, held_out, limi
             assert first.is_stream or following.is_stream or first.split != following.split
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.lists(st.integers(0, 30), max_size=8), min_size=1, max_size=4),
     limit=st.integers(1, 60),

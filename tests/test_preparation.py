@@ -340,6 +340,7 @@ def test_every_input_is_in_the_manifest(corpus, tmp_path):
     assert sum(one.documents for one in made.inputs) == sum(s.documents for s in made.shards)
     assert sum(one.text_bytes for one in made.inputs) == sum(s.text_bytes for s in made.shards)
     assert made.left_out.model_dump() == {
+        "duplicate_documents": 0,
         "empty_documents": 2, "invalid_records": 1, "binary_files": 1, "skipped_files": 2
     }  # fmt: skip
     # What was not read may go without making the data another's.

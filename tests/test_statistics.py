@@ -31,7 +31,6 @@ ENTROPIES = npst.arrays(np.float32, st.integers(0, 300), elements=st.floats(0, 5
 TEXTS = st.lists(st.integers(0, 15), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(entropies=ENTROPIES)
 def test_each_entropy_is_counted_in_its_bin(entropies):
     counts = np.zeros(NUM_BINS, np.int64)
@@ -40,7 +39,6 @@ def test_each_entropy_is_counted_in_its_bin(entropies):
     assert np.array_equal(histogram(entropies), counts)
 
 
-@settings(deadline=None)
 @given(entropies=ENTROPIES.filter(len), number=st.integers(1, 40))
 def test_a_histogram_gives_the_number_of_patches_of_any_threshold(entropies, number):
     # Away from the edges of the bins, where rounding decides.
@@ -56,7 +54,6 @@ def test_a_histogram_gives_the_number_of_patches_of_any_threshold(entropies, num
     assert bytes_per_patch(counts)[number] == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(batches=st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9)), max_size=12))
 def test_seen_is_a_set(batches):
     seen, reference = Seen(), set()
@@ -123,7 +120,7 @@ def test_statistics_are_those_of_the_documents(scorer, tmp_path):
     assert prepare(inputs, tmp_path / "d", options).statistics == {}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(numbers=TEXTS)
 def test_the_first_of_each_document_is_kept(tmp_path_factory, numbers):
     folder = tmp_path_factory.mktemp("copies")
