@@ -202,6 +202,14 @@ def test_data_inspect_and_calibrate(run, world, tmp_path):
     status, out, _ = run("data", "calibrate", world / "scored", "--patch-size", "2.5")
     assert status == 0
     assert re.search(r"patches of 2\.[45]", out)
+    (threshold,) = re.findall(r"threshold (\d\.\d+)", out)
+    status, out, _ = run("data", "calibrate", world / "scored", "--threshold", threshold)
+    assert status == 0
+    assert re.search(r"patches of 2\.[45]", out)
+    both = ("--threshold", threshold, "--patch-size", "3")
+    status, _, err = run("data", "calibrate", world / "scored", *both)
+    assert status == 1
+    assert "exclude each other" in err
     status, out, _ = run("data", "calibrate", world / "scored", "--rule", "monotonic",
                          "--patch-size", "3", "--max-length", "8")  # fmt: skip
     assert re.search(r"bytes: monotonic, max_length 8, increase \d", out)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from bytelm import codec
 from bytelm.checkpoint import fingerprint, load_scorer, save_model
 from bytelm.config import EntropyPatching, ModelDescription, TransformerConfig
 from bytelm.data import Dataset, PrepareOptions, ReadOptions, prepare, writing
-from bytelm.data.calibration import calibrate_folder
+from bytelm.data.calibration import calibrate_folder, repatch_folder
 from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import CheckpointError, ConfigError, DataError
+from bytelm.patching import build_patcher
 from bytelm.scoring import score_document
 from bytelm.storage import locked
 
@@ -549,6 +551,30 @@ def test_calibration_is_recorded_with_a_report_per_source(scorer, tmp_path):
     assert calibration.patch_size == pytest.approx(3.0, rel=0.02)
     assert read_manifest(tmp_path / "d").calibration == calibration
     assert list(calibration.sources) == ["one", "two"]
+
+
+def test_data_is_patched_with_any_threshold_without_its_scorer(scorer, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_bytes(rng.bytes(3000))
+    texts = [str(tmp_path / f"{name}.txt") for name in ("one", "two")]
+    options = PrepareOptions(scorer=scorer, workers=1, validation_share=0.0)
+    made = prepare(texts, tmp_path / "d", options)
+    shutil.rmtree(tmp_path / "d" / "scorer")
+    dataset = Dataset(tmp_path / "d", "train")
+    patches = {}
+    for threshold in (4.9, 5.1, 5.3):
+        rule = EntropyPatching(threshold=threshold)
+        calibration = repatch_folder(tmp_path / "d", rule)
+        assert read_manifest(tmp_path / "d").calibration == calibration
+        for index, name in enumerate(("one", "two")):
+            ids = torch.from_numpy(dataset.ids(index, 0, 3001))
+            entropies = torch.from_numpy(dataset.entropies(index, 0, 3001))
+            boundary = build_patcher(rule).next_boundary(ids[None], entropies[None])
+            patches[name] = 1 + int(boundary[:, :-1].sum())
+            assert calibration.sources[name].patches == patches[name]
+        assert calibration.patch_size == pytest.approx(6002 / sum(patches.values()))
+    assert read_manifest(tmp_path / "d").fingerprint == made.fingerprint
 
 
 def test_calibration_needs_entropies(corpus, tmp_path):

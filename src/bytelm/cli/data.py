@@ -139,24 +139,46 @@ def data_prepare(
 @data_app.command("calibrate")
 def data_calibrate(
     folder: Annotated[Path, typer.Argument(help="Prepared data with entropies.")],
-    patch_size: Annotated[float, typer.Option(min=1.0, help="Wanted mean bytes per patch.")] = 4.5,
+    patch_size: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Mean bytes per patch to find a threshold for. (default: 4.5)"),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Threshold to use instead, in nats; for monotonic, --increase is."),
+    ] = None,
     rule: Annotated[
         Literal["entropy", "monotonic", "combined"], typer.Option(help="Rule to calibrate.")
     ] = "entropy",
     increase: Annotated[
         float | None,
-        typer.Option(help="For combined: the rise of the entropy to exceed, in nats."),
+        typer.Option(help="For combined or monotonic: the rise of the entropy to exceed, in nats."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest patch, in bytes.")] = None,
 ) -> None:
-    """Find the threshold for a mean patch size, and show the patches of each source."""
+    """Patch prepared data with another threshold, and show the patches of each source.
+
+    The threshold is given, or found for a mean patch size. The entropies are in the data, so
+    nothing is scored again.
+
+    [dim]bytelm data calibrate scored --patch-size 6
+    bytelm data calibrate scored --threshold 1.3 --max-length 24[/]
+    """
+    from bytelm.config import CalibratedPatching
     from bytelm.data import read_manifest
-    from bytelm.data.calibration import calibrate_folder
+    from bytelm.data.calibration import calibrate_folder, repatch_folder
     from bytelm.display import ConsoleProgress, show_data
 
-    wanted = build_rule(rule, None, increase, None, max_length)
+    wanted = build_rule(rule, threshold, increase, None, max_length)
+    assert isinstance(wanted, CalibratedPatching)
+    given = "--increase" if rule == "monotonic" else "--threshold"
+    if patch_size is not None and not wanted.needs_calibration:
+        raise ConfigError(f"{given} and --patch-size exclude each other: leave out one of them")
     with ConsoleProgress(console).waiting("calibrating"):
-        calibrate_folder(folder, wanted, patch_size)
+        if wanted.needs_calibration:
+            calibrate_folder(folder, wanted, patch_size or 4.5)
+        else:
+            repatch_folder(folder, wanted)
     show_data(console, folder, read_manifest(folder))
 
 

@@ -131,20 +131,40 @@ def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, Sourc
 def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) -> Calibration:
     """Calibrate a rule on prepared data, and record it in the manifest with a report per source.
 
+    Nothing is scored again: the entropies are in the data.
+
     Raises:
         DataError: the folder is not prepared data, is damaged, or has no entropies.
         PatchingError: as :func:`bytelm.patching.calibrate`.
     """
+    dataset = _with_entropies(folder)
+    rule = calibrate_sample(config, sample_dataset(dataset), patch_size)
+    return _record(dataset, rule)
+
+
+def repatch_folder(folder: Path, rule: CalibratedPatching) -> Calibration:
+    """Record a rule whose threshold is known in the manifest, with a report per source.
+
+    Raises:
+        DataError: as :func:`calibrate_folder`.
+        PatchingError: the rule has no threshold.
+    """
+    return _record(_with_entropies(folder), rule)
+
+
+def _with_entropies(folder: Path) -> Dataset:
     dataset = Dataset(folder, "train")
     if not dataset.has_entropies:
         raise DataError(f"{folder} has no entropies to calibrate on: prepare it with --scorer")
-    sample = sample_dataset(dataset)
-    rule = calibrate_sample(config, sample, patch_size)
-    statistics = patch_statistics(build_patcher(rule), PatchSample.join(all_documents(sample)))
+    return dataset
+
+
+def _record(dataset: Dataset, rule: CalibratedPatching) -> Calibration:
+    sample = PatchSample.join(all_documents(sample_dataset(dataset)))
     calibration = Calibration(
         rule=rule.model_dump(mode="json"),
-        patch_size=statistics.mean_size,
+        patch_size=patch_statistics(build_patcher(rule), sample).mean_size,
         sources=_source_reports(rule, dataset),
     )
-    write_manifest(folder, dataset.manifest.model_copy(update={"calibration": calibration}))
+    write_manifest(dataset.folder, dataset.manifest.model_copy(update={"calibration": calibration}))
     return calibration
