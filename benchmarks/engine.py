@@ -2,13 +2,16 @@
 
 Every subject reads its prompts, and then makes so many bytes of each of them: the times of the two
 are taken apart. The end of the document is never sampled, so nothing ends before it is measured.
-The first byte of a short prompt is timed while all other slots are busy, in units of the time
-between two bytes of the others.
+A lone request is also timed with weights of 8 bits and with drafts. The first byte of a short
+prompt is timed while all other slots are busy, in units of the time between two bytes of the
+others.
 """
 
+import copy
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,8 +26,8 @@ from benchmarks.subjects import (
     shape_of,
 )
 from benchmarks.timing import Sample, time_once
-from bytelm import codec
-from bytelm.inference import Engine, Request, Sampling, Session, continue_from
+from bytelm import codec, cpu
+from bytelm.inference import Engine, Request, Sampling, Session, Stats, continue_from
 from bytelm.lm import PatchedLM
 from bytelm.patching import EntropyRule, Patcher
 
@@ -38,6 +41,19 @@ SHORT_BYTES = 16
 LONG_BYTES, QUICK_LONG_BYTES = 2048, 64
 """A prompt that is being read when the short one comes."""
 Phases = dict[str, Sample]
+KINDS = ("", "int8", "drafts")
+"""As users get an engine, with weights of 8 bits, and with drafts of the decoder."""
+
+
+@dataclass
+class Timed:
+    """What one subject did in its phases, prompts and steps."""
+
+    phases: Phases
+    texts: list[bytes]
+    made: int
+    """Bytes made in the steps."""
+    stats: Stats | None = None
 
 
 class Load:
@@ -58,20 +74,28 @@ class Load:
         self.long_bytes = QUICK_LONG_BYTES if quick else LONG_BYTES
         # Logits are around 0, so the end is not among the most probable ids.
         pair.ours.blt.decoder.output.weight.data[codec.EOS] = 0.0
+        self.int8: PatchedLM | None = None
+        if settings.device == "cpu":
+            self.int8 = copy.deepcopy(self.model)
+            cpu.quantize(self.int8.trained)
+            cpu.fuse(self.int8)
 
     def request(self, number: int, prompt_bytes: int | None = None) -> Request:
         """One of any number of requests, which goes on for longer than is measured."""
         prompt = random_words(prompt_bytes or self.prompt_bytes, seed=number)
         return Request(prompt, self.long_bytes, sampling(number))
 
-    def engine(self, num_slots: int) -> Engine:
-        """An engine with memory for the longest document in every slot."""
+    def engine(self, num_slots: int, kind: str = "") -> Engine:
+        """An engine with memory for the longest document in every slot; see :data:`KINDS`."""
         longest = 2 * self.long_bytes
+        model = self.int8 if kind == "int8" else self.model
+        assert model is not None
         return Engine(
-            self.model,
+            model,
             num_slots,
             max_document_bytes=longest,
             num_positions=(num_slots + 1) * (longest + 64),
+            speculate=kind == "drafts",
         )
 
     def time(self, run: Callable[[], object]) -> Sample:
@@ -91,33 +115,33 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     load = Load(settings)
     report("engine: the patch size")
     patch_size = _calibrate(load)
-    subjects: dict[str, Callable[[], tuple[Phases, list[bytes]]]] = {
-        "sessions": lambda: _sessions(load)
-    }
-    for count in load.at_once:
-        subjects[str(count)] = lambda count=count: _together(load, count)
-    samples: dict[str, dict[str, list[Sample]]] = {
-        name: {"prompts": [], "steps": []} for name in subjects
-    }
-    texts: dict[str, list[bytes]] = {}
+    subjects = [("sessions", load.one_by_one, "")]
+    subjects += [("engine", count, "") for count in load.at_once]
+    subjects += [("engine", 1, kind) for kind in KINDS[1:] if kind != "int8" or load.int8]
+    samples = [{"prompts": [], "steps": []} for _ in subjects]
+    timed: list[Timed] = []
     for repeat in range(settings.repeats):
         report(f"engine: {repeat + 1} of {settings.repeats}")
-        for name, subject in subjects.items():
+        timed = []
+        for number, (name, count, kind) in enumerate(subjects):
             gc.collect()
-            phases, texts[name] = subject()
-            for phase, sample in phases.items():
-                samples[name][phase].append(sample)
+            of_subject = _sessions(load) if name == "sessions" else _together(load, count, kind)
+            timed.append(of_subject)
+            for phase, sample in of_subject.phases.items():
+                samples[number][phase].append(sample)
     measurements = []
-    for name, of_subject in samples.items():
-        count = load.one_by_one if name == "sessions" else int(name)
-        both = list(zip(texts["sessions"], texts[name], strict=False))
+    for (name, count, kind), of_subject, sample in zip(subjects, timed, samples, strict=True):
+        both = list(zip(timed[0].texts, of_subject.texts, strict=False))
         same = sum(one[: load.new_bytes] == other[: load.new_bytes] for one, other in both)
-        if settings.precision == "float32":
-            assert 2 * same > len(both), f"{same} of {len(both)} texts of {name} are the same"
-        measurement = {"subject": name, "requests": count, "same": [same, len(both)]}
+        if settings.precision == "float32" and kind != "int8":
+            assert 2 * same > len(both), f"{same} of {len(both)} texts of {count} are the same"
+        measurement = {"subject": name, "requests": count, "kind": kind, "same": [same, len(both)]}
         # While prompts are read, requests whose prompts have been read go on.
-        measurement["bytes"] = sum(map(len, texts[name]))
-        measurements.append({**measurement, "samples": of_subject})
+        measurement["bytes"] = sum(map(len, of_subject.texts))
+        measurement["made"] = of_subject.made
+        if of_subject.stats is not None and kind == "drafts":
+            measurement["stats"] = asdict(of_subject.stats)
+        measurements.append({**measurement, "samples": sample})
     report("engine: first bytes")
     return {
         "prompt_bytes": load.prompt_bytes,
@@ -141,7 +165,7 @@ def _calibrate(load: Load) -> float:
     for quantile in QUANTILES[:1] if load.settings.quick else QUANTILES:
         threshold = float(values.quantile(quantile))
         model.patcher = Patcher(EntropyRule(threshold=threshold))
-        texts = _together(load, len(prompts))[1]
+        texts = _together(load, len(prompts)).texts
         patches = 0
         for request, text in zip(prompts, texts, strict=True):
             whole = _ids(request.prompt + text, model)
@@ -158,7 +182,7 @@ def _ids(text: bytes, model: PatchedLM) -> torch.Tensor:
     return torch.from_numpy(codec.encode(text)).to(model.device)
 
 
-def _sessions(load: Load) -> tuple[Phases, list[bytes]]:
+def _sessions(load: Load) -> Timed:
     """Continue the first prompts, one after another; the times of all together."""
     prompts: Sample = {}
     steps: Sample = {}
@@ -178,12 +202,13 @@ def _sessions(load: Load) -> tuple[Phases, list[bytes]]:
         _add(prompts, load.time(lambda make=make: make(1)))
         _add(steps, load.time(lambda make=make: make(load.new_bytes)))
         texts.append(b"".join(text))
-    return {"prompts": prompts, "steps": steps}, texts
+    made = load.one_by_one * load.new_bytes
+    return Timed({"prompts": prompts, "steps": steps}, texts, made)
 
 
-def _together(load: Load, count: int) -> tuple[Phases, list[bytes]]:
+def _together(load: Load, count: int, kind: str = "") -> Timed:
     """Read ``count`` prompts in an engine, and then step until each has its bytes."""
-    engine = load.engine(count)
+    engine = load.engine(count, kind)
     texts = {engine.submit(load.request(n)): b"" for n in range(count)}
 
     def step() -> None:
@@ -192,14 +217,19 @@ def _together(load: Load, count: int) -> tuple[Phases, list[bytes]]:
             texts[event.ticket] += event.part.data
 
     prompts = load.time(lambda: _read_all(engine, count, step))
+    before = sum(map(len, texts.values()))
+    # A step makes a byte of each request, or several that were drafted.
+    enough = before + count * load.new_bytes
 
     def steps() -> None:
-        for _ in range(load.new_bytes):
+        while sum(map(len, texts.values())) < enough:
             step()
 
     phases = {"prompts": prompts, "steps": load.time(steps)}
-    assert engine.stats().num_decoding == count
-    return phases, list(texts.values())
+    stats = engine.stats()
+    assert stats.num_decoding == count
+    made = sum(map(len, texts.values())) - before
+    return Timed(phases, list(texts.values()), made, stats)
 
 
 def _read_all(engine: Engine, count: int, step: Callable[[], object]) -> None:

@@ -221,11 +221,13 @@ def _engine(results: Section) -> list[str]:
         rows = []
         for one in results["measurements"]:
             samples, count = one["samples"], one["requests"]
-            rate = count * new_bytes / minimum(samples["steps"], clock)
+            made = _made(one, new_bytes)
+            rate = made / minimum(samples["steps"], clock)
             name = "sessions, one by one" if one is sessions else f"engine, {count} at once"
+            name += f", {one['kind']}" if one.get("kind") else ""
             cells = [name, f"{rate:.1f}", times(samples["prompts"], clock)]
             if one is not sessions:
-                scale = count / sessions["requests"]
+                scale = made / _made(sessions, new_bytes)
                 pairs = pair_ratio(samples["steps"], sessions["samples"]["steps"], clock, scale)
                 ours, theirs = (_whole(each["samples"], clock) for each in (one, sessions))
                 of_all = one["bytes"] / sessions["bytes"]
@@ -241,7 +243,23 @@ def _engine(results: Section) -> list[str]:
         "with the prompts go the bytes made while they were read. Texts equal those of "
         f"the sessions: {same}."
     )
-    return [intro, *parts, _first_bytes(results["first_bytes"])]
+    drafts = [_drafts(one) for one in engines if "stats" in one]
+    return [intro, *parts, *drafts, _first_bytes(results["first_bytes"])]
+
+
+def _made(one: Measurement, new_bytes: int) -> int:
+    # Records of earlier versions have subjects without drafts only.
+    return one.get("made", one["requests"] * new_bytes)
+
+
+def _drafts(one: Measurement) -> str:
+    stats = one["stats"]
+    made, passes = stats["bytes_generated"], stats["passes"]
+    each = ", ".join(f"{name.replace('_', ' ')} {n / made:.2f}" for name, n in passes.items())
+    return (
+        f"Drafts: {stats['num_accepted']} of {stats['num_drafted']} drafted bytes were accepted; "
+        f"passes per byte: {each}; {stats['bytes_moved'] / made / 1e6:.1f} MB of weights per byte."
+    )
 
 
 def _whole(samples: dict[str, Any], clock: str) -> list[dict[str, float]]:

@@ -97,7 +97,25 @@ EXAMPLES = {
                 "bytes": requests * 65,
                 "samples": {"prompts": samples(1.0), "steps": samples(steps)},
             }
-            for name, requests, steps in (("sessions", 2, 4.0), ("16", 16, 8.0))
+            for name, requests, steps in (("sessions", 2, 4.0), ("engine", 16, 8.0))
+        ]
+        + [
+            {
+                "subject": "engine",
+                "requests": 1,
+                "kind": "drafts",
+                "same": [1, 1],
+                "bytes": 80,
+                "made": 72,
+                "stats": {
+                    "num_drafted": 30,
+                    "num_accepted": 20,
+                    "bytes_generated": 80,
+                    "bytes_moved": 160e6,
+                    "passes": {"scorer": 40, "global_model": 20},
+                },
+                "samples": {"prompts": samples(1.0), "steps": samples(1.0)},
+            }
         ],
         "first_bytes": [
             {
@@ -174,6 +192,10 @@ def test_tables_say_what_the_samples_say():
     assert cells(text, "sessions, one by one") == ["32.0", "1 s / 1 s", "", ""]
     expected = ["128.0", "1 s / 1 s", "**4** (4 to 4)", "**4.44** (4.44 to 4.44)"]
     assert cells(text, "engine, 16 at once") == expected
+    # 72 bytes in 1 s.
+    assert cells(text, "engine, 1 at once, drafts")[0] == "72.0"
+    assert "20 of 30 drafted" in text
+    assert "scorer 0.50, global model 0.25; 2.0 MB of weights per byte" in text
     assert cells(text, "16", "2,048", "1 to 3")[-1] == "**2.5** (2 to 3)"
     assert cells(text, "forward", "4,096") == ["1", "3", "**3.00**"]
     assert cells(text, "forward", "8,192") == ["2", "", ""]

@@ -21,7 +21,7 @@ from bytelm.inference import (
     stream,
     stream_many,
 )
-from bytelm.inference.sampling import filtered_probabilities, noise
+from bytelm.inference.sampling import Noise, filtered_probabilities
 from bytelm.patching import StaticRule
 
 MODELS = lm_models()
@@ -127,9 +127,11 @@ def test_ids_are_sampled_as_often_as_they_are_probable():
 
 @given(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**40))
 def test_noise_depends_on_the_seed_and_the_position_only(seed, position):
-    first = noise(seed, position, 260)
-    assert np.array_equal(noise(seed, position, 260), first)
-    for other in (noise(seed ^ 1, position, 260), noise(seed, position + 1, 260)):
+    noise = Noise(seed)
+    first, later = noise.at(position, 260), noise.at(position + 1, 260)
+    for other in (noise, Noise(seed)):
+        assert np.array_equal(other.at(position, 260), first)
+    for other in (Noise(seed ^ 1).at(position, 260), later):
         assert not np.isin(other, first).any()
 
 

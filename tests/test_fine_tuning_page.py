@@ -82,6 +82,7 @@ def smaller(text):
     return text
 
 
+@pytest.mark.slow
 def test_the_page_runs(run, place):
     assert all(old in PAGE for old in SMALLER)
     recipes = [text for kind, text in BLOCKS if kind == "yaml"]

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -261,9 +261,11 @@ def test_slots_are_independent_whatever_happens_to_them(model, strategy):
     check()
 
 
+@pytest.mark.parametrize("has_kernels", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", some_by_default(MODELS))
-def test_slots_in_pages_are_independent_too(name, monkeypatch):
+def test_slots_in_pages_are_independent_too(name, has_kernels, monkeypatch):
     model = MODELS[name]()
+    monkeypatch.setattr("bytelm.cpu.compiling.has_numba", lambda: has_kernels)
     monkeypatch.setattr("bytelm.inference.pages.PAGE", 3)
 
     @given(actions)
@@ -465,6 +467,7 @@ def test_scorers_decode_several_documents_together(reset, documents):
 
 
 @pytest.mark.parametrize("strategy", ["eager", record], ids=["eager", "captured"])
+@settings(max_examples=8)
 @given(byte_strings, byte_strings, byte_strings)
 def test_a_deep_copy_is_a_session_of_its_own(some_model, strategy, first, second, third):
     first, second, third = ids_of(first), ids_of(second)[1:], ids_of(third)[1:]

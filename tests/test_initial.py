@@ -111,7 +111,7 @@ def test_all_parts_give_the_logits_of_the_checkpoint_before_the_first_step(place
     assert trainer.recipe.patching == config.patching
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     parts=st.lists(st.sampled_from(BLTConfig.named_parts), min_size=1, unique=True),
     seed=st.integers(0, 3),

@@ -15,6 +15,7 @@ from bytelm import cpu
 from bytelm.checkpoint import save_model
 from bytelm.config import ModelDescription, TransformerConfig
 from bytelm.cpu import int8
+from bytelm.cpu.compiling import has_numba
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.inference import Engine, Request, Session, generate
 from bytelm.patching import StaticRule
@@ -159,11 +160,13 @@ def test_quantising_is_for_the_cpu():
 def test_numba_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     int8._kernel.cache_clear()
+    has_numba.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"pip install 'bytelm\[int8\]'"):
             cpu.quantize(random_byte_lm())
     finally:
         int8._kernel.cache_clear()
+        has_numba.cache_clear()
 
 
 def test_arranging_weights_changes_no_value():

@@ -106,6 +106,7 @@ def test_each_run_is_resolved_once_and_each_question_measured_once(prepared, cou
     assert list(by_question.values()) == [1] * 5
 
 
+@pytest.mark.slow
 def test_each_run_gets_the_answer_to_its_own_question(prepared):
     one, out = prepared
     grid = {
@@ -162,6 +163,7 @@ def test_an_invocation_resolves_each_run_once_and_its_workers_none(
     assert not by_question
 
 
+@pytest.mark.slow
 def test_what_a_worker_is_given_leaves_nothing_to_measure(prepared):
     one, out = prepared
     for run in plan_runs(one):
@@ -204,15 +206,22 @@ def test_thresholds_that_an_earlier_version_kept_are_ignored(prepared, tmp_path)
 # Results ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def described(prepared):
+    """The entropy run of a plan, and what its result would say."""
+    one, out = prepared
+    run = next(run for run in plan_runs(one) if run.family == "entropy")
+    return run, describe(one, Resolver(one, out).resolve(run), out)
+
+
 @pytest.fixture
-def finished(prepared, tmp_path):
+def finished(prepared, described, tmp_path):
     """The entropy run of a plan as if it were finished: its result can be changed and read."""
     one, out = prepared
+    run, description = described
     link_prepared(out, tmp_path)
-    run = next(run for run in plan_runs(one) if run.family == "entropy")
-    resolved = Resolver(one, tmp_path).resolve(run)
     run_folder(tmp_path, run).mkdir(parents=True)
-    write_result(tmp_path, run, {**describe(one, resolved, tmp_path), "failure": "made up"})
+    write_result(tmp_path, run, {**description, "failure": "made up"})
     return one, run, tmp_path
 
 

@@ -396,7 +396,9 @@ def serving(checkpoint, *options):
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_signals_complete_streams_and_refuse_others(lm, checkpoint, number):
     with serving(checkpoint, "--device", "cpu") as (process, url):
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG_STREAM, timeout=30) as found:

@@ -145,6 +145,7 @@ def test_the_table_holds_what_its_documents_say(study):
     assert min(by_source.values()) <= found[0] <= max(by_source.values())
 
 
+@pytest.mark.slow
 def test_a_run_in_slices_reaches_the_same_numbers(study, tmp_path):
     one, out = study
     run = plan_runs(one)[-2]
@@ -265,6 +266,7 @@ def test_a_damaged_run_is_reported_and_the_others_go_on(study, tmp_path):
     assert (tmp_path / "runs" / runs[1].name / RESULT).exists()
 
 
+@pytest.mark.slow
 def test_runs_that_began_with_full_rows_go_on_and_are_told_from_others(study, tmp_path):
     """Runs of earlier versions: rows filled in order, and charged as if each were one document."""
     one, out = study

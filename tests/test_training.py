@@ -156,7 +156,7 @@ class StopAt(Exception):
 
 
 @pytest.mark.parametrize("kind", ["blt", "transformer"])
-@pytest.mark.parametrize("stop", [4, 6, 8])
+@pytest.mark.parametrize("stop", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
 def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind, stop):
     """Killed after any step, it goes on from the last checkpoint as if nothing had happened."""
     settings = recipe(data, kind)
@@ -185,16 +185,16 @@ UPDATE, CHECKPOINT = (torch.optim.AdamW, "step"), (saving, "save_step")
 @pytest.mark.parametrize(
     ("where", "calls", "saved"),
     [
-        (GRADIENTS, 1, 0),
         (GRADIENTS, 2 * 7 + 2, 7),
-        (VALIDATION, 1, 4),
         (VALIDATION, 4, 8),
-        (VALIDATION, 5, 9),
-        (UPDATE, 2, 2),
         (UPDATE, 6, 6),
-        (UPDATE, 9, 9),
         (CHECKPOINT, 1, 3),
-        (CHECKPOINT, 3, 9),
+        pytest.param(GRADIENTS, 1, 0, marks=pytest.mark.slow),
+        pytest.param(VALIDATION, 1, 4, marks=pytest.mark.slow),
+        pytest.param(VALIDATION, 5, 9, marks=pytest.mark.slow),
+        pytest.param(UPDATE, 2, 2, marks=pytest.mark.slow),
+        pytest.param(UPDATE, 9, 9, marks=pytest.mark.slow),
+        pytest.param(CHECKPOINT, 3, 9, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_anywhere_leaves_a_run_that_resumes_to_the_same_bits(
@@ -594,6 +594,7 @@ def test_an_ngram_scorer_is_fitted_and_saved(data, tmp_path):
         fit_ngrams(settings.model_copy(update={"seed": 3}), tmp_path / "t")
 
 
+@pytest.mark.slow
 def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
     """A setting that nothing reads would silently do nothing."""
     read = set()

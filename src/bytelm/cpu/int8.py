@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bytelm.cpu.compiling import compiled, has_numba
 from bytelm.errors import ConfigError
 
 TILE = 64
@@ -110,12 +111,8 @@ def quantize(model: nn.Module) -> None:
 @cache
 def _kernel() -> Callable[..., None]:
     """Compile the product of a few rows with a quantised matrix."""
-    try:
-        import numba
-    except ImportError:
-        raise ConfigError(
-            "precision 'int8' needs the package numba: pip install 'bytelm[int8]'"
-        ) from None
+    if not has_numba():
+        raise ConfigError("precision 'int8' needs the package numba: pip install 'bytelm[int8]'")
 
     # Without annotations: numba compiles the function itself, not one that checks types.
     def multiply(x, tiles, scale, out):  # noqa: ANN001, ANN202  # pyright: ignore
@@ -159,8 +156,4 @@ def _kernel() -> Callable[..., None]:
                     out[row, begin + n] = a[n] * scale[begin + n]
                 row += 1
 
-    options: dict[str, Any] = {"fastmath": True, "nogil": True, "boundscheck": False}
-    try:
-        return numba.njit(**options, cache=True)(multiply)
-    except RuntimeError:  # no folder for what is compiled can be written to
-        return numba.njit(**options)(multiply)
+    return compiled(multiply)

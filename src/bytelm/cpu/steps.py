@@ -12,6 +12,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from bytelm.cpu.int8 import Int8Weight
+from bytelm.cpu.products import accumulation, add_product
 from bytelm.model.blt import LocalEncoder
 from bytelm.model.layers import Block
 
@@ -177,9 +178,11 @@ class _NormLinear:
         self._weight: Any = None if isinstance(weight, Int8Weight) else weight.T
         self._normed = norm.new_empty(rows, self._dim)
         self.out = norm.new_empty(rows, weight.shape[0])
-        self._multiply = None
+        self._multiply: Any = None
         if isinstance(weight, Int8Weight):
             self._multiply = weight.multiplication(self._normed, self.out)
+        elif rows > 1:
+            self._accumulate = accumulation(self._normed, weight, self.out)
 
     def __call__(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows out"]:
         torch.mul(x, self._norm, out=self._normed)
@@ -197,8 +200,10 @@ class _NormLinear:
         self._normed.mul_(norms.square_().div_(self._dim).add_(self._eps).rsqrt_())
         if self._multiply is not None:
             self._multiply()
-            return self.out
-        return torch.mm(self._normed, self._weight, out=self.out)
+        else:
+            self.out.zero_()
+            self._accumulate()
+        return self.out
 
 
 class _AddLinear:
@@ -206,14 +211,16 @@ class _AddLinear:
 
     def __init__(self, weight: Weight) -> None:
         self._is_int8 = isinstance(weight, Int8Weight)
-        self._weight = weight if self._is_int8 else weight.T
+        self._weight = weight
 
     def __call__(
         self, x: Float[Tensor, "rows dim"], inner: Float[Tensor, "rows inner"], scale: float = 1.0
     ) -> Float[Tensor, "rows dim"]:
         if self._is_int8:
             return torch.add(self._weight(inner), x, alpha=scale)
-        return torch.addmm(x, inner, self._weight, beta=scale)
+        if len(x) > 1:
+            return add_product(x * scale, inner, self._weight)
+        return torch.addmm(x, inner, self._weight.T, beta=scale)
 
 
 class _Attend:

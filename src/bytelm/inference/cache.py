@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bytelm import kernels
+from bytelm.cpu.attending import Entries, rings
+from bytelm.cpu.compiling import is_worth_it
 from bytelm.model.attention import StackContext, StackSpec
 from bytelm.slots import Slots, assign, select
 
@@ -111,6 +113,10 @@ class KVCache:
         room = self.room
         if not self.is_static:
             named = range(self.num_slots) if slots is None else slots
+            if self.keys and is_worth_it(self.keys[0]):
+                entries = rings(named, positions.numpy(), room, self.spec.kv_heads)
+                factors = self.spec.rotation(positions[:, None])
+                return EntriesDecode(factors, entries, self.keys, self.values, room)
             room = min(room, max(self._given[slot] for slot in named))
         return _Decode(self, self.spec.rotation(positions[:, None]), slots, positions, room)
 
@@ -332,6 +338,37 @@ class _OnePosition(NamedTuple):
         scores = (grouped @ seen_keys.transpose(-2, -1)).float() * queries.shape[-1] ** -0.5
         mixed = scores.softmax(-1).to(values.dtype) @ seen_values
         return mixed.flatten(0, 1)[None, None]
+
+
+class EntriesDecode(NamedTuple):
+    """Context of the next position of each of some slots, of which only entries in use are read."""
+
+    factors: Complex[Tensor, "slots 1 1 half"]
+    entries: Entries
+    keys: list[Tensor]
+    values: list[Tensor]
+    head_positions: int
+    """Positions from a head's entries to those of the next head."""
+    layer: int = 0
+
+    @property
+    def is_step(self) -> bool:
+        """Whether each row has one position, and numbers may be read on the host."""
+        return True
+
+    def __getitem__(self, layer: int) -> "EntriesDecode":  # pyright: ignore
+        return self._replace(layer=layer)
+
+    def attend(
+        self,
+        queries: Float[Tensor, "slots 1 heads head_dim"],
+        keys: Float[Tensor, "slots 1 kv_heads head_dim"],
+        values: Float[Tensor, "slots 1 kv_heads head_dim"],
+    ) -> Float[Tensor, "slots 1 heads head_dim"]:
+        """Store the new keys and values, and attend to the entries in use."""
+        new = queries[:, 0], keys[:, 0], values[:, 0]
+        cached = self.keys[self.layer], self.values[self.layer]
+        return self.entries.attend(*new, *cached, self.head_positions)[:, None]
 
 
 class _Decode(NamedTuple):

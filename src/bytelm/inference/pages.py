@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
-from bytelm.inference.cache import KVCache
+from bytelm.cpu.attending import paged
+from bytelm.cpu.compiling import is_worth_it
+from bytelm.inference.cache import EntriesDecode, KVCache
 from bytelm.inference.cache import Snapshot as CacheSnapshot
 from bytelm.model.attention import StackContext, StackSpec
 from bytelm.slots import Slots
@@ -192,6 +194,12 @@ class PagedCache(KVCache):
             return super().step(slots)
         positions = self.positions[list(named)]
         self.positions[list(named)] += 1
+        keys, values = self._pages.keys, self._pages.values
+        if keys and is_worth_it(keys[0]):
+            tables = [self._tables[slot] for slot in named]
+            entries = paged(tables, positions.numpy(), PAGE)
+            factors = self.spec.rotation(positions[:, None])
+            return EntriesDecode(factors, entries, keys, values, keys[0].shape[1])
         num_pages = max(len(self._tables[slot]) for slot in named)
         table = torch.tensor(
             [[*self._tables[slot], *[0] * (num_pages - len(self._tables[slot]))] for slot in named],

@@ -1,0 +1,108 @@
+"""Kernels for steps of several rows equal the operations of torch that they stand for."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from bytelm import cpu
+from bytelm.cpu import attending, compiling, products
+from bytelm.inference.cache import EntriesDecode, KVCache
+from bytelm.model.attention import StackSpec
+
+pytest.importorskip("numba")
+sizes = st.integers(1, 40)
+
+
+@given(st.integers(2, 33), sizes, sizes, st.booleans())
+def test_products_equal_those_of_torch(rows, inputs, outputs, by_columns):
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    if by_columns:
+        weight = weight.T.contiguous().T
+    before = torch.randn(rows, outputs)
+    after = products.add_product(before.clone(), x, weight)
+    assert_close(after, before + x @ weight.T)
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_what_is_not_a_number_stays_so_in_its_own_row(by_columns):
+    x, weight = torch.randn(5, 24), torch.randn(9, 24)
+    if by_columns:
+        weight = weight.T.contiguous().T
+    x[3, 7] = torch.nan
+    product = products.add_product(torch.zeros(5, 9), x, weight)
+    assert product[3].isnan().all()
+    assert not product[[0, 1, 2, 4]].isnan().any()
+
+
+def test_kernels_are_left_where_they_would_not_be_faster(monkeypatch):
+    weight = torch.randn(8, 4)
+    assert products._choose(weight, 2)
+    assert not products._choose(weight, 1)
+    assert not products._choose(weight, 9)
+    assert not products._choose(weight.double(), 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: compiling.MAX_THREADS + 1)
+    assert not products._choose(weight, 2)
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=2, max_size=4),
+    st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    st.sampled_from([1, 3, 16]),
+    st.booleans(),
+)
+def test_attention_to_entries_equals_that_to_whole_documents(positions, heads, block, is_paged):
+    """Documents of some lengths, in pages in any order or in ring buffers, get one position."""
+    num_heads, kv_heads = heads
+    rows, dim = len(positions), 8
+    queries, keys, values = (torch.randn(rows, n, dim) for n in (num_heads, kv_heads, kv_heads))
+    pasts = [torch.randn(2, kv_heads, position, dim) for position in positions]
+    given_at = np.array(positions)
+    if is_paged:
+        num_pages = [position // block + 1 for position in positions]
+        tables = [list(t) for t in torch.randperm(sum(num_pages)).split(num_pages)]
+        tables = [[int(page) for page in table] for table in tables]
+        cached = torch.full((2, kv_heads, sum(num_pages) * block, dim), torch.nan)
+        for past, table in zip(pasts, tables, strict=True):
+            for at in range(past.shape[2]):
+                cached[:, :, table[at // block] * block + at % block] = past[:, :, at]
+        entries = attending.paged(tables, given_at, block)
+        head_positions = cached.shape[2]
+    else:
+        cached = torch.full((2, rows, kv_heads, block, dim), torch.nan)
+        for row, past in enumerate(pasts):
+            for at in range(past.shape[2]):
+                cached[:, row, :, at % block] = past[:, :, at]
+        entries = attending.rings(range(rows), given_at, block, kv_heads)
+        head_positions = block
+    mixed = entries.attend(queries, keys, values, cached[0], cached[1], head_positions)
+    for row, past in enumerate(pasts):
+        seen_keys = torch.cat((past[0], keys[row][:, None]), 1)
+        seen_values = torch.cat((past[1], values[row][:, None]), 1)
+        if not is_paged:
+            seen_keys, seen_values = seen_keys[:, -block:], seen_values[:, -block:]
+        grouped = queries[row].unflatten(0, (kv_heads, -1))
+        weights = (grouped @ seen_keys.mT * dim**-0.5).softmax(-1)
+        assert_close(mixed[row], (weights @ seen_values).flatten(0, 1))
+
+
+def test_steps_of_several_slots_use_the_kernel(monkeypatch):
+    spec = StackSpec(1, 2, 4, 100.0, None, 8)
+    for has_numba in (True, False):
+        monkeypatch.setattr("bytelm.cpu.compiling.has_numba", lambda has=has_numba: has)
+        cache = KVCache(spec, 2, torch.device("cpu"))
+        for slot in (0, 1):
+            new = [torch.randn(1, 3, 2, 4) for _ in range(3)]
+            cache.prefill(slot, 3)[0].attend(*new)
+        assert isinstance(cache.decode(), EntriesDecode) == has_numba
+
+
+def test_a_matrix_is_stored_as_its_kernel_reads_it():
+    for shape, kernel in [((40, 8), 0), ((8, 40), 1)]:
+        linear = torch.nn.Linear(*shape[::-1], bias=False)
+        cpu.arrange(linear)
+        chosen = products._choose(linear.weight.detach(), 4)
+        assert chosen is not None
+        assert chosen[0] is products._kernels()[kernel]
