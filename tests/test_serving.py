@@ -1,5 +1,6 @@
 """The server, seen by clients that behave."""
 
+import asyncio
 import codecs
 import json
 import re
@@ -16,7 +17,9 @@ from bytelm.checkpoint import CheckpointConfig
 from bytelm.config import TransformerConfig
 from bytelm.inference import GREEDY, Generated, Sampling, generate
 from bytelm.language_model import LanguageModel
+from bytelm.serving import Settings, limits
 from bytelm.serving.completions import ChoiceWriter, engine_requests
+from bytelm.serving.limits import Gate
 from bytelm.serving.schemas import CompletionRequest, PatchesRequest
 from serving_clients import running, stream_chunks
 from test_tokens import token_model
@@ -438,8 +441,6 @@ def test_rates_are_limited_by_key():
 
 
 def test_buckets_fill_again_and_are_forgotten(monkeypatch):
-    from bytelm.serving import limits
-
     monkeypatch.setattr(limits, "MAX_CLIENTS", 3)
     limiter = limits.RateLimiter(60.0)
     assert [limiter.take("a", now=0.0) for _ in range(61)] == [0.0] * 60 + [1.0]
@@ -501,6 +502,29 @@ def test_the_page_names_every_option_field_and_metric(run, server):
         assert name.removesuffix("-") in PAGE, name
     for name in metrics:
         assert name in PAGE, name
+
+
+def test_requests_that_come_at_once_begin_a_few_in_each_turn():
+    """So a request for the server's health waits for some of them, not for all."""
+    begun = []
+
+    async def app(scope, receive, send):
+        begun.append(scope["path"])
+
+    async def no_body():
+        return {"type": "http.request", "body": b""}
+
+    async def run():
+        gate = Gate(app, Settings(name="tiny"))
+        scopes = [{"type": "http", "path": path, "headers": []} for path in ("/v1/x", "/health")]
+        many = [asyncio.ensure_future(gate(scopes[0], no_body, None)) for _ in range(100)]
+        await asyncio.sleep(0)
+        await gate(scopes[1], no_body, None)
+        await asyncio.gather(*many)
+
+    asyncio.run(run())
+    assert begun.index("/health") == limits.MAX_STARTS
+    assert len(begun) == 101
 
 
 def test_metrics(server):

@@ -19,6 +19,8 @@ PROTECTED = ("/v1/", "/metrics")
 """Beginnings of the paths that need a key."""
 BODY_SECONDS = 30.0
 """Longest time in which the body of a request must arrive."""
+MAX_STARTS = 8
+"""Requests that begin in one turn of the event loop, so that a burst holds up nothing else."""
 MAX_CLIENTS = 10_000
 """Clients whose rates are remembered."""
 
@@ -60,6 +62,7 @@ class RateLimiter:
 class Gate:
     """ASGI middleware that refuses requests without a key, too many of them, and large bodies.
 
+    Of requests that come at the same instant a few begin in each turn of the event loop.
     The body is read here; the application finds the client's name as ``scope["client_name"]``.
     """
 
@@ -68,11 +71,13 @@ class Gate:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         rate = settings.rate_limit
         self._limiter = None if rate is None else RateLimiter(rate)
+        self._num_starts = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(PROTECTED):
             await self._app(scope, receive, send)
             return
+        await self._turn()
         try:
             headers = Headers(scope=scope)
             scope["client_name"] = self._admit(headers, scope.get("client"))
@@ -83,6 +88,17 @@ class Gate:
         except ClientGoneError:
             return
         await self._app(scope, _replay(body, receive), send)
+
+    async def _turn(self) -> None:
+        """Wait for a turn of the event loop in which few other requests begin."""
+        while self._num_starts >= MAX_STARTS:
+            await asyncio.sleep(0)
+        if not self._num_starts:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        self._num_starts += 1
+
+    def _end_turn(self) -> None:
+        self._num_starts = 0
 
     def _admit(self, headers: Headers, address: tuple[str, int] | None) -> str:
         """Return the name of the client, which is its key or its address.
