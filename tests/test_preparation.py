@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -575,6 +576,24 @@ def test_data_is_patched_with_any_threshold_without_its_scorer(scorer, tmp_path)
             assert calibration.sources[name].patches == patches[name]
         assert calibration.patch_size == pytest.approx(6002 / sum(patches.values()))
     assert read_manifest(tmp_path / "d").fingerprint == made.fingerprint
+
+
+def test_shards_of_several_scorers_are_refused(corpus, scorer, tmp_path):
+    other = tmp_path / "other"
+    save_model(other, random_byte_lm(seed=9, **SMALL), ModelDescription(
+        model=TransformerConfig(**SMALL)))  # fmt: skip
+    options = PrepareOptions(validation_share=0.0, workers=1)
+    made = {}
+    for name, by in (("a", scorer), ("b", other), ("c", None)):
+        made[name] = prepare([corpus], tmp_path / name, dataclasses.replace(options, scorer=by))
+    for name, message in (("b", "was scored by .* prepare all text with one"), ("c", "has no ent")):
+        (tmp_path / name / "train-00000.arrow").rename(tmp_path / "a" / f"{name}.arrow")
+        (shard,) = made[name].shards
+        shards = [*made["a"].shards, shard.model_copy(update={"file": f"{name}.arrow"})]
+        mixed = made["a"].model_copy(update={"shards": shards})
+        (tmp_path / "a" / MANIFEST).write_text(mixed.model_dump_json())
+        with pytest.raises(DataError, match=rf"{name}.arrow {message}"):
+            Dataset(tmp_path / "a", "train")
 
 
 def test_calibration_needs_entropies(corpus, tmp_path):

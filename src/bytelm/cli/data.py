@@ -25,8 +25,8 @@ def data_prepare(
         list[str],
         typer.Argument(
             help="Files, folders, globs, pipes, - for standard input, prepared data or saved "
-            "Hugging Face datasets; hub:OWNER/NAME streams one of the Hub; NAME=INPUT names the "
-            "source."
+            "Hugging Face datasets; URLs (s3://, gs://, https://); hub:OWNER/NAME streams a data "
+            "set of the Hub; NAME=INPUT names the source."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],

@@ -8,7 +8,7 @@ import io
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from bytelm.data.dataset import Dataset, InputRecord, Split
 from bytelm.data.hub import hub_records
@@ -130,11 +130,8 @@ class Reader:
                 return
 
     def _open(self, source: Input) -> Content:
-        path = source.path
-        file = cast(io.BufferedIOBase, sys.stdin.buffer) if path is None else path.open("rb")
-        self._file = file
-        name = "" if path is None else path.name
-        content = examine(file, name, convert=not self.options.binary)
+        self._file = file = source.open()
+        content = examine(file, source.file_name, convert=not self.options.binary)
         if content.refusal and not self.options.binary:
             raise DataError(f"cannot read {source.name}: {content.refusal}")
         if content.encoding:
@@ -183,8 +180,11 @@ class Reader:
                 yield from self._document(record, where, source)
 
     def _parquet(self, source: Input) -> Iterator[Document]:
-        assert source.path is not None
-        self._file = file = source.path.open("rb")
+        self._file = file = source.open()
+        if not file.seekable():
+            raise DataError(
+                f"{source.name} is Parquet, and its server sends no parts of files: download it"
+            )
         for row, record in enumerate(parquet_records(file, self._fields, source.name)):
             yield from self._document(record, f"{source.name}, row {row}", source)
 

@@ -28,7 +28,7 @@ from pydantic import Field, model_serializer
 from bytelm import codec
 from bytelm.config import Node, parse
 from bytelm.errors import BytelmError, DataError
-from bytelm.storage import check_file, disk_errors, read_json, write_json
+from bytelm.storage import check_file, disk_errors, read_json, to_json, write_json
 from bytelm.units import Ranges, trained_targets
 
 MANIFEST = "manifest.json"
@@ -296,6 +296,7 @@ class Dataset:
         for record in records:
             check_shard(folder, record, contents=verify)
             table = open_table(folder / record.file)
+            _check_scorer(table, self.manifest, folder / record.file)
             shard = views(table, self.has_entropies)
             self._shards.append(shard)
             lengths.append(np.diff(shard.begins))
@@ -370,6 +371,33 @@ class Dataset:
         return self._shards[at], index - int(self._first[at])
 
 
+def _check_scorer(table: pa.Table, manifest: Manifest, path: Path) -> None:
+    """Check that the entropies of a shard are by the scorer of the manifest.
+
+    Raises:
+        DataError: it has none, or they are by another scorer.
+    """
+    if manifest.scorer is None:
+        return
+    if ENTROPIES.name not in table.column_names:
+        raise DataError(
+            f"{path} has no entropies, and other shards have: prepare all text with one --scorer"
+        )
+    found = (table.schema.metadata or {}).get(SCORED_BY)
+    # Shards of earlier versions do not say who scored them.
+    if found is not None and found != scored_by(manifest.scorer):
+        raise DataError(
+            f"{path} was scored by {found.decode()}, and the data by "
+            f"{scored_by(manifest.scorer).decode()}: thresholds hold for one scorer; prepare all "
+            "text with one --scorer"
+        )
+
+
+def scored_by(scorer: ScorerRecord) -> bytes:
+    """Return the name of a scorer, as shards record it in the metadata of their schema."""
+    return to_json(scorer.model_dump(mode="json")).encode()
+
+
 def shard_documents(path: Path) -> Iterator[bytes]:
     """Yield the documents of a shard.
 
@@ -412,6 +440,8 @@ def views(table: pa.Table, has_entropies: bool) -> ShardViews:
     return ShardViews(text, begins, entropies, entropy_begins, trained, trained_begins)
 
 
+SCORED_BY = b"scored_by"
+"""Key of the metadata that names the scorer of a shard."""
 SCHEMA = pa.schema([("document", pa.large_binary()), ("source", pa.string())])
 TRAINED = pa.field(
     "trained", pa.large_list(pa.struct([("begin", pa.int64()), ("end", pa.int64())]))

@@ -2,13 +2,15 @@
 
 import fnmatch
 import glob
+import io
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Literal, cast
 
 from bytelm.data.dataset import JOURNAL, MANIFEST, Split, read_manifest
 from bytelm.data.hub import PREFIX as HUB
@@ -16,6 +18,7 @@ from bytelm.data.hub import hub_parts
 from bytelm.data.jsonfiles import json_records
 from bytelm.data.opening import DAMAGED, Content, compression_of, examine, suffix_of
 from bytelm.data.records import Fields, InvalidRecord, valid_name
+from bytelm.data.urls import Remote, find_remote, is_url
 from bytelm.errors import DataError
 from bytelm.storage import FILES, at_home
 
@@ -92,11 +95,32 @@ class Input:
     """Reason why it is not read, or why its format is not the one its name suggests."""
     is_stream: bool = False
     """Whether it can be read only once, as standard input and pipes."""
+    remote: Remote | None = None
+    """File at a URL, in which case there is no path."""
 
     @property
     def name(self) -> str:
         """Name for messages."""
+        if self.remote is not None:
+            return self.remote.url
         return "standard input" if self.path is None else str(self.path)
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file; "" for standard input."""
+        if self.remote is not None:
+            return self.remote.file_name
+        return "" if self.path is None else self.path.name
+
+    def open(self) -> io.BufferedIOBase:
+        """Open a file or a stream."""
+        if self.remote is not None:
+            return self.remote.open()
+        return (
+            cast(io.BufferedIOBase, sys.stdin.buffer)
+            if self.path is None
+            else open(self.path, "rb")
+        )
 
     @property
     def is_read(self) -> bool:
@@ -106,6 +130,8 @@ class Input:
     @property
     def num_bytes(self) -> int:
         """Size of the input, for progress; 0 if unknown."""
+        if self.remote is not None:
+            return self.remote.size or 0
         if self.kind == "prepared" and self.path is not None:
             return sum(shard.text_bytes for shard in read_manifest(self.path).shards)
         return self.path.stat().st_size if self.path and self.path.is_file() else 0
@@ -113,6 +139,9 @@ class Input:
     @property
     def identity(self) -> list[str | int]:
         """Values that change when the input changes, found without reading it."""
+        if self.remote is not None:
+            remote = [self.name, self.source, self.kind, self.split or ""]
+            return [*remote, self.num_bytes, self.remote.version]
         if self.path is None:
             return [self.name, self.source, self.kind, self.split or ""]
         if self.kind == "hub":
@@ -188,11 +217,14 @@ class _Search:
         self._options = options
         self._fields = Fields(options.field, options.source_field)
         self._leave_out = {os.path.realpath(path) for path in leave_out}
-        self._names = {_real(one.path): one.name for one in known if one.is_read}
+        self._names = {_key(one): one.name for one in known if one.is_read}
 
     def add(self, argument: str) -> None:
         """Add the inputs of one argument."""
         source, named, paths = _expand(argument)
+        if is_url(named):
+            self._add_remote(named, source)
+            return
         if not paths:
             raise DataError(f"{named!r} matches no file: check the path")
         if named == STDIN:
@@ -297,6 +329,15 @@ class _Search:
             fnmatch.fnmatch(one, include) for one in (path.name, str(path.relative_to(top)))
         )
 
+    def _add_remote(self, url: str, source: str) -> None:
+        """Add the files at a URL."""
+        found, is_folder = find_remote(url, self._options.include)
+        if not found:
+            raise DataError(f"{url} matches no file: check the address")
+        folder = source or valid_name(PurePath(url).name) if is_folder else None
+        for one in found:
+            self._examine(Input(None, source, "text", remote=one), one.open(), one.url, folder)
+
     def _add_file(self, path: Path, source: str, real: str, folder: str | None = None) -> None:
         """Add a file that is named, or that was found in a folder with the name ``folder``."""
         try:
@@ -306,21 +347,26 @@ class _Search:
                 raise _unreadable(path, error) from None
             self._skip(path, _reason(error), source)
             return
+        self._examine(Input(path, source, "text"), file, real, folder)
+
+    def _examine(self, one: Input, file: io.BufferedIOBase, real: str, folder: str | None) -> None:
+        """Add a file, with its format and source according to its name and first bytes."""
         with file:
             try:
-                content = examine(file, path.name, convert=not self._options.binary)
+                content = examine(file, one.file_name, convert=not self._options.binary)
             except DAMAGED:
                 # Reading it reports what is wrong.
-                content = Content(file, b"", _without_compression(path.name))
-            kind, note = self._kind(path, content, is_named=folder is None)
+                content = Content(file, b"", _without_compression(one.file_name))
+            kind, note = self._kind(one.name, content, is_named=folder is None)
+        source = one.source
         suffix = suffix_of(content.inner_name)
         is_text = kind == "text" and suffix in _AMBIGUOUS
         if not source and folder is not None and (suffix not in _RECORDS or is_text):
             source = folder
         source = source or _short_name(content.inner_name)
-        self._add(Input(path, source, kind, note=note), real)
+        self._add(replace(one, source=source, kind=kind, note=note), real)
 
-    def _kind(self, path: Path, content: Content, is_named: bool) -> tuple[Kind, str]:
+    def _kind(self, path: str, content: Content, is_named: bool) -> tuple[Kind, str]:
         """Return the format of a file, and a note on it."""
         options = self._options
         if content.refusal and not options.binary:
@@ -342,7 +388,7 @@ class _Search:
         return _RECORDS.get(suffix, "text"), ""
 
     def _ambiguous_kind(
-        self, path: Path, content: Content, suffix: str, is_named: bool
+        self, path: str, content: Content, suffix: str, is_named: bool
     ) -> tuple[Kind, str]:
         """Return the format of a file that may hold records or other text, by its first record."""
         try:
@@ -370,9 +416,10 @@ class _Search:
 
     def _add(self, one: Input, real: str | None = None) -> None:
         """Add an input, or skip it if it is one already."""
-        real = real or _real(one.path)
+        real = real or _key(one)
         if one.is_read and real in self._names:
-            self._skip(one.path, f"{SAME} {self._names[real]}, which is read", one.source)
+            note = f"{SAME} {self._names[real]}, which is read"
+            self.found.append(replace(one, kind="skipped", note=note, is_stream=False))
             return
         if one.is_read:
             self._names[real] = one.name
@@ -394,6 +441,10 @@ def _entry_kind(entry: os.DirEntry[str]) -> str:
     return "a broken link" if entry.is_symlink() else "neither a file nor a folder"
 
 
+def _key(one: Input) -> str:
+    return _real(one.path) if one.remote is None else one.remote.url
+
+
 def _real(path: Path | None) -> str:
     return STDIN if path is None else os.path.realpath(path)
 
@@ -410,8 +461,12 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 
 def _expand(argument: str) -> tuple[str, str, list[Path]]:
     """Return the source that an argument names (or ""), the path or glob, and what matches it."""
-    paths = _matches(argument)
     name, separator, rest = argument.partition("=")
+    if is_url(argument):
+        return "", argument, []
+    if is_url(rest) and os.sep not in name:
+        return name, rest, []
+    paths = _matches(argument)
     # Text before "=" in the middle of an existing path, as in data/lang=en/*.txt, is no name.
     is_path = os.sep in name and at_home(name).parent.is_dir()
     if paths or not separator or is_path:

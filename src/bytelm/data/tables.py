@@ -3,10 +3,11 @@
 Strings are read as bytes, since other writers do not ensure that they are valid UTF-8.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ _BYTES: list[tuple[Callable[[pa.DataType], bool], pa.DataType]] = [
 Convert = Callable[[Any], Any]
 
 
-def parquet_records(file: BinaryIO, fields: Fields, name: str) -> Iterator[dict[str, Any]]:
+def parquet_records(file: io.BufferedIOBase, fields: Fields, name: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file, with the columns that the fields name.
 
     Raises:

@@ -10,15 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from bytelm import codec
-from bytelm.checkpoint import load_scorer
+from bytelm.checkpoint import fingerprint, load_scorer
 from bytelm.data.dataset import (
     ENTROPIES,
     SCHEMA,
+    SCORED_BY,
     TRAINED,
+    ScorerRecord,
     ShardRecord,
     SourceStatistics,
     SourceTotal,
     Split,
+    scored_by,
 )
 from bytelm.data.journal import BlockRecord
 from bytelm.data.records import Document
@@ -78,8 +81,13 @@ class Writer:
     ) -> None:
         self._out, self._device = out, device
         self._scorer: Scorer | None = None
+        self._metadata: dict[bytes, bytes] = {}
         if scorer is not None:
             self._scorer, _ = load_scorer(scorer, reset_at_newline=reset_at_newline, device=device)
+            record = ScorerRecord(
+                fingerprint=fingerprint(scorer), reset_at_newline=reset_at_newline
+            )
+            self._metadata = {SCORED_BY: scored_by(record)}
 
     def write_block(
         self, number: int, documents: Sequence[Document], splits: Sequence[Split | None]
@@ -116,7 +124,7 @@ class Writer:
             ranges = [[{"begin": a, "end": b} for a, b in d.ranges] for d in shard.documents]
             columns.append(pa.array(ranges, TRAINED.type))
         if self._scorer is not None:
-            schema = schema.append(ENTROPIES)
+            schema = schema.append(ENTROPIES).with_metadata(self._metadata)
             columns.append(_entropy_column(self._scorer, shard.documents, self._device))
         path = self._out / shard.name
         with (
