@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,14 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from builders import SPACE_BLT, merged
-from bytelm import shards
+from bytelm import kernels, shards
 from bytelm.config import Recipe, parse
-from bytelm.data import PrepareOptions, prepare
+from bytelm.data import Loader, PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps, step_number
 from bytelm.progress import BeginCooldown, Callback
 from bytelm.ranks import Place, find_place, first_host
-from bytelm.training import Trainer, saving, train
+from bytelm.training import Trainer, saving, train, watchdog
 from bytelm.training.distributed import World, join
 from earlier import StopAt
 from processes import on_ranks
@@ -403,3 +404,60 @@ def test_the_place_of_a_process_is_what_its_launcher_says(environment, place):
 )
 def test_the_first_host_of_a_list(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_ranks_that_hang_are_named():
+    error = "[Rank 0]: Ranks 1, 12 failed to pass monitoredBarrier in 4000 ms"
+    assert watchdog.missing_ranks(error) == [1, 12]
+    assert watchdog.missing_ranks("Rank 2 received errors while waiting") is None
+    said = watchdog.hung_message([9, 7, 9, 7], 60.0)
+    assert said.startswith("ranks 1, 3 have made no progress for 60 s (train.hang_seconds)")
+    assert watchdog.hung_message([9, 9], 0.5).startswith("no rank has made no progress for 0.5 s")
+
+
+@SLOW
+@pytest.mark.parametrize(("size", "rank"), [(2, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize("how", ["stop", "sleep", "sleep in a block"])
+def test_a_rank_that_hangs_or_is_stopped_is_named(data, tmp_path, how, size, rank):
+    settings = recipe(data, hang_seconds=6.0)
+    everyone = list(range(size))
+    on_ranks(size, train_and_hang, settings, tmp_path, how, rank, may_die=everyone)
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[0].startswith(f"rank {rank} has " + ("not answered" if how == "stop" else "made"))
+
+
+def train_and_hang(settings, folder, how, rank):
+    """One rank hangs in its fourth step; what the watchdogs say goes to a file."""
+    load, run = Loader.next_batch, kernels.feed_forward
+
+    def say(message):
+        with (folder / "said").open("a") as file:
+            file.write(message + "\n")
+        # A launcher ends the others.
+        with suppress(ProcessLookupError):
+            os.kill(int((folder / f"{rank}.pid").read_text()), signal.SIGKILL)
+        os._exit(1)
+
+    def hang():
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(100)
+
+    def load_or_hang(loader):
+        if distributed.get_rank() == rank and loader.step == 3 and how != "sleep in a block":
+            hang()
+        return load(loader)
+
+    def run_or_hang(*args):
+        calls.append(args)
+        if distributed.get_rank() == rank and len(calls) == 7:
+            hang()
+        return run(*args)
+
+    calls = []
+    (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    Loader.next_batch = load_or_hang
+    if how == "sleep in a block":
+        kernels.feed_forward = run_or_hang
+    watchdog.abort = say
+    return train(settings, folder / "run")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bytelm.cli.app import app, console, resumable, status
-from bytelm.cli.options import Threads, build_rule, seconds
+from bytelm.cli.options import Threads, build_rule, seconds, step_range
 from bytelm.cli.prompting import continue_prompts
 from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.config import (
@@ -61,6 +61,13 @@ def train(
             help="Stop with a checkpoint after this time (90s, 9m, 2h); the same command resumes."
         ),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Profile a step, or steps such as 10-12: traces and snapshots of GPU memory in "
+            "RUN/profile."
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Train an entropy model, a BLT or a byte transformer; or resume the run in the folder.
@@ -93,7 +100,8 @@ def train(
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     bar = TrainingBar(console, folder.name)
     with resumable():
-        result = train(resolved, folder, callbacks=[bar], time_limit=limit)
+        steps = None if profile is None else step_range(profile)
+        result = train(resolved, folder, callbacks=[bar], time_limit=limit, profile=steps)
     if not result.finished:
         console.print(
             f"stopped after step {result.step} with a checkpoint: the same command resumes",

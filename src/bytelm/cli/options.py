@@ -58,3 +58,16 @@ def seconds(text: str) -> float:
     if not match:
         raise ConfigError(f"time limit {text!r} must look like 90s, 9m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Return the first and the last of some steps, such as of ``10-12``; or one step.
+
+    Raises:
+        ConfigError: the text is no such range.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 0 < first <= last:
+        raise ConfigError(f"--profile {text!r} is no range of steps: write 10, or 10-12")
+    return first, last

@@ -143,6 +143,17 @@ class TrainConfig(Node):
     reshard: bool = True
     """Free the gathered weights of a block after its forward pass, and gather them again for the
     backward pass: less memory, more communication."""
+    max_skipped: Annotated[Int, Field(ge=0)] = 0
+    """Steps in a row whose update may be skipped because the loss or its gradient is not finite, or
+    because of ``max_rise``; one more ends the run."""
+    max_rise: Annotated[float, Field(gt=0)] | None = None
+    """Nats by which the loss of a step may exceed the average of those before; null for any."""
+    hang_seconds: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Seconds without progress after which several ranks abort, naming the one that hangs; null for
+    never. Compilation counts."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """Peak FLOP/s of a device, to report model FLOPs utilisation (mfu); null for that of known
+    GPUs."""
     log_every: Positive = 10
     validate_every: Positive = 500
     validation_bytes: Positive = 1_000_000

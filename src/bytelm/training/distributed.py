@@ -40,15 +40,26 @@ class World:
     def __init__(self, place: Place | None = None) -> None:
         place = place or Place()
         self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
-        self._group: Any = None
+        self.group: Any = None
+        """Process group of the ranks; ``None`` for the default one."""
+        self.num_points = 0
+        """Points of training passed, which tell where a rank hangs."""
         self._raised: BytelmError | None = None
 
-    def apart(self) -> "World":
-        """Return a world of the same ranks for another thread, whose calls have their own order."""
+    def apart(self, timeout: timedelta | None = None) -> "World":
+        """Return a world of the same ranks for another thread, whose calls have their own order.
+
+        Args:
+            timeout: how long a rank may wait for the others; ``None`` for torch's own.
+        """
         world = World(Place(self.rank, self.size, self.local_rank))
         if self.size > 1:
-            world._group = distributed.new_group(backend="gloo")
+            world.group = distributed.new_group(timeout=timeout, backend="gloo")
         return world
+
+    def mark(self) -> None:
+        """Note that training has passed a point, before this rank waits for the others."""
+        self.num_points += 1
 
     @property
     def is_main(self) -> bool:
@@ -59,8 +70,9 @@ class World:
         """Return the sum of each value over all ranks; integers stay integers."""
         if self.size == 1:
             return list(values)
+        self.mark()
         totals = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(totals, group=self._group)
+        distributed.all_reduce(totals, group=self.group)
         pairs = zip(totals.tolist(), values, strict=True)
         return [round(total) if isinstance(value, int) else total for total, value in pairs]
 
@@ -105,11 +117,12 @@ class World:
 
         Whatever a rank waits for, it learns of the error of another here.
         """
+        self.mark()
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, (value, error), group=self._group)
+        distributed.all_gather_object(found, (value, error), group=self.group)
         self._raised = next((error for _, error in found if error is not None), None)
         if self._raised is not None:
-            raise self._raised
+            raise self._raised from None
         return [value for value, _ in found]
 
     def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:

@@ -113,6 +113,8 @@ def shard(model: nn.Module, config: TrainConfig, device: torch.device, world: Wo
     options = {"mesh": device_mesh(config, device, world), "mp_policy": policy}
     for module in _gathered_alone(model):
         fully_shard(module, reshard_after_forward=config.reshard, **options)
+        # Before the hook that waits for the weights of the other ranks.
+        module.register_forward_pre_hook(lambda *_: world.mark(), prepend=True)
     fully_shard(model, **options)
     for method in ("encode", "predict"):
         if hasattr(model, method):

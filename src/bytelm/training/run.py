@@ -18,6 +18,7 @@ from bytelm.training.best import BestCheckpoint
 from bytelm.training.distributed import World, join
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.parallel import local
+from bytelm.training.profiling import Profiler
 from bytelm.training.saving import Saver, remove_old
 from bytelm.training.setup import choose_device
 from bytelm.training.starting import (
@@ -32,6 +33,7 @@ from bytelm.training.starting import (
 from bytelm.training.state import TrainerState, load_step
 from bytelm.training.trackers import check_trackers, open_trackers
 from bytelm.training.trainer import Trainer
+from bytelm.training.watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     time_limit: float | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> TrainingResult:
     """Train a recipe in a folder, or resume the run in that folder.
 
@@ -74,6 +77,7 @@ def train(
         callbacks: receivers of the run's events, called in this order, on rank 0 only.
         time_limit: seconds after which to stop, as after a signal; the step in progress may take
             :data:`bytelm.stopping.OVERTIME` longer.
+        profile: first and last step to profile (:mod:`bytelm.training.profiling`).
 
     Raises:
         ConfigError: the recipe is incomplete, or differs from that of the run in the folder, or
@@ -87,7 +91,12 @@ def train(
     with join(choose_device(recipe.train).type) as world:
         stop = world.stopping(time_limit)
         options: dict[str, Any] = {"callbacks": callbacks, "stop": stop, "world": world}
-        with stop.listening(), open_run(recipe, folder, **options) as run:
+        with (
+            watched(world, recipe.train.hang_seconds),
+            stop.listening(),
+            open_run(recipe, folder, **options) as run,
+        ):
+            run.profiler = Profiler(folder, profile, world.rank)
             return run.train()
 
 
@@ -148,6 +157,7 @@ class Run:
         """Requests to stop."""
         self.origin = read_origin(folder)
         self.saver = Saver(folder, self.world)
+        self.profiler = Profiler(folder, None, self.world.rank)
         self.jsonl: JsonlMetrics | None = None
         self.writers: list[Callback] = []
         if self.world.is_main:
@@ -237,6 +247,7 @@ class Run:
 
     def end(self) -> None:
         """Complete a checkpoint that is being written, and call the callbacks' ``on_end``."""
+        self.profiler.end()
         self.saver.end()
         if self.world.is_main:
             self._tell(lambda callback: callback.on_end())
@@ -266,8 +277,11 @@ class Run:
         return cooldowns
 
     def _step(self) -> None:
+        step = self.trainer.num_steps + 1
+        self.profiler.begin(step)
         try:
             self.trainer.step(self.stop)
+            self.profiler.end(step)
         except TrainingError as error:
             raise self._diverged(str(error)) from None
 

@@ -38,6 +38,11 @@ RESUME_FREELY = {
     "train.activation_checkpointing",
     "train.shard_ranks",
     "train.reshard",
+    "train.hang_seconds",
+    "train.peak_flops",
+    # A run that diverged may resume with them from its last checkpoint.
+    "train.max_skipped",
+    "train.max_rise",
     "train.log_every",
     "train.validate_every",
     "train.validation_bytes",

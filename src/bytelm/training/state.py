@@ -17,7 +17,7 @@ bits, so the command line resumes with the number that the checkpoint was made w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class TrainerState:
     """FLOPs so far; ``None`` in checkpoints of runs whose rows are charged as one document each."""
     is_validation_due: bool = False
     """Whether the validation of this step follows; it preceded checkpoints of earlier versions."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of the guard against losses that jump; earlier versions had none."""
     threads: int | None = None
     """Threads that the step was computed with; sums depend on it in their last bits."""
 

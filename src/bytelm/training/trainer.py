@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from bytelm.config import Cooldown, Recipe
 from bytelm.data import IGNORED, Batch, Dataset, LoaderState
-from bytelm.errors import ConfigError, TrainingError
+from bytelm.errors import ConfigError
 from bytelm.progress import ignore
 from bytelm.stopping import Stopped, Stopping
 from bytelm.training.distributed import World
@@ -22,8 +22,10 @@ from bytelm.training.flops import (
     Stretches,
     full_step_flops,
     mean_step_flops,
+    peak_flops,
     sample_stretches,
 )
+from bytelm.training.guards import Guard
 from bytelm.training.objective import Likelihood, measure_spans, position_nats
 from bytelm.training.optim import (
     build_optimizer,
@@ -54,6 +56,7 @@ class _Interval:
     room_bytes: int = 0
     room_units: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the interval."""
@@ -61,7 +64,7 @@ class _Interval:
             "loss": self.target_nats / max(self.num_targets, 1),
             "bpb": self.byte_nats / math.log(2) / max(self.num_bytes, 1),
             "bytes_per_second": self.num_bytes / self.seconds,
-            "padded_bytes": 1 - self.num_positions / self.room_bytes,
+            "padded_bytes": 1 - self.num_positions / max(self.room_bytes, 1),
         }
         if self.num_units:
             figures["patch_size"] = self.num_positions / self.num_units
@@ -130,6 +133,8 @@ class Trainer:
         """Steps taken."""
         self.bytes_seen = 0
         self.interval = _Interval()
+        self.guard = Guard()
+        self._peak_flops = peak_flops(self.recipe.train, self.device)
         self._rate = self._norm = 0.0
 
     @property
@@ -167,8 +172,10 @@ class Trainer:
         Args:
             stop: requests to stop; they abandon the step unless the update has begun.
 
+        The guard of the recipe may skip the update of the parameters.
+
         Raises:
-            TrainingError: the loss or its gradient is not finite; the parameters are unchanged.
+            TrainingError: the guard ends the run; the parameters are unchanged.
             Stopped: a stop was requested; everything is as before the step.
         """
         stop, began, position = stop or Stopping(), time.monotonic(), self.loader.state()
@@ -179,12 +186,18 @@ class Trainer:
             self.loader.restore(position)
             self.optimizer.zero_grad(set_to_none=True)
             raise
-        self._update()
-        self._count(counts, nats)
+        loss = nats.targets / max(counts.targets, 1)
+        if self.guard.admits(loss, self._norm, self.num_steps + 1, self.recipe.train):
+            self._update()
+            self._count(counts, nats)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        self._advance(counts)
         self.interval.seconds += time.monotonic() - began
 
     def _accumulate(self, stop: Stopping) -> tuple[_Counts, _Nats]:
         """Accumulate and clip the gradients of a step; return what the ranks have in sum."""
+        self.world.mark()
         batch = self.loader.next_batch()
         counts = _Counts(*self.world.sum(*self._counts_of(batch)))
         num_targets = max(counts.targets, 1)
@@ -202,14 +215,7 @@ class Trainer:
                 byte_nats += (nats * (micro.target_bytes > 0)).sum()
         clip_norm = self.recipe.optimizer.clip_norm
         self._norm = float(whole(clip_grad_norm_(self.lm.trained.parameters(), clip_norm)))
-        nats = _Nats(*self.world.sum(float(all_nats), float(byte_nats)))
-        loss = nats.targets / num_targets
-        if not (math.isfinite(self._norm) and math.isfinite(loss)):
-            raise TrainingError(
-                f"the loss is no longer finite at step {self.num_steps + 1} (loss {loss}, "
-                f"gradient norm {self._norm})"
-            )
-        return counts, nats
+        return counts, _Nats(*self.world.sum(float(all_nats), float(byte_nats)))
 
     def _update(self) -> None:
         settings = self.recipe.optimizer
@@ -241,6 +247,7 @@ class Trainer:
         )
 
     def _count(self, counts: _Counts, nats: _Nats) -> None:
+        """Count a step in the metrics."""
         interval = self.interval
         interval.target_nats += nats.targets
         interval.byte_nats += nats.bytes
@@ -250,6 +257,10 @@ class Trainer:
         interval.room_bytes += counts.room_bytes
         interval.num_units += counts.units
         interval.room_units += counts.room_units
+
+    def _advance(self, counts: _Counts) -> None:
+        """Count a step that has been computed, whether or not its update was made."""
+        self.interval.flops += counts.flops
         if self.attended_flops is not None:
             self.attended_flops += counts.flops
         self.num_steps += 1
@@ -293,8 +304,14 @@ class Trainer:
         interval, self.interval = self.interval, _Interval()
         # Each rank draws spans for its own rows.
         (epochs,) = self.world.sum(self.loader.epochs)
+        figures = interval.metrics()
+        if self._peak_flops is not None:
+            peak = self._peak_flops * self.world.size
+            figures["mfu"] = interval.flops / interval.seconds / peak
+        if self.recipe.train.max_skipped:
+            figures["skipped_steps"] = self.guard.skipped
         return {
-            **interval.metrics(),
+            **figures,
             "learning_rate": self._rate,
             "gradient_norm": self._norm,
             "bytes_seen": self.bytes_seen,
@@ -333,6 +350,7 @@ class Trainer:
             bytes_seen=self.bytes_seen,
             attended_flops=self.attended_flops,
             interval=asdict(self.interval),
+            guard=asdict(self.guard),
             is_validation_due=is_validation_due,
             threads=torch.get_num_threads(),
         )
@@ -344,6 +362,7 @@ class Trainer:
         self.attended_flops = state.attended_flops
         self.loader.restore(state.data)
         self.interval = _Interval(**state.interval)
+        self.guard = Guard(**state.guard)
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.recipe.train.precision_on(self.device.type) == "float32":
