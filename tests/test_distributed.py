@@ -416,10 +416,10 @@ def test_ranks_that_hang_are_named():
 
 
 @SLOW
-@pytest.mark.parametrize(("size", "rank"), [(2, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize(("size", "rank"), [(2, 1), (4, 0)])
 @pytest.mark.parametrize("how", ["stop", "sleep", "sleep in a block"])
 def test_a_rank_that_hangs_or_is_stopped_is_named(data, tmp_path, how, size, rank):
-    settings = recipe(data, hang_seconds=6.0)
+    settings = recipe(data, hang_seconds=15.0)
     everyone = list(range(size))
     on_ranks(size, train_and_hang, settings, tmp_path, how, rank, may_die=everyone)
     said = (tmp_path / "said").read_text().splitlines()
