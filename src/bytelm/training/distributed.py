@@ -232,7 +232,7 @@ def join(device: str, timeout: timedelta | None = None) -> Iterator[World]:
         if place.local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {place.rank} has no GPU: the node has {torch.cuda.device_count()}; start as "
-                "many ranks on a node as it has GPUs (torchrun --nproc-per-node)"
+                "many ranks on a node as it has GPUs"
             )
         torch.cuda.set_device(place.local_rank)
     distributed.init_process_group(
