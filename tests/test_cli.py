@@ -175,7 +175,7 @@ def test_help_and_version(run):
 
 @pytest.mark.parametrize(
     "verb",
-    ["quickstart", "train", "eval", "patch", "generate", "serve", "recipes", "flops",
+    ["quickstart", "train", "eval", "patch", "generate", "serve", "recipes", "flops", "plan",
      "data prepare", "data calibrate", "data inspect"],
 )  # fmt: skip
 def test_every_verb_has_help(run, verb):

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from builders import SPACE_BLT, merged
-from bytelm import kernels, shards
+from bytelm import kernels, load, shards
 from bytelm.config import Recipe, parse
 from bytelm.data import Loader, PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError
@@ -25,7 +27,7 @@ from bytelm.ranks import Place, find_place, first_host
 from bytelm.training import Trainer, saving, train, watchdog
 from bytelm.training.distributed import World, join
 from earlier import StopAt
-from processes import on_ranks
+from processes import free_port, on_ranks
 
 WORDS = ["the", "patch", "of", "bytes", "is", "cut", "where", "entropy", "rises", "\n"]
 TRANSFORMER = {
@@ -461,3 +463,53 @@ def train_and_hang(settings, folder, how, rank):
         kernels.feed_forward = run_or_hang
     watchdog.abort = say
     return train(settings, folder / "run")
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "bytelm", "train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+SHRUNK = [
+    "model.local={dim: 16, num_heads: 2, ffn_dim: 24, encoder_layers: 1, decoder_layers: 2}",
+    "model.global_model={dim: 32, num_layers: 2, num_heads: 2, ffn_dim: 48}",
+    "model.cross_attention.num_heads=2",
+    "model.hash_embeddings.num_buckets=53",
+    "patching={kind: space}",
+    "data.row_bytes=96",
+    "data.rows_per_step=4",
+    "train.steps=2",
+    "train.micro_rows=1",
+    "train.validation_bytes=2000",
+]
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["blt-1b", "blt-8b"])
+def test_torchrun_trains_a_shipped_recipe_that_was_shrunk(data, tmp_path, name):
+    ended = torchrun(name, *SHRUNK, f"data.path={data}", "--out", tmp_path / "run")
+    assert ended.returncode == 0, ended.stderr
+    # One rank prints.
+    assert ended.stdout.count("bytes and") == 1
+    assert [step_number(one) for one in saved_steps(tmp_path / "run")] == [2]
+    assert load(tmp_path / "run").bits_per_byte("some words") > 0
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.path=absent"], "absent"),
+        (["data.rows_per_step=3"], "data.rows_per_step is 3, which 2 ranks cannot share equally"),
+        (["train.shard_ranks=3"], "train.shard_ranks is 3, which does not divide the 2 ranks"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_message(data, tmp_path, changes, message):
+    out = tmp_path / "run"
+    ended = torchrun("blt-1b", *SHRUNK, f"data.path={data}", *changes, "--out", out)
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: ") == 1
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr.split("error: ")[0]
+    assert not out.exists()

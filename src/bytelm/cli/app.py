@@ -38,6 +38,7 @@ VERBS = [
     "export",
     "recipes",
     "flops",
+    "plan",
 ]
 
 

@@ -1,4 +1,4 @@
-"""``bytelm flops``: costs of a model, computed from its recipe."""
+"""``bytelm flops`` and ``bytelm plan``: costs of a model and of a run, from a recipe."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -71,6 +71,45 @@ def flops(
         from bytelm.figures import draw_shares
 
         draw_shares(cost_shares(costs), figure, title=costs_title(costs, name))
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (see `bytelm recipes`) or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, such as train.micro_rows=2.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, ...")] = "h100",
+    mfu: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Share of the GPUs' peak FLOP/s to expect."),
+    ] = 0.3,
+    patch_size: Annotated[
+        float | None, typer.Option(help="Mean bytes per patch, or token. (default: the recipe's)")
+    ] = None,
+) -> None:
+    """Show what a run on several GPUs needs: memory by part, days, sizes of checkpoints.
+
+    Nothing is built or run. Formulas and their checks are in docs/scaling.md. A recipe that does
+    not fit is refused.
+
+    [dim]bytelm plan blt-1b --gpus 8
+    bytelm plan blt-8b --gpus 64 --mfu 0.35 train.activation_checkpointing=block[/]
+    """
+    from bytelm.accounting import GPUS, plan_run
+    from bytelm.display import show_plan
+
+    resolved = load_recipe(recipe, overrides or ())
+    if isinstance(resolved, NgramRecipe):
+        raise ConfigError("an n-gram scorer is counted on the CPU: plan another recipe")
+    if gpu.lower() not in GPUS:
+        raise ConfigError(f"--gpu {gpu!r} is not one of {', '.join(GPUS)}")
+    found = plan_run(resolved, gpus, GPUS[gpu.lower()], mfu, patch_size)
+    show_plan(console, found, resolved, name=Path(recipe).stem, gpu=gpu.lower())
+    found.check_memory()
 
 
 def _scorer_config(name: str) -> Node:

@@ -1,6 +1,7 @@
 """Terminal output of the command line: progress, tables and patches."""
 
 from bytelm.display.inputs import show_inputs
+from bytelm.display.plan import show_plan
 from bytelm.display.progress import ConsoleProgress, TrainingBar
 from bytelm.display.tables import (
     cost_shares,
@@ -28,6 +29,7 @@ __all__ = [
     "show_inputs",
     "show_likelihood",
     "show_patches",
+    "show_plan",
     "show_quickstart",
     "show_study_costs",
     "si",

@@ -11,24 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bytelm.accounting import TRAINING_FACTOR, packed_flops, run_lengths, training_flops
+from bytelm.accounting import GPUS, TRAINING_FACTOR, packed_flops, run_lengths, training_flops
 from bytelm.config import Recipe, TrainConfig
 from bytelm.data import Batch, Dataset
 from bytelm.patching import build_patches
 from bytelm.training.rows import load_rows, sample_batches
 from bytelm.units import Units
 
-PEAKS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-}
-"""Peak FLOP/s of GPUs in bfloat16 without sparsity, from their data sheets, by a part of the
-name."""
 SAMPLE_SPANS = 100_000
 """Spans in a sample of which only the lengths are looked at."""
 
@@ -70,8 +59,8 @@ def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     """Return the peak FLOP/s of a device, as the recipe says or as known; ``None`` if unknown."""
     if config.peak_flops is not None or device.type != "cuda":
         return config.peak_flops
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    name = torch.cuda.get_device_name(device).lower()
+    return next((gpu.peak_flops for part, gpu in GPUS.items() if part in name), None)
 
 
 def sample_stretches(recipe: Recipe, dataset: Dataset, units: Units) -> Stretches:
