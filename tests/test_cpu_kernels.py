@@ -105,4 +105,4 @@ def test_a_matrix_is_stored_as_its_kernel_reads_it():
         cpu.arrange(linear)
         chosen = products._choose(linear.weight.detach(), 4)
         assert chosen is not None
-        assert chosen[0] is products._kernels()[kernel]
+        assert chosen[0] is products.kernels()[kernel]

@@ -1,7 +1,21 @@
 """The CPU's fast paths, applied to a model from outside."""
 
+import torch
+
+from bytelm.cpu import attending, products
+from bytelm.cpu.compiling import is_worth_it
 from bytelm.cpu.fusing import fuse, unfuse
 from bytelm.cpu.int8 import Int8Linear, quantize
 from bytelm.cpu.layout import arrange
 
-__all__ = ["Int8Linear", "arrange", "fuse", "quantize", "unfuse"]
+__all__ = ["Int8Linear", "arrange", "compile_kernels", "fuse", "quantize", "unfuse"]
+
+
+def compile_kernels(device: torch.device) -> None:
+    """Compile the kernels of steps of several requests, if they will be used, so that none waits.
+
+    That takes seconds the first time on a computer, and half a second in each process.
+    """
+    if is_worth_it(torch.empty(0, device=device)):
+        products.kernels()
+        attending.kernel()

@@ -53,7 +53,7 @@ class Entries:
             head_positions: positions from a head's entries to those of the next head.
         """
         mixed = torch.empty(queries.shape)
-        _kernel()(
+        kernel()(
             *(one.detach().contiguous().numpy() for one in (queries, keys, values)),
             *(one.detach().view(-1).numpy() for one in (all_keys, all_values)),
             (self.starts, self.block, self.new, self.counts, head_positions),
@@ -81,7 +81,9 @@ def paged(
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def kernel() -> Callable[..., None]:
+    """Compile the kernel."""
+
     # Without annotations: numba compiles the function itself, not one that checks types.
     def attend(queries, keys, values, all_keys, all_values, place, mixed):  # noqa: ANN001, ANN202  # pyright: ignore
         starts, block, new, counts, head_positions = place
@@ -124,4 +126,6 @@ def _kernel() -> Callable[..., None]:
                 for n in range(dim):
                     out[n] /= total
 
-    return compiled(attend)
+    place = "Tuple((int64[:, ::1], int64, int64[::1], int64[::1], int64))"
+    rows, cached = "float32[:, :, ::1]", "float32[::1]"
+    return compiled(attend, f"void({rows}, {rows}, {rows}, {cached}, {cached}, {place}, {rows})")

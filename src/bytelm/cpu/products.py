@@ -51,7 +51,7 @@ def _choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | N
     """Return a kernel that is faster for so many rows, and the matrix as it wants it."""
     if rows == 1 or not is_worth_it(weight):
         return None
-    by_columns, by_rows = _kernels()
+    by_columns, by_rows = kernels()
     if weight.T.is_contiguous() and rows <= MAX_ROWS:
         return by_columns, weight.T
     if weight.is_contiguous() and rows <= MAX_ROWS_BY_ROWS:
@@ -60,7 +60,7 @@ def _choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | N
 
 
 @cache
-def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     """Compile the kernels for matrices stored by columns and by rows."""
 
     # Without annotations: numba compiles the functions themselves, not ones that check types.

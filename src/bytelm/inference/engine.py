@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bytelm import codec
+from bytelm import codec, cpu
 from bytelm.errors import ConfigError
 from bytelm.inference.continuation import Continuation, Prediction, check_options
 from bytelm.inference.graphs import Strategy
@@ -99,6 +99,8 @@ class Engine:
         self._model, self._num_slots, self._prefill_ids = model, num_slots, prefill_ids
         self._max_document_bytes = max_document_bytes
         self._device = model.device
+        if num_slots > 1:
+            cpu.compile_kernels(self._device)
         self._memory = PagedMemory(num_positions)
         self._state = model.new_state(num_slots, strategy, self._memory)
         self._prefixes = Prefixes(model.new_state(num_kept, strategy, self._memory))
