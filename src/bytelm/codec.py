@@ -24,6 +24,8 @@ OFFSET = 4
 """Id of byte 0."""
 VOCAB_SIZE = OFFSET + 256
 NEWLINE = OFFSET + ord("\n")
+BYTES = (*[b""] * OFFSET, *(bytes([value]) for value in range(256)))
+"""Bytes of each id; a special id has none."""
 
 
 BytesLike = bytes | bytearray | memoryview

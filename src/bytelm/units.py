@@ -162,7 +162,7 @@ class ByteUnits:
 
     def decode(self, chosen: int) -> bytes:
         """Return the byte of an id."""
-        return codec.decode([chosen])
+        return codec.BYTES[chosen]
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Return the whole span; bytes have no budget of units."""

@@ -17,5 +17,5 @@ def compile_kernels(device: torch.device) -> None:
     That takes seconds the first time on a computer, and half a second in each process.
     """
     if is_worth_it(torch.empty(0, device=device)):
-        products.kernels()
+        products.compiled_kernels()
         attending.kernel()

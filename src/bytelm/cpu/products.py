@@ -13,8 +13,9 @@ from functools import cache
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from bytelm import kernels
 from bytelm.cpu.compiling import compiled, is_worth_it
 
 MAX_ROWS = 32
@@ -47,11 +48,26 @@ def add_product(
     return out
 
 
+def norm_product(
+    x: Float[Tensor, "*shape dim"],
+    norm: Float[Tensor, " dim"],
+    weight: Float[Tensor, "outputs dim"],
+    eps: float,
+) -> Float[Tensor, "*shape outputs"]:
+    """Return :func:`bytelm.kernels.norm_linear` of a few vectors without gradients."""
+    rows = x.numel() // x.shape[-1]
+    if torch.is_grad_enabled() or _choose(weight, rows) is None or x.dtype != weight.dtype:
+        return kernels.norm_linear(x, norm, weight, eps)
+    normed = nn.functional.rms_norm(x.reshape(rows, -1), norm.shape, norm, eps)
+    out = add_product(x.new_zeros(rows, len(weight)), normed, weight)
+    return out.view(*x.shape[:-1], -1)
+
+
 def _choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | None:
     """Return a kernel that is faster for so many rows, and the matrix as it wants it."""
     if rows == 1 or not is_worth_it(weight):
         return None
-    by_columns, by_rows = kernels()
+    by_columns, by_rows = compiled_kernels()
     if weight.T.is_contiguous() and rows <= MAX_ROWS:
         return by_columns, weight.T
     if weight.is_contiguous() and rows <= MAX_ROWS_BY_ROWS:
@@ -60,7 +76,7 @@ def _choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | N
 
 
 @cache
-def kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+def compiled_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     """Compile the kernels for matrices stored by columns and by rows."""
 
     # Without annotations: numba compiles the functions themselves, not ones that check types.

@@ -120,11 +120,13 @@ class Continuation:
         # Special ids yield no bytes; count them anyway so that generation terminates.
         self._left -= max(len(new), 1)
         self._held += new
-        match = _first_match(self._held, self._stop)
-        if match is not None:
-            yield self._end(self._held[:match], "stop")
-            return
-        certain = len(self._held) - _longest_partial_match(self._held, self._stop)
+        certain = len(self._held)
+        if self._stop:
+            match = _first_match(self._held, self._stop)
+            if match is not None:
+                yield self._end(self._held[:match], "stop")
+                return
+            certain -= _longest_partial_match(self._held, self._stop)
         if certain:
             yield self._part(self._held[:certain], None)
             self._held = self._held[certain:]
