@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,16 +17,20 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
-from builders import SPACE_BLT, merged
+from builders import SPACE_BLT, LearnedRule, merged
 from bytelm import kernels, load, shards
-from bytelm.config import Recipe, parse
+from bytelm.accounting import Part, register_parts
+from bytelm.config import ModelConfig, PatchingConfig, Recipe, parse
 from bytelm.data import Loader, PrepareOptions, prepare
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps, step_number
+from bytelm.lm import CausalLM, register_model
+from bytelm.patching import register_rule
 from bytelm.progress import BeginCooldown, Callback
 from bytelm.ranks import Place, find_place, first_host
 from bytelm.training import Trainer, saving, train, watchdog
 from bytelm.training.distributed import World, join
+from bytelm.units import ByteUnits
 from earlier import StopAt
 from processes import free_port, on_ranks
 
@@ -291,6 +296,47 @@ def test_a_callback_of_rank_0_decides_for_all(data, tmp_path):
 
 def train_cooling_down(settings, folder):
     return train(settings, folder, callbacks=[CoolDownAt()])
+
+
+class LinearPatching(PatchingConfig):
+    kind: Literal["linear"] = "linear"
+
+
+class LinearConfig(ModelConfig):
+    kind: Literal["linear"] = "linear"
+
+
+class LinearLM(CausalLM):
+    """Logits from the last byte alone: its trained part is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.units = torch.nn.Linear(260, 260), ByteUnits()
+
+    @property
+    def trained(self):
+        return self.inner
+
+    def forward(self, ids, documents=None):
+        return self.inner.weight[ids] + self.inner.bias
+
+
+@SLOW
+@pytest.mark.parametrize("what", ["rule", "model"])
+def test_kinds_of_other_packages_train_on_several_ranks(data, tmp_path, what):
+    on_ranks(1, train_foreign, data, tmp_path / "one", what)
+    on_ranks(2, train_foreign, data, tmp_path / "two", what)
+    assert_equal_but_for_rounding(tmp_path / "two", tmp_path / "one")
+
+
+def train_foreign(data, folder, what):
+    register_rule(LinearPatching, lambda config: LearnedRule(16))
+    register_model(LinearConfig, lambda config, parts: LinearLM())
+    register_parts(LinearConfig, lambda config: {"logits": Part(other_parameters=260 * 261)})
+    changes = {"patching": LinearPatching()}
+    if what == "model":
+        changes = {"model": LinearConfig(), "patching": None}
+    return train(recipe(data).model_copy(update=changes), folder)
 
 
 @SLOW

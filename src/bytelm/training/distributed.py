@@ -229,12 +229,15 @@ def join(device: str, timeout: timedelta | None = None) -> Iterator[World]:
         yield World()
         return
     if device == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
+        num_gpus = torch.cuda.device_count()
+        # SLURM may show each task its own GPU only.
+        index = place.local_rank if num_gpus > 1 else 0
+        if index >= num_gpus:
             raise ConfigError(
-                f"rank {place.rank} has no GPU: the node has {torch.cuda.device_count()}; start as "
-                "many ranks on a node as it has GPUs"
+                f"rank {place.rank} has no GPU: the node has {num_gpus}; start as many ranks on a "
+                "node as it has GPUs"
             )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(index)
     distributed.init_process_group(
         # What ranks agree on is exchanged between processors, whatever computes.
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import (
 
 from bytelm.config import TrainConfig
 from bytelm.errors import ConfigError
+from bytelm.lm import CausalLM
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.layers import Block, EncoderCrossAttention
 from bytelm.training.distributed import World
@@ -43,7 +43,7 @@ SAVED = {
 
 
 def parallelize(
-    model: nn.Module, config: TrainConfig, device: torch.device, world: World | None = None
+    lm: CausalLM, config: TrainConfig, device: torch.device, world: World | None = None
 ) -> None:
     """Prepare an initialised model, in place, for training on the devices of all ranks.
 
@@ -51,7 +51,7 @@ def parallelize(
     Alone, the model is only moved to its device and compiled as a whole.
 
     Args:
-        model: the trained part of a language model, on any device.
+        lm: the language model, whose trained part may be on any device.
         config: configuration of the run.
         device: device of this rank.
         world: the ranks; ``None`` for one.
@@ -59,7 +59,7 @@ def parallelize(
     Raises:
         ConfigError: the ranks cannot form groups of ``train.shard_ranks``.
     """
-    world = world or World()
+    world, model = world or World(), lm.trained
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     by_block = config.compile_blocks or world.size > 1
     compiles = device.type == "cuda" if config.compile is None else config.compile
@@ -70,7 +70,7 @@ def parallelize(
             # Not the block itself, whose hooks gather its weights.
             _set_forward(block, torch.compile(block.forward, dynamic=False))
     if world.size > 1:
-        shard(model, config, device, world)
+        shard(lm, config, device, world)
     model.to(device)
     if compiles and not by_block:
         model.compile(dynamic=False)
@@ -94,14 +94,14 @@ def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> Chec
     return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def shard(model: nn.Module, config: TrainConfig, device: torch.device, world: World) -> None:
-    """Shard a model's parameters over the ranks, and sum the gradients of the ranks.
+def shard(lm: CausalLM, config: TrainConfig, device: torch.device, world: World) -> None:
+    """Shard a model's trained parameters over the ranks, and sum the gradients of the ranks.
 
     ``fully_shard`` gathers a module's weights when it is called, so it is applied to modules that
     are entered through their forward pass alone: the blocks of every stack, the embedding, the
-    encoder's cross-attentions, and the whole model, whose group has the rest. ``encoder`` and
+    encoder's cross-attentions, and the language model, whose group has the rest. ``encoder`` and
     ``decoder`` of a BLT are entered through other methods too, as are the decoder's
-    cross-attentions.
+    cross-attentions, and with a learned patching rule the BLT itself.
 
     Raises:
         ConfigError: the ranks cannot form groups of ``train.shard_ranks``.
@@ -111,16 +111,13 @@ def shard(model: nn.Module, config: TrainConfig, device: torch.device, world: Wo
         param_dtype=torch.bfloat16 if cast else None, reduce_dtype=torch.float32
     )
     options = {"mesh": device_mesh(config, device, world), "mp_policy": policy}
-    for module in _gathered_alone(model):
+    for module in _gathered_alone(lm.trained):
         fully_shard(module, reshard_after_forward=config.reshard, **options)
         # Before the hook that waits for the weights of the other ranks.
         module.register_forward_pre_hook(lambda *_: world.mark(), prepend=True)
-    fully_shard(model, **options)
-    for method in ("encode", "predict"):
-        if hasattr(model, method):
-            # With a learned patching rule a BLT is entered through these.
-            register_fsdp_forward_method(model, method)
-    for module in model.modules():
+    trained = set(lm.trained.parameters())
+    fully_shard(lm, ignored_params=set(lm.parameters()) - trained, **options)
+    for module in lm.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the targets of all ranks already.
             module.set_gradient_divide_factor(1.0)

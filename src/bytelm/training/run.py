@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,14 @@ def train(
         TrainingError: the loss or a weight is not finite.
         Stopped: a stop was requested before the run was set up.
     """
-    with join(choose_device(recipe.train).type) as world:
+    hang = recipe.train.hang_seconds
+    # Longer than the watch, which names the rank that hangs.
+    timeout = None if hang is None else timedelta(seconds=2 * hang)
+    with join(choose_device(recipe.train).type, timeout) as world:
         stop = world.stopping(time_limit)
         options: dict[str, Any] = {"callbacks": callbacks, "stop": stop, "world": world}
         with (
-            watched(world, recipe.train.hang_seconds),
+            watched(world, hang),
             stop.listening(),
             open_run(recipe, folder, **options) as run,
         ):

@@ -113,7 +113,7 @@ class Trainer:
         self.setup = set_up(recipe, self.device, has_weights=has_weights, world=world)
         self.recipe, self.lm = self.setup.recipe, self.setup.lm
         data = self.recipe.data
-        parallelize(self.lm.trained, self.recipe.train, self.device, world)
+        parallelize(self.lm, self.recipe.train, self.device, world)
         self.loader = load_rows(
             self.recipe,
             self.setup.dataset,
