@@ -36,6 +36,8 @@ ONE_BY_ONE, QUICK_ONE_BY_ONE = 4, 2
 """Prompts of the sessions, which take turns."""
 PROMPT_BYTES, QUICK_PROMPT_BYTES = 128, 16
 NEW_BYTES, QUICK_NEW_BYTES = 64, 8
+DRAFTED = 4
+"""How many times the bytes are made with drafts, whose length is found out at first."""
 SHORT_BYTES = 16
 """The prompt whose first byte is timed."""
 LONG_BYTES, QUICK_LONG_BYTES = 2048, 64
@@ -76,7 +78,7 @@ class Load:
         pair.ours.blt.decoder.output.weight.data[codec.EOS] = 0.0
         self.int8: PatchedLM | None = None
         if settings.device == "cpu":
-            self.int8 = copy.deepcopy(self.model)
+            self.int8 = cpu.unfuse(copy.deepcopy(self.model))
             cpu.quantize(self.int8.trained)
             cpu.fuse(self.int8)
 
@@ -115,6 +117,8 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     load = Load(settings)
     report("engine: the patch size")
     patch_size = _calibrate(load)
+    if load.int8 is not None:
+        load.int8.patcher = load.model.patcher
     subjects = [("sessions", load.one_by_one, "")]
     subjects += [("engine", count, "") for count in load.at_once]
     subjects += [("engine", 1, kind) for kind in KINDS[1:] if kind != "int8" or load.int8]
@@ -219,7 +223,7 @@ def _together(load: Load, count: int, kind: str = "") -> Timed:
     prompts = load.time(lambda: _read_all(engine, count, step))
     before = sum(map(len, texts.values()))
     # A step makes a byte of each request, or several that were drafted.
-    enough = before + count * load.new_bytes
+    enough = before + count * load.new_bytes * (DRAFTED if kind == "drafts" else 1)
 
     def steps() -> None:
         while sum(map(len, texts.values())) < enough:
