@@ -95,9 +95,8 @@ def test_urls_are_told_from_paths():
     assert Remote("http://host/a/b%20c.jsonl.gz?token=x/y", None, "").file_name == "b c.jsonl.gz"
 
 
-@pytest.mark.parametrize("name", ["books-01.jsonl.gz", "plain.txt"])
+@pytest.mark.parametrize("name", ["books-01.jsonl.gz", "plain.txt", "table.parquet"])
 def test_a_file_at_an_address_is_read_as_a_local_one(server, folder, name):
-    # The server sends no parts of files, so the file is a stream.
     remote, records = read(f"{server[0]}/{name}")
     assert remote == read(str(folder / name))[0]
     assert records[0].name == f"{server[0]}/{name}"
@@ -148,10 +147,13 @@ def test_a_url_twice_is_read_once(memory):
     [
         ("missing.txt", "there is nothing at .*missing.txt: check the address"),
         ("secret.txt", "permission denied; check the credentials"),
-        ("table.parquet", "its server sends no parts of files"),
+        ("whole.parquet", "cannot read .*whole.parquet: .*range requests"),
     ],
 )
-def test_what_a_server_refuses_is_said_before_anything_is_written(server, tmp_path, name, message):
+def test_what_a_server_refuses_is_said(server, folder, tmp_path, name, message):
+    if name == "whole.parquet":
+        noise = [random.Random(n).randbytes(1_000_000) for n in range(20)]
+        pq.write_table(pa.table({"text": noise}), folder / name)
     with pytest.raises(DataError, match=message):
         prepare([f"{server[0]}/{name}"], tmp_path / "d", PrepareOptions())
 

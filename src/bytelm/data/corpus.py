@@ -180,7 +180,7 @@ class Reader:
                 yield from self._document(record, where, source)
 
     def _parquet(self, source: Input) -> Iterator[Document]:
-        self._file = file = source.open()
+        self._file = file = source.open(parts=True)
         if not file.seekable():
             raise DataError(
                 f"{source.name} is Parquet, and its server sends no parts of files: download it"

@@ -112,10 +112,10 @@ class Input:
             return self.remote.file_name
         return "" if self.path is None else self.path.name
 
-    def open(self) -> io.BufferedIOBase:
-        """Open a file or a stream."""
+    def open(self, *, parts: bool = False) -> io.BufferedIOBase:
+        """Open a file or a stream; ``parts`` is for seeking, see :meth:`Remote.open`."""
         if self.remote is not None:
-            return self.remote.open()
+            return self.remote.open(parts=parts)
         return (
             cast(io.BufferedIOBase, sys.stdin.buffer)
             if self.path is None

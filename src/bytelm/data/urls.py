@@ -41,16 +41,19 @@ class Remote:
         path = urlsplit(self.url).path if _is_http(self.url) else self.url
         return unquote(PurePosixPath(path).name)
 
-    def open(self) -> io.BufferedReader:
+    def open(self, *, parts: bool = False) -> io.BufferedReader:
         """Open the file at its beginning.
+
+        Args:
+            parts: ask a web server for parts of the file, to seek in it; otherwise the whole comes
+                in one answer, which every server gives.
 
         Raises:
             DataError: it cannot be read, now or later; the message says why.
         """
         system = _system(self.url)
         with _explained(self.url):
-            # A server that does not send parts of files sends the whole, in one answer.
-            is_whole = _is_http(self.url) and not system.info(self.url).get("partial")
+            is_whole = _is_http(self.url) and not parts
             options: dict[str, Any] = {"block_size": 0} if is_whole else {}
             file: Any = system.open(self.url, "rb", **options)
         return io.BufferedReader(_Checked(file, self.url), BUFFER)
