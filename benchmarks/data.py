@@ -34,6 +34,7 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
         work = Path(folder)
         text = random_words(QUICK_TEXT_BYTES if settings.quick else TEXT_BYTES)
         (work / "text.jsonl").write_text(_documents(text))
+        (work / "text.txt").write_bytes(text)
         _save_scorer(text[: len(text) // 4], work / "scorer")
         report("data: preparation")
         measurements = _prepare(work, len(text), settings)
@@ -75,20 +76,24 @@ def _load(work: Path, settings: Settings) -> list[dict[str, Any]]:
     # Not calibrated: entropies of random words by n-grams have too few values for that.
     threshold = float(np.quantile(dataset.entropies(0, 0, DOCUMENT_BYTES), 1 - 1 / PATCH_SIZE))
     entropy_patches = PatchUnits(Patcher(EntropyRule(threshold=threshold)))
-    ways: dict[str, tuple[Units, Packing]] = {
-        "no patches": (ByteUnits(), "in-order"),
-        "space patches": (PatchUnits(Patcher(SpaceRule())), "in-order"),
-        "entropy patches": (entropy_patches, "in-order"),
-        "entropy patches, balanced": (entropy_patches, "balanced"),
+    # One document, whose spans are whole rows: the cost of a byte, without that of a document.
+    prepare([str(work / "text.txt")], work / "long", PrepareOptions(validation_share=0.0))
+    long = Dataset(work / "long", "train")
+    ways: dict[str, tuple[Dataset, Units, Packing]] = {
+        "no patches": (dataset, ByteUnits(), "in-order"),
+        "no patches, a long document": (long, ByteUnits(), "in-order"),
+        "space patches": (dataset, PatchUnits(Patcher(SpaceRule())), "in-order"),
+        "entropy patches": (dataset, entropy_patches, "in-order"),
+        "entropy patches, balanced": (dataset, entropy_patches, "balanced"),
     }
     row_bytes = QUICK_ROW_BYTES if settings.quick else ROW_BYTES
     steps = QUICK_STEPS if settings.quick else STEPS
     measurements = []
-    for name, (units, packing) in ways.items():
+    for name, (data, units, packing) in ways.items():
         # In order, patches do not end a row; balanced rows use up their room for them.
         room = row_bytes // 2 if packing == "in-order" else round(row_bytes / PATCH_SIZE)
         loader = Loader(
-            dataset,
+            data,
             units=units,
             row_bytes=row_bytes,
             row_units=room if units.has_budget else None,

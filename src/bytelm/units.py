@@ -92,7 +92,12 @@ class Segment(NamedTuple):
     @property
     def target_bytes(self) -> Ids:
         """Bytes of text in each target; 0 for the end of a document, and if not trained on."""
-        return np.where(np.isin(self.targets, (codec.EOS, IGNORED)), 0, self.num_positions)
+        return text_bytes(self.targets, self.num_positions)
+
+
+def text_bytes(targets: NDArray[np.int64], num_positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bytes of text in each target; 0 for the end of a document and :data:`IGNORED`."""
+    return num_positions * ((targets != codec.EOS) & (targets != IGNORED))
 
 
 @runtime_checkable

@@ -15,8 +15,9 @@ Boundaries are not stored: they follow from the entropies and a threshold that m
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -308,7 +309,7 @@ class Dataset:
         self.source_ids: NDArray[np.int32] = np.concatenate([empty.astype(np.int32), *sources])
         """Index into :attr:`source_names` of each document."""
         counts = [len(shard.begins) - 1 for shard in self._shards]
-        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+        self._first = [0, *accumulate(counts)]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -367,8 +368,8 @@ class Dataset:
         return None if ranges is None else trained_targets(ids, begin, ranges)
 
     def _locate(self, index: int) -> tuple[ShardViews, int]:
-        at = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._shards[at], index - int(self._first[at])
+        at = bisect_right(self._first, index) - 1
+        return self._shards[at], int(index) - self._first[at]
 
 
 def _check_scorer(table: pa.Table, manifest: Manifest, path: Path) -> None:

@@ -71,7 +71,7 @@ class SpanOrder:
             )
             self._orders[epoch] = generator.permutation(len(self))
         span = int(self._orders[epoch][at])
-        row = int(np.searchsorted(self._ends, span, side="right"))
+        row = int(self._ends.searchsorted(span, side="right"))
         first = int(self._ends[row - 1]) if row else 0
         return int(self.documents[row]), span - first
 

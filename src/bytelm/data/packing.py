@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bytelm import codec
 from bytelm.patching import PADDING
-from bytelm.units import IGNORED, Segment, Span, Units
+from bytelm.units import IGNORED, Segment, Span, Units, text_bytes
 
 
 class Batch(NamedTuple):
@@ -127,7 +127,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     shape = (len(rows), first.units.row_length(first.max_bytes, budget))
     ids = np.full(shape, codec.BOE, np.int64)
     targets = np.full(shape, IGNORED, np.int64)
-    target_bytes = np.zeros(shape, np.int64)
+    num_positions = np.zeros(shape, np.int64)
     documents = np.full(shape, PADDING, np.int64)
     next_boundary = np.zeros(shape, np.bool_)
     has_patches = False
@@ -137,7 +137,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
             end = at + len(segment.ids)
             ids[r, at:end] = segment.ids
             targets[r, at:end] = segment.targets
-            target_bytes[r, at:end] = segment.target_bytes
+            num_positions[r, at:end] = segment.num_positions
             documents[r, at:end] = number
             if segment.next_boundary is not None:
                 has_patches = True
@@ -146,7 +146,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     return Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
-        target_bytes=torch.from_numpy(target_bytes),
+        target_bytes=torch.from_numpy(text_bytes(targets, num_positions)),
         documents=torch.from_numpy(documents),
         next_boundary=torch.from_numpy(next_boundary) if has_patches else None,
         budget=budget if first.units.has_budget else None,
