@@ -193,6 +193,7 @@ def train_and_die(settings, folder, victim, file):
     return train(settings, folder)
 
 
+@SLOW
 def test_training_continues_while_a_checkpoint_is_written(data, whole, tmp_path):
     """The checkpoint has the weights of its step, not of those that were trained meanwhile."""
     settings = recipe(data, steps=20)
@@ -229,6 +230,7 @@ def train_and_write_slowly(settings, folder):
     return watched.events
 
 
+@SLOW
 def test_a_disk_error_of_one_rank_is_that_of_all(data, tmp_path):
     for error in on_ranks(2, train_on_a_full_disk, recipe(data), tmp_path / "run"):
         assert "No space left on device; nothing was changed: free some space" in error
