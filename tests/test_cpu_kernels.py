@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from bytelm import cpu, kernels
+from bytelm import cpu
 from bytelm.cpu import attending, compiling, products
 from bytelm.inference.cache import EntriesDecode, KVCache
 from bytelm.model.attention import StackSpec
@@ -24,16 +24,6 @@ def test_products_equal_those_of_torch(rows, inputs, outputs, by_columns):
     before = torch.randn(rows, outputs)
     after = products.add_product(before.clone(), x, weight)
     assert_close(after, before + x @ weight.T)
-
-
-@given(st.integers(1, 5), st.integers(1, 5), sizes, sizes)
-def test_norms_and_products_of_a_few_vectors_equal_those_of_many(batch, length, dim, outputs):
-    x, norm, weight = torch.randn(batch, length, dim), torch.randn(dim), torch.randn(outputs, dim)
-    expected = kernels.norm_linear(x, norm, weight, 1e-5)
-    with torch.no_grad():
-        assert_close(products.norm_product(x, norm, weight, 1e-5), expected)
-    weight.requires_grad_()
-    assert products.norm_product(x, norm, weight, 1e-5).requires_grad
 
 
 @pytest.mark.parametrize("by_columns", [True, False])

@@ -22,7 +22,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bytelm import kernels
 from bytelm.cpu.int8 import Int8Linear, Int8Weight
-from bytelm.cpu.products import norm_product
 from bytelm.cpu.steps import (
     BLOCK_CONTAINERS,
     BLOCK_LAYERS,
@@ -210,7 +209,7 @@ class _FusedQueries(_Fused):
         if weights is None:
             return self.own(x)
         norm, query = weights
-        queries = norm_product(x, norm, query, self.owner.query_norm.eps)
+        queries = kernels.norm_linear(x, norm, query, self.owner.query_norm.eps)
         return queries.unflatten(-1, (self.owner.num_heads, -1))
 
 
@@ -225,7 +224,7 @@ class _FusedKeysValues(_Fused):
         if weights is None:
             return self.own(x)
         norm, key_value = weights
-        both = norm_product(x, norm, key_value, self.owner.key_value_norm.eps)
+        both = kernels.norm_linear(x, norm, key_value, self.owner.key_value_norm.eps)
         keys, values = both.unflatten(-1, (2 * self.owner.num_heads, -1)).chunk(2, dim=-2)
         return keys, values
 

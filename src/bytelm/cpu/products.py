@@ -13,9 +13,8 @@ from functools import cache
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from bytelm import kernels
 from bytelm.cpu.compiling import compiled, is_worth_it
 
 MAX_ROWS = 32
@@ -46,21 +45,6 @@ def add_product(
     """Add ``x @ weight.T`` to ``out``, and return it."""
     accumulation(x.contiguous(), weight, out)()
     return out
-
-
-def norm_product(
-    x: Float[Tensor, "*shape dim"],
-    norm: Float[Tensor, " dim"],
-    weight: Float[Tensor, "outputs dim"],
-    eps: float,
-) -> Float[Tensor, "*shape outputs"]:
-    """Return :func:`bytelm.kernels.norm_linear` of a few vectors without gradients."""
-    rows = x.numel() // x.shape[-1]
-    if torch.is_grad_enabled() or _choose(weight, rows) is None or x.dtype != weight.dtype:
-        return kernels.norm_linear(x, norm, weight, eps)
-    normed = nn.functional.rms_norm(x.reshape(rows, -1), norm.shape, norm, eps)
-    out = add_product(x.new_zeros(rows, len(weight)), normed, weight)
-    return out.view(*x.shape[:-1], -1)
 
 
 def _choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | None:
