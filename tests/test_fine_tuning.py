@@ -49,6 +49,7 @@ def test_a_response_is_generated_exactly_and_ends(tmp_path, model):
     assert lm.bits_per_byte(["Say A: "]) > 1.0  # prompts are not trained on
 
 
+@pytest.mark.slow
 def test_every_reply_of_a_conversation_ends(run, tmp_path):
     lm = fine_tune(tmp_path, [{"messages": CHAT}], "messages", "patches")
     for turn in (1, 3):

@@ -193,7 +193,14 @@ def test_data_can_be_scored_by_the_scorer_of_a_model(place, tmp_path):
         )
 
 
-@pytest.mark.parametrize("parts", [["global"], ["embeddings"], ["hash_embeddings", "output"]])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(["global"], marks=pytest.mark.slow),
+        pytest.param(["embeddings"], marks=pytest.mark.slow),
+        ["hash_embeddings", "output"],
+    ],
+)
 def test_frozen_parts_keep_their_bits_and_have_no_state(place, tmp_path, parts):
     settings = from_run(place, optimizer={"freeze": parts, "lr_multipliers": {"encoder": 0.5}})
     before = weights(Trainer(settings).lm.trained)

@@ -128,6 +128,7 @@ def test_a_dry_run_resolves_each_run_once(prepared, counts):
     assert set(counts[0].values()) == set(counts[1].values()) == {1}
 
 
+@pytest.mark.slow
 def test_an_invocation_resolves_each_run_once_and_its_workers_none(
     prepared, counts, tmp_path, monkeypatch
 ):

@@ -421,6 +421,7 @@ def test_signals_complete_streams_and_refuse_others(lm, checkpoint, number):
         assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_streams_that_take_too_long_are_cut_when_the_server_stops(checkpoint):
     with serving(checkpoint, "--grace", "0") as (process, url):
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG_STREAM, timeout=30) as found:

@@ -314,7 +314,10 @@ def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(data,
 
 
 @pytest.mark.parametrize("kind", ["blt", "transformer"])
-@pytest.mark.parametrize("micro_rows", [1, 2, 3])
+@pytest.mark.parametrize(
+    "micro_rows",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_accumulating_micro_batches_equals_one_large_batch(data, tmp_path, kind, micro_rows):
     settings = recipe(data, kind, steps=4)
     train(settings, tmp_path / "large")

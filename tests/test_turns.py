@@ -97,7 +97,7 @@ def test_no_time_at_all_is_a_step_or_two(tmp_path, data):
     assert 1 <= large.step <= small.step <= 3
 
 
-@pytest.mark.parametrize("step", [4, 40])
+@pytest.mark.parametrize("step", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_stop_saves_all_models_and_they_resume(tmp_path, data, step):
     # Before the cooldown, and in it.
     pair, whole = recipes(data, tmp_path / "a"), recipes(data, tmp_path / "b")
