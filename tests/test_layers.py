@@ -22,7 +22,7 @@ LAYERS = [
     {"evaluation", "patched_text"},
     {"language_model"},
     {"figures", "interop", "prompts", "workflow"},
-    {"quickstart", "study"},
+    {"byteify", "quickstart", "study"},
     {"serving"},
     {"display"},
     {"cli"},

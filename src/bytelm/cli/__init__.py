@@ -4,7 +4,18 @@ Commands import heavy modules when they run, so that `--help` does not wait for 
 """
 
 # Each of these modules adds its commands to the app.
-from bytelm.cli import convert, costs, data, models, serving, study, tour
+from bytelm.cli import byteify, convert, costs, data, models, serving, study, tour
 from bytelm.cli.app import app, main
 
-__all__ = ["app", "convert", "costs", "data", "main", "models", "serving", "study", "tour"]
+__all__ = [
+    "app",
+    "byteify",
+    "convert",
+    "costs",
+    "data",
+    "main",
+    "models",
+    "serving",
+    "study",
+    "tour",
+]

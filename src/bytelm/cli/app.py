@@ -34,6 +34,7 @@ VERBS = [
     "generate",
     "serve",
     "study",
+    "byteify",
     "import",
     "export",
     "recipes",
