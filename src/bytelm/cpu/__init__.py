@@ -2,8 +2,7 @@
 
 import torch
 
-from bytelm.cpu import attending, products
-from bytelm.cpu.compiling import is_worth_it
+from bytelm.cpu.compiling import is_worth_it, kernels
 from bytelm.cpu.fusing import fuse, unfuse
 from bytelm.cpu.int8 import Int8Linear, quantize
 from bytelm.cpu.layout import arrange
@@ -17,5 +16,4 @@ def compile_kernels(device: torch.device) -> None:
     That takes seconds the first time on a computer, and half a second in each process.
     """
     if is_worth_it(torch.empty(0, device=device)):
-        products.compiled_kernels()
-        attending.kernel()
+        kernels().warm_up()

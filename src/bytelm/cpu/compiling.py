@@ -1,5 +1,6 @@
 """Kernels that the package ``numba``, where it is installed, compiles for the CPU."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
@@ -23,7 +24,17 @@ def has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def compiled(function: Callable[..., None], signature: str | None = None) -> Callable[..., None]:
+@cache
+def kernels() -> Any:
+    """Return the module of kernels, importing ``numba``.
+
+    Raises:
+        ImportError: ``numba`` is not installed.
+    """
+    return importlib.import_module("bytelm.cpu.kernels")
+
+
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function of arrays and numbers, once for all processes if files can be written."""
     import numba
 
@@ -32,6 +43,6 @@ def compiled(function: Callable[..., None], signature: str | None = None) -> Cal
     options: dict[str, Any] = {"fastmath": fastmath, "nogil": True, "boundscheck": False}
     compile_function: Any = numba.njit
     try:
-        return compile_function(signature, **options, cache=True)(function)
+        return compile_function(**options, cache=True)(function)
     except RuntimeError:  # no folder for what is compiled can be written to
-        return compile_function(signature, **options)(function)
+        return compile_function(**options)(function)

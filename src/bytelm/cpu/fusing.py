@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bytelm import kernels
+from bytelm.cpu import compiling, products
+from bytelm.cpu.compiling import is_worth_it
 from bytelm.cpu.int8 import Int8Linear, Int8Weight
 from bytelm.cpu.steps import (
     BLOCK_CONTAINERS,
@@ -224,7 +226,10 @@ class _FusedKeysValues(_Fused):
         if weights is None:
             return self.own(x)
         norm, key_value = weights
-        both = kernels.norm_linear(x, norm, key_value, self.owner.key_value_norm.eps)
+        eps = self.owner.key_value_norm.eps
+        both = products.norm_linear_of_few(x, norm, key_value, eps)
+        if both is None:
+            both = kernels.norm_linear(x, norm, key_value, eps)
         keys, values = both.unflatten(-1, (2 * self.owner.num_heads, -1)).chunk(2, dim=-2)
         return keys, values
 
@@ -255,10 +260,12 @@ class _FusedLastEmbedding(_Fused):
     def __call__(self, ids: Int[Tensor, "batch ids"]) -> Float[Tensor, "batch 1 dim"]:
         embedding: HashEmbedding = self.owner
         weights = None
-        if len(ids) == 1 and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             weights = self.weights(embedding.ids.weight)
         if weights is None:
             return self.own(ids)
+        if len(ids) > 1:
+            return self._of_several(ids, *weights)
         (numbers,) = ids.tolist()
         if embedding.ngrams is None:
             return weights[0][numbers[-1]][None, None]
@@ -271,6 +278,19 @@ class _FusedLastEmbedding(_Fused):
         buckets = [value % size + k * size for k, value in enumerate(hashes)]
         grams = weights[1].index_select(0, torch.tensor(buckets)).sum(0)
         return ((weights[0][numbers[-1]] + grams) * embedding.scale)[None, None]
+
+    def _of_several(
+        self, ids: Int[Tensor, "batch ids"], table: Tensor, ngrams: Tensor | None = None
+    ) -> Float[Tensor, "batch 1 dim"]:
+        """Embed the last id of each of several rows in a kernel, if that is faster."""
+        embedding: HashEmbedding = self.owner
+        if ngrams is None or not is_worth_it(table):
+            return self.own(ids)
+        out = torch.empty(len(ids), 1, table.shape[1])
+        options = embedding.primes, embedding.sizes, embedding.num_buckets, embedding.scale
+        arrays = (one.detach().numpy() for one in (ids.contiguous(), table, ngrams))
+        compiling.kernels().embed(*arrays, *options, out[:, 0].numpy())
+        return out
 
 
 def _hashes(ids: Sequence[int], sizes: Sequence[int], prime: int) -> list[int]:
@@ -287,8 +307,8 @@ class _FusedStack(_Fused):
     """Forward pass of a stack of blocks, with a fast path for decoding one position of each row.
 
     Each thread allocates its buffers and views of the weights when it decodes the first positions
-    after a prompt, and uses them until the next pass over several positions or a change of the
-    layers. Weights that move in memory in the middle of a document are noticed at the next one.
+    after a prompt, and uses them until the layers change. Weights that move in memory in the middle
+    of a document are noticed after the next pass over several positions.
     """
 
     usable = (nn.Parameter, Int8Weight)
@@ -308,12 +328,17 @@ class _FusedStack(_Fused):
             ],
         )
         self._made: dict[tuple[int, int], Step] = {}
+        self._made_of: list[Any] = []
+        """Where the weights of the steps are in memory."""
+        self._may_have_moved = False
 
     def __call__(self, x: Float[Tensor, "batch length dim"], *rest: Any, **named: Any) -> Any:
         if named or torch.is_grad_enabled() or not getattr(rest[-1], "is_step", False):
-            self._made = {}
+            self._may_have_moved = True
             return self.own(x, *rest, **named)
         key = get_ident(), len(x)
+        if self._may_have_moved:
+            self._forget_moved()
         step = self._made.get(key)
         if step is None or not self.is_as_built():
             weights = self.weights(x)
@@ -322,6 +347,13 @@ class _FusedStack(_Fused):
                 return self.own(x, *rest)
             step = self._made[key] = self.make_step(iter(weights), len(x))
         return step(x[:, 0], *rest)
+
+    def _forget_moved(self) -> None:
+        """Drop the steps if a weight is no longer where it was."""
+        self._may_have_moved = False
+        places = [_place(weight) for weight in self.found_weights()]
+        if places != self._made_of:
+            self._made, self._made_of = {}, places
 
     def found_weights(self) -> list[Any]:
         """Return what the layers have for weights."""
@@ -337,6 +369,15 @@ class _FusedStack(_Fused):
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a model must not share buffers.
         return {**self.__dict__, "_made": {}}
+
+
+def _place(weight: Any) -> Any:
+    """Return where a weight is in memory, and how it is stored."""
+    if isinstance(weight, Int8Weight):
+        return [one.ctypes.data for one in weight.arrays]
+    if type(weight) is not nn.Parameter:
+        return id(weight)
+    return weight.data_ptr(), weight.stride(), weight.device, weight.dtype
 
 
 class _FusedEncoder(_FusedStack):

@@ -8,15 +8,13 @@ bound by arithmetic: they widen the matrix first.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm.cpu.compiling import compiled, has_numba
+from bytelm.cpu.compiling import has_numba, kernels
 from bytelm.errors import ConfigError
 
 TILE = 64
@@ -41,7 +39,8 @@ class Int8Weight:
         self.shape = (len(scale), tiles.shape[1])
         self.is_cpu = True
         self._tiles, self._scale = tiles, scale
-        self._arrays = tiles.numpy(), scale.numpy()
+        self.arrays = tiles.numpy(), scale.numpy()
+        """The same, as the kernels take a matrix."""
 
     def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """Return ``x @ W.T``."""
@@ -55,8 +54,13 @@ class Int8Weight:
         self, x: Float[Tensor, "rows inputs"], out: Float[Tensor, "rows outputs"]
     ) -> Callable[[], None]:
         """Return a function that writes ``x @ W.T`` to ``out``, with whatever ``x`` then holds."""
-        kernel, arguments = _kernel(), (x.detach().numpy(), *self._arrays, out.numpy())
-        return lambda: kernel(*arguments)
+        kernel, arguments = kernels().add_int8, (x.detach().numpy(), *self.arrays, out.numpy())
+
+        def multiply() -> None:
+            out.zero_()
+            kernel(*arguments)
+
+        return multiply
 
     def widen(self) -> Float[Tensor, "inputs outputs"]:
         """Return the transposed matrix in fp32."""
@@ -99,7 +103,7 @@ def quantize(model: nn.Module) -> None:
     """
     if any(not parameter.is_cpu for parameter in model.parameters()):
         raise ConfigError("precision 'int8' is for the CPU: use another one, or device 'cpu'")
-    _kernel()
+    _check_numba()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             # A subclass may compute something else.
@@ -108,52 +112,6 @@ def quantize(model: nn.Module) -> None:
                 setattr(module, name, Int8Linear(child))
 
 
-@cache
-def _kernel() -> Callable[..., None]:
-    """Compile the product of a few rows with a quantised matrix."""
+def _check_numba() -> None:
     if not has_numba():
         raise ConfigError("precision 'int8' needs the package numba: pip install 'bytelm[int8]'")
-
-    # Without annotations: numba compiles the function itself, not one that checks types.
-    def multiply(x, tiles, scale, out):  # noqa: ANN001, ANN202  # pyright: ignore
-        rows, inputs = x.shape
-        outputs = len(scale)
-        # Rows in fours, so that an integer is widened once for all four.
-        a, b, c, d = (
-            np.empty(TILE, np.float32),
-            np.empty(TILE, np.float32),
-            np.empty(TILE, np.float32),
-            np.empty(TILE, np.float32),
-        )
-        for tile in range(len(tiles)):
-            weights = tiles[tile]
-            begin = tile * TILE
-            size = min(TILE, outputs - begin)
-            row = 0
-            while row + 4 <= rows:
-                a[:], b[:], c[:], d[:] = 0, 0, 0, 0
-                for k in range(inputs):
-                    xa, xb, xc, xd = x[row, k], x[row + 1, k], x[row + 2, k], x[row + 3, k]
-                    for n in range(TILE):
-                        weight = np.float32(weights[k, n])
-                        a[n] += xa * weight
-                        b[n] += xb * weight
-                        c[n] += xc * weight
-                        d[n] += xd * weight
-                for n in range(size):
-                    out[row, begin + n] = a[n] * scale[begin + n]
-                    out[row + 1, begin + n] = b[n] * scale[begin + n]
-                    out[row + 2, begin + n] = c[n] * scale[begin + n]
-                    out[row + 3, begin + n] = d[n] * scale[begin + n]
-                row += 4
-            while row < rows:
-                a[:] = 0
-                for k in range(inputs):
-                    xa = x[row, k]
-                    for n in range(TILE):
-                        a[n] += xa * np.float32(weights[k, n])
-                for n in range(size):
-                    out[row, begin + n] = a[n] * scale[begin + n]
-                row += 1
-
-    return compiled(multiply)

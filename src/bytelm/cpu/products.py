@@ -8,14 +8,13 @@ without it, with many threads, or elsewhere, the products are those of ``torch``
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bytelm.cpu.compiling import compiled, is_worth_it
+from bytelm.cpu.compiling import is_worth_it, kernels
 
 MAX_ROWS = 32
 """Rows up to which the kernel for matrices stored by columns is faster."""
@@ -29,7 +28,7 @@ def accumulation(
     out: Float[Tensor, "rows outputs"],
 ) -> Callable[[], object]:
     """Return a function that adds ``x @ weight.T`` to ``out``, with whatever they then hold."""
-    chosen = _choose(weight, len(x))
+    chosen = choose(weight, len(x))
     if chosen is None:
         return lambda: torch.addmm(out, x, weight.T, out=out)
     kernel, matrix = chosen
@@ -47,74 +46,35 @@ def add_product(
     return out
 
 
-def _choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | None:
+def norm_linear_of_few(
+    x: Float[Tensor, "batch patches slots dim"] | Float[Tensor, "..."],
+    norm: Float[Tensor, " dim"],
+    weight: Float[Tensor, "outputs dim"],
+    eps: float,
+) -> Float[Tensor, "..."] | None:
+    """Return :func:`bytelm.kernels.norm_linear` of the slots of one patch of each of several rows.
+
+    ``None`` if there is no kernel for that, and for a single row: what a document alone gets does
+    not depend on how its weights are stored.
+    """
+    rows = x.shape[:-1].numel()
+    is_step = x.dim() == 4 and x.shape[0] > 1 and x.shape[1] == 1 and not torch.is_grad_enabled()
+    if not is_step or weight.is_contiguous() or choose(weight, rows) is None:
+        return None
+    out = torch.empty(*x.shape[:-1], weight.shape[0])
+    given = x.reshape(rows, -1), norm, weight
+    normed = np.empty((rows, x.shape[-1]), np.float32)
+    arrays = (one.detach().numpy() for one in given)
+    kernels().norm_linear(*arrays, eps or 0.0, normed, out.view(rows, -1).numpy())
+    return out
+
+
+def choose(weight: Tensor, rows: int) -> tuple[Callable[..., None], Tensor] | None:
     """Return a kernel that is faster for so many rows, and the matrix as it wants it."""
     if rows == 1 or not is_worth_it(weight):
         return None
-    by_columns, by_rows = compiled_kernels()
     if weight.T.is_contiguous() and rows <= MAX_ROWS:
-        return by_columns, weight.T
+        return kernels().add_by_columns, weight.T
     if weight.is_contiguous() and rows <= MAX_ROWS_BY_ROWS:
-        return by_rows, weight
+        return kernels().add_by_rows, weight
     return None
-
-
-@cache
-def compiled_kernels() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Compile the kernels for matrices stored by columns and by rows."""
-
-    # Without annotations: numba compiles the functions themselves, not ones that check types.
-    def add_by_columns(x, columns, out):  # noqa: ANN001, ANN202  # pyright: ignore
-        rows, inputs = x.shape
-        outputs = columns.shape[1]
-        whole = inputs // 4 * 4
-        # Four columns times two rows fit into the registers.
-        for k in range(0, whole, 4):
-            for row in range(0, rows - 1, 2):
-                a0, a1, a2, a3 = x[row, k], x[row, k + 1], x[row, k + 2], x[row, k + 3]
-                b0, b1 = x[row + 1, k], x[row + 1, k + 1]
-                b2, b3 = x[row + 1, k + 2], x[row + 1, k + 3]
-                for n in range(outputs):
-                    w0, w1 = columns[k, n], columns[k + 1, n]
-                    w2, w3 = columns[k + 2, n], columns[k + 3, n]
-                    out[row, n] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
-                    out[row + 1, n] += b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3
-            if rows % 2:
-                row = rows - 1
-                a0, a1, a2, a3 = x[row, k], x[row, k + 1], x[row, k + 2], x[row, k + 3]
-                for n in range(outputs):
-                    w0, w1 = columns[k, n], columns[k + 1, n]
-                    w2, w3 = columns[k + 2, n], columns[k + 3, n]
-                    out[row, n] += a0 * w0 + a1 * w1 + a2 * w2 + a3 * w3
-        for k in range(whole, inputs):
-            for row in range(rows):
-                for n in range(outputs):
-                    out[row, n] += x[row, k] * columns[k, n]
-
-    def add_by_rows(x, weight, out):  # noqa: ANN001, ANN202  # pyright: ignore
-        rows, inputs = x.shape
-        zero = np.float32(0)
-        for n in range(len(weight)):
-            row = 0
-            while row + 4 <= rows:
-                a, b, c, d = zero, zero, zero, zero
-                for k in range(inputs):
-                    w = weight[n, k]
-                    a += w * x[row, k]
-                    b += w * x[row + 1, k]
-                    c += w * x[row + 2, k]
-                    d += w * x[row + 3, k]
-                out[row, n] += a
-                out[row + 1, n] += b
-                out[row + 2, n] += c
-                out[row + 3, n] += d
-                row += 4
-            while row < rows:
-                a = zero
-                for k in range(inputs):
-                    a += weight[n, k] * x[row, k]
-                out[row, n] += a
-                row += 1
-
-    signature = "void(float32[:, ::1], float32[:, ::1], float32[:, ::1])"
-    return compiled(add_by_columns, signature), compiled(add_by_rows, signature)

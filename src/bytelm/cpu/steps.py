@@ -4,15 +4,19 @@ A thread's buffers and views of the weights are allocated once for a number of r
 those of the modules.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from bytelm.cpu import int8
+from bytelm.cpu.compiling import kernels
 from bytelm.cpu.int8 import Int8Weight
-from bytelm.cpu.products import accumulation, add_product
+from bytelm.cpu.products import MAX_ROWS_BY_ROWS, add_product, choose
 from bytelm.model.blt import LocalEncoder
 from bytelm.model.layers import Block
 
@@ -35,13 +39,28 @@ class Step:
 
     def __init__(self, owner: Any, weights: Iterator[Weight], rows: int) -> None:
         self._blocks = [_BlockStep(block, weights, rows) for block in owner.blocks]
+        self._has_kernels = all(block.kernel is not None for block in self._blocks)
 
     def __call__(self, x: Float[Tensor, "rows dim"], *rest: Any) -> Any:
         (context,) = rest
-        factors = context.factors[:, 0]
-        for layer, block in enumerate(self._blocks):
-            x = block(x, layer, context, factors)
+        for block in self._over(context):
+            x = block(x)
         return x[:, None]
+
+    def _over(self, context: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield each block with its place in a context."""
+        in_place = context.in_place() if self._has_kernels else None
+        if in_place is not None:
+            factors = in_place.factors[:, 0, 0].numpy()
+            for layer, block in enumerate(self._blocks):
+                assert block.kernel is not None
+                cached = in_place.keys[layer].view(-1), in_place.values[layer].view(-1)
+                place = in_place.entries.place(in_place.head_positions, block.kernel.kv_heads)
+                yield partial(block.kernel, cached=cached, place=place, factors=factors)
+        else:
+            factors = context.factors[:, 0]
+            for layer, block in enumerate(self._blocks):
+                yield partial(block, layer=layer, context=context, factors=factors)
 
 
 class EncoderStep(Step):
@@ -53,9 +72,9 @@ class EncoderStep(Step):
 
     def __call__(self, x: Float[Tensor, "rows dim"], *rest: Any) -> Any:
         (context,) = rest
-        factors, states = context.factors[:, 0], []
-        for layer, block in enumerate(self._blocks):
-            x = block(x, layer, context, factors)
+        states = []
+        for block in self._over(context):
+            x = block(x)
             states.append(x[:, None])
         return states[-self._num_read :]
 
@@ -69,9 +88,8 @@ class TransformerStep(Step):
 
     def __call__(self, x: Float[Tensor, "rows dim"], *rest: Any) -> Any:
         (context,) = rest
-        factors = context.factors[:, 0]
-        for layer, block in enumerate(self._blocks):
-            x = block(x, layer, context, factors)
+        for block in self._over(context):
+            x = block(x)
         return self._logits(x).to(torch.float32, copy=True)[:, None]
 
 
@@ -87,11 +105,10 @@ class DecoderStep(TransformerStep):
         if not self._crosses:
             ((slots,),) = readable
             x = x + slots[:, 0, 0]
-        factors = context.factors[:, 0]
-        for layer, block in enumerate(self._blocks):
+        for layer, block in enumerate(self._over(context)):
             if layer < len(self._crosses):
                 x = self._crosses[layer](x, *readable[layer])
-            x = block(x, layer, context, factors)
+            x = block(x)
         return self._logits(x).to(torch.float32, copy=True)[:, None]
 
 
@@ -116,6 +133,11 @@ class _BlockStep:
         self._gate_up = _NormLinear(feed_forward_norm, gate_up, block.feed_forward_norm.eps, rows)
         self._gate, self._up = self._gate_up.out.chunk(2, dim=-1)
         self._down = _AddLinear(down)
+        matrices = qkv, out, gate_up, down
+        self.kernel = None
+        if _have_kernels(matrices, rows):
+            norms = attention_norm, feed_forward_norm
+            self.kernel = _BlockKernel(block, norms, matrices, rows)
 
     def __call__(
         self,
@@ -148,6 +170,14 @@ class _CrossStep:
         self._out = _AddLinear(out)
         self._residual_scale = cross.residual_scale
         self._read: tuple[Any, Any] = (None, None)
+        self._kernel: Any = None
+        if _are_wide((query, out), rows):
+            weights = norm.detach().numpy(), _as_array(query), _as_array(out)
+            numbers = cross.query_norm.eps or 0.0, float(cross.residual_scale)
+            shapes = (rows, len(norm)), (rows, query.shape[0]), (rows, query.shape[0])
+            buffers = tuple(np.empty(shape, np.float32) for shape in shapes)
+            self._kernel = kernels().decode_cross
+            self._given = weights, numbers, buffers
 
     def __call__(
         self,
@@ -156,6 +186,11 @@ class _CrossStep:
         values: Float[Tensor, "rows 1 slots heads head_dim"],
     ) -> Float[Tensor, "rows dim"]:
         """Let each byte read the slots of one latent."""
+        if self._kernel is not None:
+            result = torch.empty(x.shape)
+            read = (one[:, 0].contiguous().numpy() for one in (keys, values))
+            self._kernel(x.contiguous().numpy(), *read, *self._given, result.numpy())
+            return result
         self._project(x)
         if len(x) == 1:
             if self._read[0] is not keys:
@@ -170,6 +205,86 @@ class _CrossStep:
         return self._out(x, mixed, self._residual_scale)
 
 
+class _BlockKernel:
+    """Decoding step of a block in one call of :func:`bytelm.cpu.kernels.decode_block`."""
+
+    def __init__(
+        self,
+        block: Block,
+        norms: tuple[Tensor, Tensor],
+        matrices: tuple[Weight, Weight, Weight, Weight],
+        rows: int,
+    ) -> None:
+        attention = block.attention
+        qkv, out, gate_up, down = matrices
+        self.kv_heads = attention.kv_heads
+        self._weights = (
+            norms[0].detach().numpy(),
+            _as_array(qkv),
+            _as_array(out),
+            norms[1].detach().numpy(),
+            _as_array(gate_up),
+            _as_array(down),
+        )
+        self._eps = block.attention_norm.eps or 0.0, block.feed_forward_norm.eps or 0.0
+        inner, hidden = out.shape[1], down.shape[1]
+        heads = rows, sum(attention.split), attention.head_dim
+        shapes = (rows, len(norms[0])), heads, (rows, inner), (rows, 2 * hidden)
+        self._buffers = tuple(np.empty(shape, np.float32) for shape in shapes)
+        self._hidden = torch.empty(rows, hidden)
+        self._down = down
+        self._has_down = isinstance(down, Int8Weight) or rows <= MAX_ROWS_BY_ROWS
+        self._kernel = kernels().decode_block
+
+    def __call__(
+        self,
+        x: Float[Tensor, "rows dim"],
+        cached: tuple[Tensor, Tensor],
+        place: tuple[Any, ...],
+        factors: Any,
+    ) -> Float[Tensor, "rows dim"]:
+        out = torch.empty(x.shape)
+        self._kernel(
+            x.contiguous().numpy(),
+            factors,
+            (cached[0].numpy(), cached[1].numpy()),
+            place,
+            self._weights,
+            self._eps,
+            self._buffers,
+            self._has_down,
+            out.numpy(),
+            self._hidden.numpy(),
+        )
+        return out if self._has_down else torch.addmm(out, self._hidden, self._down.T, out=out)
+
+
+def _have_kernels(matrices: Sequence[Weight], rows: int) -> bool:
+    """Whether a block's matrices are stored as the kernel reads them, and are faster that way."""
+    *wide, down = matrices
+    is_int8 = isinstance(down, Int8Weight)
+    if isinstance(wide[0], Int8Weight) != is_int8 or not _are_wide(wide, rows):
+        return False
+    return is_int8 or down.is_contiguous()
+
+
+def _are_wide(matrices: Sequence[Weight], rows: int) -> bool:
+    """Whether all matrices are stored by columns, for a kernel, or all are quantised.
+
+    Others have kernels as well, but every combination is compiled by itself.
+    """
+    if all(isinstance(matrix, Int8Weight) for matrix in matrices):
+        return rows <= int8.MAX_ROWS
+    if any(isinstance(matrix, Int8Weight) or matrix.is_contiguous() for matrix in matrices):
+        return False
+    return all(choose(matrix, rows) is not None for matrix in matrices)
+
+
+def _as_array(weight: Weight) -> Any:
+    """Return a matrix as the kernels take it."""
+    return weight.arrays if isinstance(weight, Int8Weight) else weight.detach().numpy()
+
+
 class _NormLinear:
     """:func:`bytelm.kernels.norm_linear` of single positions, written to a buffer."""
 
@@ -178,32 +293,32 @@ class _NormLinear:
         self._weight: Any = None if isinstance(weight, Int8Weight) else weight.T
         self._normed = norm.new_empty(rows, self._dim)
         self.out = norm.new_empty(rows, weight.shape[0])
-        self._multiply: Any = None
-        if isinstance(weight, Int8Weight):
-            self._multiply = weight.multiplication(self._normed, self.out)
-        elif rows > 1:
-            self._accumulate = accumulation(self._normed, weight, self.out)
+        self._kernel: Any = None
+        if _has_kernel(weight, rows):
+            given = norm.detach().numpy(), _as_array(weight), self._eps
+            buffers = self._normed.numpy(), self.out.numpy()
+            self._kernel = lambda x: kernels().norm_linear(x, *given, *buffers)
 
     def __call__(self, x: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows out"]:
+        if self._kernel is not None:
+            self._kernel(x.contiguous().numpy())
+            return self.out
         torch.mul(x, self._norm, out=self._normed)
         if len(x) == 1:
             vector = x[0]
             # The norm's scale is applied as a factor of the product.
             scale = (float(vector.dot(vector)) / self._dim + self._eps) ** -0.5
-            if self._multiply is not None:
-                self._multiply()
-                return self.out.mul_(scale)
             return torch.addmm(
                 self.out, self._normed, self._weight, beta=0, alpha=scale, out=self.out
             )
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         self._normed.mul_(norms.square_().div_(self._dim).add_(self._eps).rsqrt_())
-        if self._multiply is not None:
-            self._multiply()
-        else:
-            self.out.zero_()
-            self._accumulate()
-        return self.out
+        return torch.mm(self._normed, self._weight, out=self.out)
+
+
+def _has_kernel(weight: Weight, rows: int) -> bool:
+    """Whether a matrix has a kernel for so many rows."""
+    return isinstance(weight, Int8Weight) or choose(weight, rows) is not None
 
 
 class _AddLinear:

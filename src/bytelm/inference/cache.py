@@ -8,6 +8,7 @@ position of each of several. The results equal those of :func:`bytelm.kernels.at
 documents.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,14 +112,26 @@ class KVCache:
         positions = select(self.positions, slots).clone()
         assign(self.positions, slots, positions + 1)
         room = self.room
+        factors = self.spec.rotation(positions[:, None])
         if not self.is_static:
             named = range(self.num_slots) if slots is None else slots
-            if self.keys and is_worth_it(self.keys[0]):
-                entries = rings(named, positions.numpy(), room, self.spec.kv_heads)
-                factors = self.spec.rotation(positions[:, None])
-                return EntriesDecode(factors, entries, self.keys, self.values, room)
+            context = self.in_place(named, positions, factors)
+            if context is not None:
+                return context
             room = min(room, max(self._given[slot] for slot in named))
-        return _Decode(self, self.spec.rotation(positions[:, None]), slots, positions, room)
+        return _Decode(self, factors, slots, positions, room)
+
+    def in_place(
+        self,
+        slots: Sequence[int],
+        positions: Int[Tensor, " slots"],
+        factors: Complex[Tensor, "slots 1 1 half"],
+    ) -> "EntriesDecode | None":
+        """Return a context that reads entries where they are, if kernels do so faster."""
+        if not self.keys or not is_worth_it(self.keys[0]):
+            return None
+        entries = rings(slots, positions.numpy(), self.room, self.spec.kv_heads)
+        return EntriesDecode(factors, entries, self.keys, self.values, self.room)
 
     def _rotation(self, position: int) -> Complex[Tensor, "1 1 1 half"]:
         """Return the rotary factors of one position, which are computed and kept in blocks."""
@@ -317,6 +330,10 @@ class _OnePosition(NamedTuple):
     def __getitem__(self, layer: int) -> "_OnePosition":  # pyright: ignore
         return _OnePosition(self.cache, self.factors, self.slot, self.position, layer)
 
+    def in_place(self) -> "EntriesDecode | None":
+        """Return the same for kernels, if they are faster."""
+        return self.cache.in_place([self.slot], torch.tensor([self.position]), self.factors)
+
     def append(
         self,
         layer: int,
@@ -359,6 +376,10 @@ class EntriesDecode(NamedTuple):
     def __getitem__(self, layer: int) -> "EntriesDecode":  # pyright: ignore
         return self._replace(layer=layer)
 
+    def in_place(self) -> "EntriesDecode":
+        """Return the same for kernels."""
+        return self
+
     def attend(
         self,
         queries: Float[Tensor, "slots 1 heads head_dim"],
@@ -389,6 +410,9 @@ class _Decode(NamedTuple):
 
     def __getitem__(self, layer: int) -> "_Decode":  # pyright: ignore
         return self._replace(layer=layer)
+
+    def in_place(self) -> None:
+        """Kernels are not faster here."""
 
     def attend(
         self,

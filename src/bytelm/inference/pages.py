@@ -7,9 +7,11 @@ that is shared is copied before it is written to. Results are those of
 """
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
@@ -116,9 +118,11 @@ class Pages:
         """Allocate memory; not earlier, since the dtype of keys and values must be known."""
         if self.keys:
             return
-        shape = (self.spec.kv_heads, 0, self.spec.head_dim)
+        # On a CPU memory is only taken when it is written to, so all of it is allocated at once.
+        room = len(self._owners) * PAGE if like.is_cpu else 0
+        shape = self.spec.kv_heads, room, self.spec.head_dim
         self.keys, self.values = (
-            [like.new_zeros(shape) for _ in range(self.spec.num_layers)] for _ in range(2)
+            [_zeros(shape, like) for _ in range(self.spec.num_layers)] for _ in range(2)
         )
         self._grow(max((n for n, owners in enumerate(self._owners) if owners), default=0) + 1)
 
@@ -194,12 +198,10 @@ class PagedCache(KVCache):
             return super().step(slots)
         positions = self.positions[list(named)]
         self.positions[list(named)] += 1
-        keys, values = self._pages.keys, self._pages.values
-        if keys and is_worth_it(keys[0]):
-            tables = [self._tables[slot] for slot in named]
-            entries = paged(tables, positions.numpy(), PAGE)
-            factors = self.spec.rotation(positions[:, None])
-            return EntriesDecode(factors, entries, keys, values, keys[0].shape[1])
+        factors = self.spec.rotation(positions[:, None])
+        context = self.in_place(named, positions, factors)
+        if context is not None:
+            return context
         num_pages = max(len(self._tables[slot]) for slot in named)
         table = torch.tensor(
             [[*self._tables[slot], *[0] * (num_pages - len(self._tables[slot]))] for slot in named],
@@ -208,8 +210,20 @@ class PagedCache(KVCache):
         room = torch.arange(num_pages * PAGE, device=positions.device)
         is_seen = room <= positions[:, None]
         at = table.gather(1, positions[:, None] // PAGE)[:, 0] * PAGE + positions % PAGE
-        factors = self.spec.rotation(positions[:, None])
         return _PagedDecode(self._pages, factors, table, is_seen, at)
+
+    def in_place(
+        self,
+        slots: Sequence[int],
+        positions: Int[Tensor, " slots"],
+        factors: Complex[Tensor, "slots 1 1 half"],
+    ) -> EntriesDecode | None:
+        """Return a context that reads entries where they are, if kernels do so faster."""
+        keys, values = self._pages.keys, self._pages.values
+        if not keys or not is_worth_it(keys[0]):
+            return None
+        entries = paged([self._tables[slot] for slot in slots], positions.numpy(), PAGE)
+        return EntriesDecode(factors, entries, keys, values, keys[0].shape[1])
 
     def past(self, layer: int, slot: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values ``[length, kv_heads, head_dim]`` of a slot's positions."""
@@ -303,6 +317,9 @@ class _PagedDecode(NamedTuple):
     def __getitem__(self, layer: int) -> "_PagedDecode":  # pyright: ignore
         return self._replace(layer=layer)
 
+    def in_place(self) -> None:
+        """Kernels are not faster here."""
+
     def attend(
         self,
         queries: Float[Tensor, "slots 1 heads head_dim"],
@@ -327,6 +344,14 @@ class _PagedDecode(NamedTuple):
         pages = tensor.unflatten(1, (-1, PAGE)).flatten(2)
         chosen = pages.index_select(1, self.table.flatten())
         return chosen.view(len(tensor), len(self.table), -1, tensor.shape[2])
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return zeros; on a CPU of memory that the system gives when it is first written to."""
+    if not like.is_cpu:
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
 
 
 def _span(page: int) -> slice:
