@@ -1,5 +1,7 @@
 """Kernels for steps of several rows equal the operations of torch that they stand for."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from builders import NGRAMS, random_byte_lm, random_ids, random_patched
 from bytelm import cpu
 from bytelm.cpu import attending, compiling, products
+from bytelm.inference import Session
 from bytelm.inference.cache import EntriesDecode, KVCache
+from bytelm.inference.pages import PagedMemory
 from bytelm.model.attention import StackSpec
 
 pytest.importorskip("numba")
@@ -39,12 +44,12 @@ def test_what_is_not_a_number_stays_so_in_its_own_row(by_columns):
 
 def test_kernels_are_left_where_they_would_not_be_faster(monkeypatch):
     weight = torch.randn(8, 4)
-    assert products._choose(weight, 2)
-    assert not products._choose(weight, 1)
-    assert not products._choose(weight, 9)
-    assert not products._choose(weight.double(), 2)
+    assert products.choose(weight, 2)
+    assert not products.choose(weight, 1)
+    assert not products.choose(weight, 9)
+    assert not products.choose(weight.double(), 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: compiling.MAX_THREADS + 1)
-    assert not products._choose(weight, 2)
+    assert not products.choose(weight, 2)
 
 
 @given(
@@ -100,9 +105,71 @@ def test_steps_of_several_slots_use_the_kernel(monkeypatch):
 
 
 def test_a_matrix_is_stored_as_its_kernel_reads_it():
-    for shape, kernel in [((40, 8), 0), ((8, 40), 1)]:
+    for shape, kernel in [((40, 8), "add_by_columns"), ((8, 40), "add_by_rows")]:
         linear = torch.nn.Linear(*shape[::-1], bias=False)
         cpu.arrange(linear)
-        chosen = products._choose(linear.weight.detach(), 4)
+        chosen = products.choose(linear.weight.detach(), 4)
         assert chosen is not None
-        assert chosen[0] is products.compiled_kernels()[kernel]
+        assert chosen[0] is getattr(compiling.kernels(), kernel)
+
+
+MODELS = {
+    "patches": random_patched,
+    "grouped heads": lambda: random_byte_lm(
+        num_heads=4, num_kv_heads=2, norm_eps=1e-3, hash_embeddings=NGRAMS
+    ),
+}
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_steps_in_kernels_are_those_of_the_layers(name, is_int8, rows, monkeypatch):
+    """Bytes of several documents, also more than matrices stored by rows have kernels for."""
+    model = MODELS[name]().eval()
+    if is_int8:
+        monkeypatch.setattr("bytelm.cpu.int8.MIN_SIZE", 1)
+        cpu.quantize(model)
+    else:
+        cpu.arrange(model)
+    plain, fused = copy.deepcopy(model), cpu.fuse(model)
+    documents = [random_ids(30 + 3 * row, seed=row) for row in range(rows)]
+    called = []
+    original = compiling.kernels().decode_block
+    monkeypatch.setattr(
+        compiling.kernels(), "decode_block", lambda *given: called.append(1) or original(*given)
+    )
+    with torch.no_grad():
+        state = fused.new_state(rows, "eager", PagedMemory(1024))
+        for slot, document in enumerate(documents):
+            state.prefill(slot, document[:-8])
+        for at in range(-8, 0):
+            ids = torch.stack([document[at] for document in documents])
+            logits = state.decode(ids, range(rows))
+            for row, document in enumerate(documents):
+                seen = document[: len(document) + at + 1]
+                assert_close(logits[row], plain(seen[None])[0, -1], rtol=1e-4, atol=2e-5)
+    assert bool(called) == (rows > 1 or is_int8)
+
+
+@given(st.lists(st.floats(-200, 80, width=32), min_size=1))
+def test_exponentials_are_those_of_numpy(values):
+    x = np.array([*values, -np.inf, np.nan], np.float32)
+    expected = np.exp(np.maximum(x.astype(np.float64), -87))
+    compiling.kernels().exp_in_place(x)
+    np.testing.assert_allclose(x, expected, rtol=1e-6)
+
+
+def test_steps_are_kept_from_one_draft_to_the_next():
+    """Passes over several positions between steps do not make these anew; moved weights do."""
+    model = cpu.fuse(random_byte_lm().eval())
+    session, run = Session(model), model.transformer.__dict__["run"]
+    ids = random_ids(24)
+    made = []
+    for at in range(0, 24, 4):
+        if at == 16:
+            model.transformer.output.weight.data = model.transformer.output.weight.data.clone()
+        session.feed(ids[at : at + 3])
+        session.feed(ids[at + 3 : at + 4])
+        made += run._made.values()
+    assert [one is made[0] for one in made] == [True, True, True, True, False, False]

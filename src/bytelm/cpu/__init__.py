@@ -2,7 +2,7 @@
 
 import torch
 
-from bytelm.cpu.compiling import is_worth_it, kernels
+from bytelm.cpu import compiling
 from bytelm.cpu.fusing import fuse, unfuse
 from bytelm.cpu.int8 import Int8Linear, quantize
 from bytelm.cpu.layout import arrange
@@ -15,5 +15,5 @@ def compile_kernels(device: torch.device) -> None:
 
     That takes seconds the first time on a computer, and half a second in each process.
     """
-    if is_worth_it(torch.empty(0, device=device)):
-        kernels().warm_up()
+    if compiling.is_worth_it(torch.empty(0, device=device)):
+        compiling.kernels().warm_up()

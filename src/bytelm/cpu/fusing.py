@@ -328,7 +328,7 @@ class _FusedStack(_Fused):
             ],
         )
         self._made: dict[tuple[int, int], Step] = {}
-        self._made_of: list[Any] = []
+        self._made_of: list[Any] | None = None
         """Where the weights of the steps are in memory."""
         self._may_have_moved = False
 
@@ -338,7 +338,7 @@ class _FusedStack(_Fused):
             return self.own(x, *rest, **named)
         key = get_ident(), len(x)
         if self._may_have_moved:
-            self._forget_moved()
+            self._forget_moved(x)
         step = self._made.get(key)
         if step is None or not self.is_as_built():
             weights = self.weights(x)
@@ -348,10 +348,11 @@ class _FusedStack(_Fused):
             step = self._made[key] = self.make_step(iter(weights), len(x))
         return step(x[:, 0], *rest)
 
-    def _forget_moved(self) -> None:
-        """Drop the steps if a weight is no longer where it was."""
+    def _forget_moved(self, x: Tensor) -> None:
+        """Drop the steps if a weight is no longer where it was, or no longer all that there is."""
         self._may_have_moved = False
-        places = [_place(weight) for weight in self.found_weights()]
+        weights = self.weights(x)
+        places = None if weights is None else [_place(weight) for weight in weights]
         if places != self._made_of:
             self._made, self._made_of = {}, places
 
@@ -375,8 +376,6 @@ def _place(weight: Any) -> Any:
     """Return where a weight is in memory, and how it is stored."""
     if isinstance(weight, Int8Weight):
         return [one.ctypes.data for one in weight.arrays]
-    if type(weight) is not nn.Parameter:
-        return id(weight)
     return weight.data_ptr(), weight.stride(), weight.device, weight.dtype
 
 

@@ -79,10 +79,10 @@ def add_by_rows(x, weight, out):
 
 @compiled
 def add_int8(x, tiles, scale, out):
-    """Add the product with an 8-bit matrix to ``out``."""
+    """Add the product with an 8-bit matrix to ``out``; a row's sums do not depend on the others."""
     rows, inputs = x.shape
     outputs = len(scale)
-    # Rows in fours, so that an integer is widened once for all four.
+    whole = inputs // 4 * 4
     a, b, c, d = (
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
@@ -94,9 +94,25 @@ def add_int8(x, tiles, scale, out):
         begin = tile * TILE
         size = min(TILE, outputs - begin)
         row = 0
+        # Rows in fours, so that an integer is widened once for all four.
         while row + 4 <= rows:
             a[:], b[:], c[:], d[:] = 0, 0, 0, 0
-            for k in range(inputs):
+            for k in range(0, whole, 4):
+                a0, a1, a2, a3 = x[row, k], x[row, k + 1], x[row, k + 2], x[row, k + 3]
+                b0, b1 = x[row + 1, k], x[row + 1, k + 1]
+                b2, b3 = x[row + 1, k + 2], x[row + 1, k + 3]
+                c0, c1 = x[row + 2, k], x[row + 2, k + 1]
+                c2, c3 = x[row + 2, k + 2], x[row + 2, k + 3]
+                d0, d1 = x[row + 3, k], x[row + 3, k + 1]
+                d2, d3 = x[row + 3, k + 2], x[row + 3, k + 3]
+                for n in range(TILE):
+                    v0, v1 = np.float32(weights[k, n]), np.float32(weights[k + 1, n])
+                    v2, v3 = np.float32(weights[k + 2, n]), np.float32(weights[k + 3, n])
+                    a[n] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+                    b[n] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
+                    c[n] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
+                    d[n] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
+            for k in range(whole, inputs):
                 xa, xb, xc, xd = x[row, k], x[row + 1, k], x[row + 2, k], x[row + 3, k]
                 for n in range(TILE):
                     weight = np.float32(weights[k, n])
@@ -112,7 +128,13 @@ def add_int8(x, tiles, scale, out):
             row += 4
         while row < rows:
             a[:] = 0
-            for k in range(inputs):
+            for k in range(0, whole, 4):
+                a0, a1, a2, a3 = x[row, k], x[row, k + 1], x[row, k + 2], x[row, k + 3]
+                for n in range(TILE):
+                    v0, v1 = np.float32(weights[k, n]), np.float32(weights[k + 1, n])
+                    v2, v3 = np.float32(weights[k + 2, n]), np.float32(weights[k + 3, n])
+                    a[n] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+            for k in range(whole, inputs):
                 xa = x[row, k]
                 for n in range(TILE):
                     a[n] += xa * np.float32(weights[k, n])
