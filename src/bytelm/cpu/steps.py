@@ -172,12 +172,12 @@ class _CrossStep:
         self._read: tuple[Any, Any] = (None, None)
         self._kernel: Any = None
         if _are_wide((query, out), rows):
-            weights = norm.detach().numpy(), _as_array(query), _as_array(out)
+            given = norm.detach().numpy(), _as_array(query), _as_array(out)
             numbers = cross.query_norm.eps or 0.0, float(cross.residual_scale)
             shapes = (rows, len(norm)), (rows, query.shape[0]), (rows, query.shape[0])
             buffers = tuple(np.empty(shape, np.float32) for shape in shapes)
             self._kernel = kernels().decode_cross
-            self._given = weights, numbers, buffers
+            self._given = given, numbers, buffers
 
     def __call__(
         self,
