@@ -37,14 +37,16 @@ ONE_BY_ONE, QUICK_ONE_BY_ONE = 4, 2
 PROMPT_BYTES, QUICK_PROMPT_BYTES = 128, 16
 NEW_BYTES, QUICK_NEW_BYTES = 64, 8
 DRAFTED = 4
-"""How many times the bytes are made with drafts, whose length is found out at first."""
+"""How many times the bytes are made with drafts, whose length is found out at first, and beside
+them."""
 SHORT_BYTES = 16
 """The prompt whose first byte is timed."""
 LONG_BYTES, QUICK_LONG_BYTES = 2048, 64
 """A prompt that is being read when the short one comes."""
 Phases = dict[str, Sample]
-KINDS = ("", "int8", "drafts")
-"""As users get an engine, with weights of 8 bits, and with drafts of the decoder."""
+KINDS = ("", "int8", "drafts", "undrafted")
+"""As users get an engine, with weights of 8 bits, with drafts of the decoder, and as many bytes as
+with these without them: patches become shorter as a text of random weights goes on."""
 
 
 @dataclass
@@ -223,7 +225,7 @@ def _together(load: Load, count: int, kind: str = "") -> Timed:
     prompts = load.time(lambda: _read_all(engine, count, step))
     before = sum(map(len, texts.values()))
     # A step makes a byte of each request, or several that were drafted.
-    enough = before + count * load.new_bytes * (DRAFTED if kind == "drafts" else 1)
+    enough = before + count * load.new_bytes * (DRAFTED if kind in ("drafts", "undrafted") else 1)
 
     def steps() -> None:
         while sum(map(len, texts.values())) < enough:
