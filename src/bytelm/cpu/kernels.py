@@ -78,69 +78,73 @@ def add_by_rows(x, weight, out):
 
 
 @compiled
+def _sum_one(x, weights, a):
+    """Write the product of a row with a tile of integers to ``a``."""
+    inputs = len(x)
+    whole = inputs // 4 * 4
+    a[:] = 0
+    for k in range(0, whole, 4):
+        a0, a1, a2, a3 = x[k], x[k + 1], x[k + 2], x[k + 3]
+        for n in range(TILE):
+            v0, v1 = np.float32(weights[k, n]), np.float32(weights[k + 1, n])
+            v2, v3 = np.float32(weights[k + 2, n]), np.float32(weights[k + 3, n])
+            a[n] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+    for k in range(whole, inputs):
+        for n in range(TILE):
+            a[n] += x[k] * np.float32(weights[k, n])
+
+
+@compiled
+def _sum_four(x, weights, a, b, c, d):
+    """Write the products of four rows with a tile, each of whose integers is widened once."""
+    inputs = x.shape[1]
+    whole = inputs // 4 * 4
+    a[:], b[:], c[:], d[:] = 0, 0, 0, 0
+    for k in range(0, whole, 4):
+        a0, a1, a2, a3 = x[0, k], x[0, k + 1], x[0, k + 2], x[0, k + 3]
+        b0, b1, b2, b3 = x[1, k], x[1, k + 1], x[1, k + 2], x[1, k + 3]
+        c0, c1, c2, c3 = x[2, k], x[2, k + 1], x[2, k + 2], x[2, k + 3]
+        d0, d1, d2, d3 = x[3, k], x[3, k + 1], x[3, k + 2], x[3, k + 3]
+        for n in range(TILE):
+            v0, v1 = np.float32(weights[k, n]), np.float32(weights[k + 1, n])
+            v2, v3 = np.float32(weights[k + 2, n]), np.float32(weights[k + 3, n])
+            a[n] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
+            b[n] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
+            c[n] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
+            d[n] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
+    for k in range(whole, inputs):
+        for n in range(TILE):
+            weight = np.float32(weights[k, n])
+            a[n] += x[0, k] * weight
+            b[n] += x[1, k] * weight
+            c[n] += x[2, k] * weight
+            d[n] += x[3, k] * weight
+
+
+@compiled
 def add_int8(x, tiles, scale, out):
     """Add the product with an 8-bit matrix to ``out``; a row's sums do not depend on the others."""
-    rows, inputs = x.shape
-    outputs = len(scale)
-    whole = inputs // 4 * 4
-    a, b, c, d = (
+    rows, outputs = len(x), len(scale)
+    sums = (
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
         np.empty(TILE, np.float32),
     )
     for tile in range(len(tiles)):
-        weights = tiles[tile]
         begin = tile * TILE
         size = min(TILE, outputs - begin)
         row = 0
-        # Rows in fours, so that an integer is widened once for all four.
-        while row + 4 <= rows:
-            a[:], b[:], c[:], d[:] = 0, 0, 0, 0
-            for k in range(0, whole, 4):
-                a0, a1, a2, a3 = x[row, k], x[row, k + 1], x[row, k + 2], x[row, k + 3]
-                b0, b1 = x[row + 1, k], x[row + 1, k + 1]
-                b2, b3 = x[row + 1, k + 2], x[row + 1, k + 3]
-                c0, c1 = x[row + 2, k], x[row + 2, k + 1]
-                c2, c3 = x[row + 2, k + 2], x[row + 2, k + 3]
-                d0, d1 = x[row + 3, k], x[row + 3, k + 1]
-                d2, d3 = x[row + 3, k + 2], x[row + 3, k + 3]
-                for n in range(TILE):
-                    v0, v1 = np.float32(weights[k, n]), np.float32(weights[k + 1, n])
-                    v2, v3 = np.float32(weights[k + 2, n]), np.float32(weights[k + 3, n])
-                    a[n] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
-                    b[n] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
-                    c[n] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
-                    d[n] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
-            for k in range(whole, inputs):
-                xa, xb, xc, xd = x[row, k], x[row + 1, k], x[row + 2, k], x[row + 3, k]
-                for n in range(TILE):
-                    weight = np.float32(weights[k, n])
-                    a[n] += xa * weight
-                    b[n] += xb * weight
-                    c[n] += xc * weight
-                    d[n] += xd * weight
-            for n in range(size):
-                out[row, begin + n] += a[n] * scale[begin + n]
-                out[row + 1, begin + n] += b[n] * scale[begin + n]
-                out[row + 2, begin + n] += c[n] * scale[begin + n]
-                out[row + 3, begin + n] += d[n] * scale[begin + n]
-            row += 4
         while row < rows:
-            a[:] = 0
-            for k in range(0, whole, 4):
-                a0, a1, a2, a3 = x[row, k], x[row, k + 1], x[row, k + 2], x[row, k + 3]
-                for n in range(TILE):
-                    v0, v1 = np.float32(weights[k, n]), np.float32(weights[k + 1, n])
-                    v2, v3 = np.float32(weights[k + 2, n]), np.float32(weights[k + 3, n])
-                    a[n] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
-            for k in range(whole, inputs):
-                xa = x[row, k]
-                for n in range(TILE):
-                    a[n] += xa * np.float32(weights[k, n])
-            for n in range(size):
-                out[row, begin + n] += a[n] * scale[begin + n]
-            row += 1
+            count = 4 if row + 4 <= rows else 1
+            if count == 4:
+                _sum_four(x[row : row + 4], tiles[tile], sums[0], sums[1], sums[2], sums[3])
+            else:
+                _sum_one(x[row], tiles[tile], sums[0])
+            for r in range(count):
+                for n in range(size):
+                    out[row + r, begin + n] += sums[r][n] * scale[begin + n]
+            row += count
 
 
 def add_product(x, weight, out):
