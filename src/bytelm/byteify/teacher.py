@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bytelm.byteify.donor import Donor
 from bytelm.errors import CheckpointError, DataError
@@ -173,9 +174,18 @@ def _end_tokens(donor: Donor, added: dict[int, Any]) -> set[int]:
     return found | set(named if isinstance(named, list) else [] if named is None else [named])
 
 
+class Reading(NamedTuple):
+    """A document as a donor reads it."""
+
+    tokens: list[int]
+    states: Float[Tensor, "steps dim"]
+    """What the donor's head reads, after the final norm: for each token, and what follows."""
+    targets: ByteTargets
+
+
 @torch.inference_mode()
-def donor_targets(donor: Donor, vocabulary: Vocabulary, text: str) -> ByteTargets:
-    """Return what a donor predicts at every byte of a document that it reads in one pass.
+def read_document(donor: Donor, vocabulary: Vocabulary, text: str) -> Reading:
+    """Return a document as a donor reads it, in one pass.
 
     The document follows a token that ends documents, the first one of the vocabulary.
 
@@ -194,4 +204,11 @@ def donor_targets(donor: Donor, vocabulary: Vocabulary, text: str) -> ByteTarget
     if not vocabulary.ends:
         raise DataError(f"{donor.name} has no token that ends a document: choose another donor")
     ids = torch.tensor([[vocabulary.ends[0], *tokens]])
-    return byte_targets(vocabulary, tokens, donor.model(ids).logits[0].numpy())
+    states = donor.model.model(ids, use_cache=False).last_hidden_state[0]
+    logits = donor.model.get_output_embeddings()(states).numpy()
+    return Reading(tokens, states, byte_targets(vocabulary, tokens, logits))
+
+
+def donor_targets(donor: Donor, vocabulary: Vocabulary, text: str) -> ByteTargets:
+    """Return what a donor predicts at every byte of a document; see :func:`read_document`."""
+    return read_document(donor, vocabulary, text).targets
