@@ -190,6 +190,16 @@ def test_help_does_not_wait_for_torch():
     assert done.stdout.strip() == "False"
 
 
+def test_neither_loading_nor_training_on_one_device_waits_for_fsdp():
+    code = (
+        "import sys, bytelm, bytelm.cli; bytelm.load, bytelm.train; import bytelm.training.run; "
+        "print('torch' in sys.modules, 'torch.distributed.fsdp' in sys.modules, "
+        "'torch.distributed.tensor' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == ["True", "False", "False"]
+
+
 def test_data_inspect_and_calibrate(run, world, tmp_path):
     figure = tmp_path / "scored.svg"
     status, out, _ = run("data", "inspect", world / "scored", "--verify", "--out", figure)

@@ -9,16 +9,19 @@ single process would have written: every tool reads it, and any number of ranks.
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from bytelm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 DTYPES = {
     torch.float64: "F64",
@@ -45,16 +48,24 @@ class Part(NamedTuple):
     """Whether other ranks with the same rows, if there are any, have higher numbers."""
 
 
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is distributed over ranks."""
+    # Importing the module takes longer than the rest of a short command, and there is no such
+    # tensor before something else has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def part_of(tensor: Tensor) -> Part:
     """Return the part of a tensor that this rank holds."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         return Part(tuple(tensor.shape), 0, tensor.detach(), is_first)
     coordinates = tensor.device_mesh.get_coordinate()
     assert coordinates is not None
     begin, is_first = 0, True
     for axis, placement in enumerate(tensor.placements):
-        if placement == Shard(0):
+        if placement.is_shard(0):
             # As torch.chunk: the last ranks may have fewer rows, or none.
             size = -(-tensor.shape[0] // tensor.device_mesh.size(axis))
             begin = min(coordinates[axis] * size, tensor.shape[0])

@@ -10,12 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -27,6 +21,7 @@ from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.layers import Block, EncoderCrossAttention
+from bytelm.shards import is_sharded
 from bytelm.training.distributed import World
 
 SAVED = {
@@ -106,6 +101,9 @@ def shard(lm: CausalLM, config: TrainConfig, device: torch.device, world: World)
     Raises:
         ConfigError: the ranks cannot form groups of ``train.shard_ranks``.
     """
+    # Importing FSDP takes longer than the rest of a short command, which does not need it.
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     cast = config.precision_on(device.type) == "bfloat16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if cast else None, reduce_dtype=torch.float32
@@ -154,9 +152,9 @@ def device_mesh(config: TrainConfig, device: torch.device, world: World) -> Devi
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor that may be sharded as a whole, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds: all of it unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
