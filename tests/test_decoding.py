@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import byte_strings, ids_of, lm_models, random_byte_lm, random_patched
+from builders import (
+    byte_strings,
+    ids_of,
+    lm_models,
+    random_byte_lm,
+    random_patched,
+    some_by_default,
+)
 from bytelm import codec
 from bytelm.errors import ConfigError
 from bytelm.inference import (
@@ -28,7 +35,7 @@ MODELS = lm_models()
 STATIC = random_patched(rule=StaticRule(3))
 
 
-@pytest.fixture(params=MODELS, scope="module")
+@pytest.fixture(params=some_by_default(MODELS), scope="module")
 def model(request):
     return MODELS[request.param]()
 

@@ -22,9 +22,14 @@ def imported(theirs, folder):
 
 
 ALL = {**VARIANTS, **SCALED}
+# The rest are in the slow stage.
+SOME = [*list(VARIANTS)[:3], "grouped heads", "no projection", *list(SCALED)[:1]]
 
 
-@pytest.fixture(scope="module", params=ALL)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in ALL],
+)
 def pair(request, tmp_path_factory):
     theirs = hf_model(**ALL[request.param])
     return imported(theirs, tmp_path_factory.mktemp("pair") / "hf"), theirs

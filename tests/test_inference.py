@@ -83,7 +83,7 @@ def record(run):
     return replay
 
 
-@pytest.fixture(params=MODELS, scope="module")
+@pytest.fixture(params=some_by_default(MODELS), scope="module")
 def model(request):
     return MODELS[request.param]()
 
