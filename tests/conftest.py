@@ -8,18 +8,15 @@ import torch
 import shape_checks
 from commands import invoke
 
-for name, max_examples in (("default", 8), ("slow", 16)):
-    hypothesis.settings.register_profile(
-        name, deadline=None, max_examples=max_examples, derandomize=True, print_blob=True
-    )
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=16, derandomize=True, print_blob=True
+)
 hypothesis.settings.load_profile("default")
 # What --jaxtyping-packages decorates the functions of the package with.
 jaxtyping.jaxtyped = shape_checks.checked
 
 
 def pytest_configure(config):
-    if config.option.markexpr == "slow":
-        hypothesis.settings.load_profile("slow")
     # Each xdist worker on a small machine gets one thread; otherwise they fight over the cores.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)

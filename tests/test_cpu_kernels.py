@@ -11,13 +11,13 @@ from torch.testing import assert_close
 
 from builders import NGRAMS, random_byte_lm, random_ids, random_patched
 from bytelm import cpu
-from bytelm.cpu import attending, compiling, products
+from bytelm.cpu import attending, compiling, int8, products
 from bytelm.inference import Session
 from bytelm.inference.cache import EntriesDecode, KVCache
 from bytelm.inference.pages import PagedMemory
 from bytelm.model.attention import StackSpec
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 sizes = st.integers(1, 40)
 
 
@@ -173,3 +173,40 @@ def test_steps_are_kept_from_one_draft_to_the_next():
         session.feed(ids[at + 3 : at + 4])
         made += run._made.values()
     assert [one is made[0] for one in made] == [True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("stored", ["by rows", "by columns", "int8"])
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_a_product_in_a_kernel_is_that_of_numpy(stored, rows):
+    x, linear = torch.randn(rows, 10), torch.nn.Linear(10, 70, bias=False)
+    weight = linear.weight.detach().numpy()
+    if stored == "by columns":
+        weight = np.asfortranarray(weight)
+    elif stored == "int8":
+        weight = int8.Int8Linear(linear).matrix.arrays
+    plain = compiling.kernels().add_product
+    expected, found = np.ones((2, rows, 70), np.float32)
+    plain(x.numpy(), weight, expected)
+
+    @numba.njit
+    def compiled(x, weight, out):
+        plain(x, weight, out)
+
+    compiled(x.numpy(), weight, found)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_buffers_of_few_numbers_of_rows_are_kept(monkeypatch):
+    monkeypatch.setattr("bytelm.cpu.fusing.MAX_STEPS", 2)
+    model = cpu.fuse(random_byte_lm().eval())
+    run, ids = model.transformer.__dict__["run"], random_ids(12)
+    with torch.no_grad():
+        expected = model(ids[None])[0]
+        state = model.new_state(5, "eager")
+        for slot in range(5):
+            state.prefill(slot, ids[:4])
+        for at, rows in enumerate((1, 2, 3, 4, 5), 4):
+            # The last slots fall behind: each step has the others' next id.
+            logits = state.decode(ids[at].expand(6 - rows), range(6 - rows))
+            assert_close(logits[0], expected[at], rtol=1e-4, atol=2e-5)
+            assert 1 <= len(run._made) <= 2

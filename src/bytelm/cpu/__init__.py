@@ -13,7 +13,7 @@ __all__ = ["Int8Linear", "arrange", "compile_kernels", "fuse", "quantize", "unfu
 def compile_kernels(device: torch.device) -> None:
     """Compile the kernels of steps of several requests, if they will be used, so that none waits.
 
-    That takes seconds the first time on a computer, and half a second in each process.
+    That takes some 20 s the first time on a computer, and less than 1 s in each later process.
     """
     if compiling.is_worth_it(torch.empty(0, device=device)):
         compiling.kernels().warm_up()

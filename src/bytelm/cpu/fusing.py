@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ from bytelm.model.layers import (
 from bytelm.model.transformer import Transformer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+MAX_STEPS = 64
+"""Numbers of rows and threads for which a stack keeps buffers."""
 
 
 def fuse(model: ModuleT) -> ModuleT:
@@ -287,8 +290,10 @@ class _FusedLastEmbedding(_Fused):
         if ngrams is None or not is_worth_it(table):
             return self.own(ids)
         out = torch.empty(len(ids), 1, table.shape[1])
-        options = embedding.primes, embedding.sizes, embedding.num_buckets, embedding.scale
-        arrays = (one.detach().numpy() for one in (ids.contiguous(), table, ngrams))
+        # Arrays, since tuples of each length would be compiled by themselves.
+        numbers = [np.array(one) for one in (embedding.primes, embedding.sizes)]
+        arrays = [one.detach().numpy() for one in (ids.contiguous(), table, ngrams)]
+        options = *numbers, embedding.num_buckets, embedding.scale
         compiling.kernels().embed(*arrays, *options, out[:, 0].numpy())
         return out
 
@@ -345,6 +350,8 @@ class _FusedStack(_Fused):
             if weights is None:
                 self._made = {}
                 return self.own(x, *rest)
+            if len(self._made) >= MAX_STEPS:
+                self._made.clear()
             step = self._made[key] = self.make_step(iter(weights), len(x))
         return step(x[:, 0], *rest)
 

@@ -110,6 +110,7 @@ def quantize(model: nn.Module) -> None:
             is_plain = type(child) is nn.Linear and name != "output"
             if is_plain and child.get_parameter("weight").numel() >= MIN_SIZE:
                 setattr(module, name, Int8Linear(child))
+    kernels().warm_up(is_int8=True)
 
 
 def _check_numba() -> None:

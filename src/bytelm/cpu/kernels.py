@@ -148,13 +148,17 @@ def add_int8(x, tiles, scale, out):
 
 
 def add_product(x, weight, out):
-    """Add ``x @ weight.T`` to ``out``; only called by kernels."""
-    raise NotImplementedError
+    """Add ``x @ weight.T`` to ``out``, whatever a matrix is stored like."""
+    if isinstance(weight, tuple):
+        tiles, scale = weight
+        integers = tiles.transpose(0, 2, 1).reshape(-1, x.shape[1])[: len(scale)]
+        weight = integers * scale[:, None]
+    out += x @ weight.T
 
 
 @overload(add_product)
 def _add_product(x, weight, out):
-    """Choose the kernel for how a matrix is stored."""
+    """Choose what kernels call instead, for the type of a matrix."""
     if isinstance(weight, types.BaseTuple):
         return lambda x, weight, out: add_int8(x, weight[0], weight[1], out)
     if weight.layout == "F":
@@ -359,23 +363,36 @@ def embed(ids, table, ngrams, primes, sizes, num_buckets, scale, out):
         result *= np.float32(scale)
 
 
-def warm_up():
-    """Compile what steps of several rows of an fp32 model call."""
+def warm_up(*, is_int8=False):
+    """Compile what steps of an fp32 model with several rows call, or of one with 8-bit weights."""
     one, two, four = (np.ones(shape, np.float32) for shape in ((2,), (2, 2), (2, 4)))
-    wide = np.asfortranarray(np.ones((4, 2), np.float32))
-    square, qkv = wide[:2].copy("F"), np.asfortranarray(np.ones((6, 2), np.float32))
+    wide, qkv, square = (
+        np.asfortranarray(np.ones((outputs, 2), np.float32)) for outputs in (4, 6, 2)
+    )
+    narrow = two
+    if is_int8:
+        wide, qkv, square = (
+            (np.ones((1, 2, TILE), np.int8), np.ones(outputs, np.float32)) for outputs in (4, 6, 2)
+        )
+        narrow = square
     zeros = np.zeros(2, np.int64)
     place = np.zeros((2, 1), np.int64), 1, zeros, zeros + 1, 1, 1
     buffers = two.copy(), np.ones((2, 3, 2), np.float32), two.copy(), four
-    weights = one, qkv, square, one, wide, two
+    weights = one, qkv, square, one, wide, narrow
     factors = np.ones((2, 1), np.complex64)
     caches = one.copy(), one.copy()
     decode_block(
         two, factors, caches, place, weights, (0.0, 0.0), buffers, True, two.copy(), two.copy()
     )
-    norm_linear(two, one, wide, 0.0, two.copy(), four)
     keys = np.ones((2, 1, 1, 2), np.float32)
     buffers = two.copy(), two.copy(), two.copy()
     decode_cross(two, keys, keys, (one, square, square), (0.0, 1.0), buffers, two.copy())
+    norm_linear(two, one, wide, 0.0, two.copy(), four)
+    if is_int8:
+        add_int8(two, *wide, four)
+        return
+    norm_linear(two, one, two, 0.0, two.copy(), two.copy())
     add_by_columns(two, two, two.copy())
     add_by_rows(two, two, two.copy())
+    ids = np.zeros((2, 2), np.int64)
+    embed(ids, two, two, ids[0] + 3, ids[0] + 1, 1, 1.0, two.copy())

@@ -22,36 +22,26 @@ MAX_ROWS_BY_ROWS = 8
 """Rows up to which the kernel for matrices stored by rows is faster."""
 
 
-def accumulation(
-    x: Float[Tensor, "rows inputs"],
-    weight: Float[Tensor, "outputs inputs"],
-    out: Float[Tensor, "rows outputs"],
-) -> Callable[[], object]:
-    """Return a function that adds ``x @ weight.T`` to ``out``, with whatever they then hold."""
-    chosen = choose(weight, len(x))
-    if chosen is None:
-        return lambda: torch.addmm(out, x, weight.T, out=out)
-    kernel, matrix = chosen
-    arguments = [one.detach().numpy() for one in (x, matrix, out)]
-    return lambda: kernel(*arguments)
-
-
 def add_product(
     out: Float[Tensor, "rows outputs"],
     x: Float[Tensor, "rows inputs"],
     weight: Float[Tensor, "outputs inputs"],
 ) -> Float[Tensor, "rows outputs"]:
     """Add ``x @ weight.T`` to ``out``, and return it."""
-    accumulation(x.contiguous(), weight, out)()
+    chosen = choose(weight, len(x))
+    if chosen is None:
+        return torch.addmm(out, x, weight.T, out=out)
+    kernel, matrix = chosen
+    kernel(*(one.detach().numpy() for one in (x.contiguous(), matrix, out)))
     return out
 
 
 def norm_linear_of_few(
-    x: Float[Tensor, "batch patches slots dim"] | Float[Tensor, "..."],
+    x: Float[Tensor, "*shape dim"],
     norm: Float[Tensor, " dim"],
     weight: Float[Tensor, "outputs dim"],
     eps: float,
-) -> Float[Tensor, "..."] | None:
+) -> Float[Tensor, "*shape outputs"] | None:
     """Return :func:`bytelm.kernels.norm_linear` of the slots of one patch of each of several rows.
 
     ``None`` if there is no kernel for that, and for a single row: what a document alone gets does

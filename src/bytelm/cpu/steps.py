@@ -6,7 +6,7 @@ those of the modules.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,15 @@ class Step:
     """Decoding step of a stack of blocks; returns the last block's output."""
 
     def __init__(self, owner: Any, weights: Iterator[Weight], rows: int) -> None:
-        self._blocks = [_BlockStep(block, weights, rows) for block in owner.blocks]
-        self._has_kernels = all(block.kernel is not None for block in self._blocks)
+        self._owner, self._rows = owner, rows
+        self._weights = [tuple(next(weights) for _ in BLOCK_LAYERS) for _ in owner.blocks]
+        self._blocks: list[_BlockStep] = []
+        self._kernels: list[_BlockKernel] = []
+        if all(_has_block_kernel(weights, rows) for weights in self._weights):
+            # The blocks of a stack have one shape, and run one after another.
+            hidden = self._weights[0][-1].shape[1]
+            buffers = _BlockBuffers.of(owner.blocks[0], rows, hidden)
+            self._kernels = [_BlockKernel(*one, buffers) for one in self._pairs()]
 
     def __call__(self, x: Float[Tensor, "rows dim"], *rest: Any) -> Any:
         (context,) = rest
@@ -47,17 +54,21 @@ class Step:
             x = block(x)
         return x[:, None]
 
+    def _pairs(self) -> Iterator[tuple[Block, tuple[Weight, ...]]]:
+        return zip(self._owner.blocks, self._weights, strict=True)
+
     def _over(self, context: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         """Yield each block with its place in a context."""
-        in_place = context.in_place() if self._has_kernels else None
+        in_place = context.in_place() if self._kernels else None
         if in_place is not None:
             factors = in_place.factors[:, 0, 0].numpy()
-            for layer, block in enumerate(self._blocks):
-                assert block.kernel is not None
+            place = in_place.entries.place(in_place.head_positions, self._kernels[0].kv_heads)
+            for layer, block in enumerate(self._kernels):
                 cached = in_place.keys[layer].view(-1), in_place.values[layer].view(-1)
-                place = in_place.entries.place(in_place.head_positions, block.kernel.kv_heads)
-                yield partial(block.kernel, cached=cached, place=place, factors=factors)
+                yield partial(block, cached=cached, place=place, factors=factors)
         else:
+            if not self._blocks:
+                self._blocks = [_BlockStep(*one, self._rows) for one in self._pairs()]
             factors = context.factors[:, 0]
             for layer, block in enumerate(self._blocks):
                 yield partial(block, layer=layer, context=context, factors=factors)
@@ -115,10 +126,8 @@ class DecoderStep(TransformerStep):
 class _BlockStep:
     """Decoding step of a block."""
 
-    def __init__(self, block: Block, weights: Iterator[Weight], rows: int) -> None:
-        attention_norm, qkv, out, feed_forward_norm, gate_up, down = (
-            next(weights) for _ in BLOCK_LAYERS
-        )
+    def __init__(self, block: Block, weights: tuple[Weight, ...], rows: int) -> None:
+        attention_norm, qkv, out, feed_forward_norm, gate_up, down = weights
         kv_heads, head_dim = block.attention.kv_heads, block.attention.head_dim
         self._project = _NormLinear(attention_norm, qkv, block.attention_norm.eps, rows)
         heads = self._project.out.view(rows, -1, head_dim)
@@ -133,11 +142,6 @@ class _BlockStep:
         self._gate_up = _NormLinear(feed_forward_norm, gate_up, block.feed_forward_norm.eps, rows)
         self._gate, self._up = self._gate_up.out.chunk(2, dim=-1)
         self._down = _AddLinear(down)
-        matrices = qkv, out, gate_up, down
-        self.kernel = None
-        if _have_kernels(matrices, rows):
-            norms = attention_norm, feed_forward_norm
-            self.kernel = _BlockKernel(block, norms, matrices, rows)
 
     def __call__(
         self,
@@ -205,36 +209,35 @@ class _CrossStep:
         return self._out(x, mixed, self._residual_scale)
 
 
+class _BlockBuffers(NamedTuple):
+    """What a kernel writes between the parts of a block."""
+
+    between: tuple[Any, ...]
+    """See :func:`bytelm.cpu.kernels.decode_block`."""
+    hidden: Float[Tensor, "rows hidden"]
+
+    @classmethod
+    def of(cls, block: Block, rows: int, hidden: int) -> "_BlockBuffers":
+        """Allocate the buffers of a block's shape."""
+        attention = block.attention
+        dim, head_dim = len(block.attention_norm.weight), attention.head_dim
+        heads = rows, sum(attention.split), head_dim
+        inner = rows, attention.split[0] * head_dim
+        shapes = (rows, dim), heads, inner, (rows, 2 * hidden)
+        between = tuple(np.empty(shape, np.float32) for shape in shapes)
+        return cls(between, torch.empty(rows, hidden))
+
+
 class _BlockKernel:
     """Decoding step of a block in one call of :func:`bytelm.cpu.kernels.decode_block`."""
 
-    def __init__(
-        self,
-        block: Block,
-        norms: tuple[Tensor, Tensor],
-        matrices: tuple[Weight, Weight, Weight, Weight],
-        rows: int,
-    ) -> None:
-        attention = block.attention
-        qkv, out, gate_up, down = matrices
-        self.kv_heads = attention.kv_heads
-        self._weights = (
-            norms[0].detach().numpy(),
-            _as_array(qkv),
-            _as_array(out),
-            norms[1].detach().numpy(),
-            _as_array(gate_up),
-            _as_array(down),
-        )
+    def __init__(self, block: Block, weights: tuple[Weight, ...], buffers: _BlockBuffers) -> None:
+        self.kv_heads = block.attention.kv_heads
+        self._weights = tuple(map(_as_array, weights))
         self._eps = block.attention_norm.eps or 0.0, block.feed_forward_norm.eps or 0.0
-        inner, hidden = out.shape[1], down.shape[1]
-        heads = rows, sum(attention.split), attention.head_dim
-        shapes = (rows, len(norms[0])), heads, (rows, inner), (rows, 2 * hidden)
-        self._buffers = tuple(np.empty(shape, np.float32) for shape in shapes)
-        self._hidden = torch.empty(rows, hidden)
-        self._down = down
-        self._has_down = isinstance(down, Int8Weight) or rows <= MAX_ROWS_BY_ROWS
-        self._kernel = kernels().decode_block
+        self._buffers, self._down = buffers, weights[-1]
+        is_int8 = isinstance(self._down, Int8Weight)
+        self._has_down = is_int8 or len(buffers.hidden) <= MAX_ROWS_BY_ROWS
 
     def __call__(
         self,
@@ -243,25 +246,26 @@ class _BlockKernel:
         place: tuple[Any, ...],
         factors: Any,
     ) -> Float[Tensor, "rows dim"]:
-        out = torch.empty(x.shape)
-        self._kernel(
+        out, hidden = torch.empty(x.shape), self._buffers.hidden
+        kernels().decode_block(
             x.contiguous().numpy(),
             factors,
             (cached[0].numpy(), cached[1].numpy()),
             place,
             self._weights,
             self._eps,
-            self._buffers,
+            self._buffers.between,
             self._has_down,
             out.numpy(),
-            self._hidden.numpy(),
+            hidden.numpy(),
         )
-        return out if self._has_down else torch.addmm(out, self._hidden, self._down.T, out=out)
+        return out if self._has_down else torch.addmm(out, hidden, self._down.T, out=out)
 
 
-def _have_kernels(matrices: Sequence[Weight], rows: int) -> bool:
+def _has_block_kernel(weights: tuple[Weight, ...], rows: int) -> bool:
     """Whether a block's matrices are stored as the kernel reads them, and are faster that way."""
-    *wide, down = matrices
+    _, *wide, _, gate_up, down = weights
+    wide.append(gate_up)
     is_int8 = isinstance(down, Int8Weight)
     if isinstance(wide[0], Int8Weight) != is_int8 or not _are_wide(wide, rows):
         return False
