@@ -23,6 +23,11 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
