@@ -16,7 +16,7 @@ from builders import (
 )
 from bytelm import codec
 from bytelm.errors import ConfigError
-from bytelm.evaluation import evaluate, total
+from bytelm.likelihood import evaluate, total
 from bytelm.lm import PatchedLM
 from bytelm.patching import EntropyRule, Patcher, SpaceRule, build_patches
 from bytelm.scoring import TransformerScorer

@@ -28,7 +28,7 @@ from bytelm.data import (
 )
 from bytelm.data.records import Document
 from bytelm.display import show_data
-from bytelm.evaluation import evaluate
+from bytelm.likelihood import evaluate
 from bytelm.patching import Patcher, SpaceRule
 from bytelm.tokens import train_tokenizer
 from bytelm.training import Trainer

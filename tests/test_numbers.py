@@ -20,9 +20,9 @@ from bytelm.data.calibration import sample_dataset
 from bytelm.data.records import Document
 from bytelm.data.writing import Shard, Writer
 from bytelm.errors import CheckpointError, NumericalError, TrainingError
-from bytelm.evaluation import evaluate
 from bytelm.inference import Sampler, Sampling, generate
 from bytelm.language_model import LanguageModel
+from bytelm.likelihood import evaluate
 from bytelm.lm import ScorerLM
 from bytelm.scoring import ContextScorer, fit_ngram_scorer, score_documents
 from bytelm.training import objective, train

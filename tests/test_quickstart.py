@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bytelm.errors import ConfigError, DataError
-from bytelm.evaluation import Likelihood
 from bytelm.language_model import LanguageModel
+from bytelm.likelihood import Likelihood
 from bytelm.progress import Progress
 from bytelm.quickstart import FLOPS, _evaluate, run_quickstart
 from bytelm.quickstart.coach import Coach

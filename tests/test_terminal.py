@@ -15,8 +15,8 @@ from bytelm.codec import to_bytes
 from bytelm.config import StaticPatching
 from bytelm.display import ConsoleProgress, show_likelihood, show_patches, show_study_costs
 from bytelm.display.progress import Bar, TrainingBar
-from bytelm.evaluation import Likelihood
 from bytelm.language_model import PatchedText
+from bytelm.likelihood import Likelihood
 from bytelm.study import plan_runs, run_costs
 from bytelm.terminal import Terminal, escape_controls
 from study_plan import plan

@@ -12,8 +12,8 @@ from bytelm.checkpoint import load_scorer, save_model
 from bytelm.config import ModelDescription, TransformerConfig
 from bytelm.data.packing import Row, make_batch
 from bytelm.errors import CheckpointError, ConfigError, DataError
-from bytelm.evaluation import evaluate, total
 from bytelm.inference import generate
+from bytelm.likelihood import evaluate, total
 from bytelm.lm import ByteLM, TokenLM
 from bytelm.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from bytelm.units import Span, TokenUnits

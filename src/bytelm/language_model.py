@@ -15,8 +15,8 @@ from bytelm.codec import Text
 from bytelm.config import PatchingConfig, kind_of, nearest
 from bytelm.config.rules import RULE_OPTIONS, named_rule
 from bytelm.errors import CheckpointError, ConfigError, DataError
-from bytelm.evaluation import Labelled, Likelihood, evaluate, log_likelihoods, log_probs
 from bytelm.inference import GREEDY, Generated, Sampling, stream, stream_many
+from bytelm.likelihood import Labelled, Likelihood, evaluate, log_likelihoods, log_probs
 from bytelm.lm import CausalLM
 from bytelm.lm.kinds import CANNOT_PREDICT
 from bytelm.patched_text import AnyRule, PatchedText, patch_text, text_entropies
@@ -155,7 +155,7 @@ class LanguageModel:
         Args:
             texts: (label, text) pairs, or (label, text, ranges) to measure only some bytes.
             stride: bytes between the beginnings of contexts; see
-                :func:`bytelm.evaluation.evaluate`.
+                :func:`bytelm.likelihood.evaluate`.
             report: called with the bytes measured so far.
 
         Raises:

@@ -1,16 +1,23 @@
-"""Commands that train and use models: train, eval, patch, generate."""
+"""Commands that train and use models: train, patch, generate."""
 
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bytelm.cli.app import app, console, resumable, status
-from bytelm.cli.options import Threads, build_rule, seconds, step_range
+from bytelm.cli.options import (
+    Checkpoint,
+    Device,
+    Precision,
+    Threads,
+    build_rule,
+    seconds,
+    step_range,
+)
 from bytelm.cli.prompting import continue_prompts
-from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.config import (
     RULES,
     NgramRecipe,
@@ -19,29 +26,16 @@ from bytelm.config import (
     StaticPatching,
     load_recipe,
 )
-from bytelm.errors import ConfigError, DataError
+from bytelm.errors import ConfigError
 from bytelm.ranks import find_place
 from bytelm.storage import to_json
 from bytelm.terminal import escape_controls
 
 if TYPE_CHECKING:
-    from bytelm.data import ReadOptions
-    from bytelm.evaluation import Likelihood
     from bytelm.language_model import LanguageModel, PatchedText
 
 LONG_TEXT = 50_000
 """Bytes of text from which finding its patches takes seconds."""
-Checkpoint = Annotated[
-    Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA if available.")]
-Precision = Annotated[
-    Literal["auto", "stored", "float32", "bfloat16", "int8"],
-    typer.Option(
-        help="Precision of the weights; auto: float32 on the CPU, as stored elsewhere; int8: on "
-        "the CPU, generates faster (needs numba)."
-    ),
-]
 
 
 @app.command(context_settings={"allow_interspersed_args": True})
@@ -114,76 +108,6 @@ def train(
         units = "tokens" if resolved.data.tokenizer else "patches"
         show_likelihood(console, result.validation, units)
     console.print(f"{result.bytes_seen:,} bytes and {result.flops:.3g} FLOPs in {folder}")
-
-
-@app.command("eval")
-@with_read_options
-def evaluate(
-    checkpoint: Checkpoint,
-    texts: Annotated[
-        list[str],
-        typer.Argument(
-            help="Text to measure: files, folders or globs, read as by data prepare; prepared "
-            "data, of which the held-out documents are measured."
-        ),
-    ],
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Bytes between the beginnings of contexts in long text; smaller values give every "
-            "byte more context. (default: no overlap)"
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: of all text, and by source.")
-    ] = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    threads: Threads = None,
-    *,
-    read: "ReadOptions",
-) -> None:
-    """Measure the bits per byte of text, by source.
-
-    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
-    """
-    from bytelm.data import Reader, find_inputs
-    from bytelm.display import ConsoleProgress, show_inputs, show_likelihood
-    from bytelm.evaluation import total
-    from bytelm.language_model import load
-    from bytelm.threads import use_threads
-
-    lm = load(checkpoint, device, precision)
-    said = use_threads(threads, device)
-    if said:
-        status.print(said, highlight=False, markup=False, soft_wrap=True)
-    reader = Reader(read)
-    inputs = find_inputs(texts, read)
-    reading = HeldOutText(inputs, reader)
-    with ConsoleProgress(status).measuring("evaluating") as show:
-        by_source = lm.likelihood(
-            ((d.source, d.data, d.trained) for d in reading),
-            stride=stride,
-            report=lambda done: show(done, reading.expected_bytes),
-        )
-    if not by_source:
-        raise DataError(
-            "there is no text to evaluate: name other files (of prepared data, only held-out "
-            "documents are evaluated)"
-        )
-    show_inputs(status, [one for one in reader.records if one.note or one.invalid_records])
-    if as_json:
-        units = lm.module.units.name
-
-        def record(x: "Likelihood") -> dict[str, float]:
-            count = {units: x.num_units} if units != "bytes" else {}
-            return {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, **count}
-
-        # A source may have any name, "all" too.
-        sources = {name: record(one) for name, one in by_source.items()}
-        print(to_json({"all": record(total(by_source.values())), "sources": sources}, indent=2))
-        return
-    show_likelihood(console, by_source, lm.module.units.name)
 
 
 @app.command()

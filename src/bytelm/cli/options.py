@@ -1,7 +1,8 @@
 """Options that several commands share, and the values of options: patching rules and durations."""
 
 import re
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,6 +10,17 @@ from bytelm.config import PatchingConfig
 from bytelm.config.rules import named_rule
 from bytelm.errors import ConfigError
 
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder of a checkpoint, or of a training run (its newest is used).")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for CUDA if available.")]
+Precision = Annotated[
+    Literal["auto", "stored", "float32", "bfloat16", "int8"],
+    typer.Option(
+        help="Precision of the weights; auto: float32 on the CPU, as stored elsewhere; int8: on "
+        "the CPU, generates faster (needs numba)."
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

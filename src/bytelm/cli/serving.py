@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bytelm.cli.app import app, console, status
-from bytelm.cli.models import Checkpoint, Device, Precision
+from bytelm.cli.options import Checkpoint, Device, Precision
 from bytelm.errors import ConfigError
 
 if TYPE_CHECKING:

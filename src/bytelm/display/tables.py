@@ -15,8 +15,8 @@ from bytelm.config import CalibratedPatching, Recipe
 from bytelm.data import Manifest
 from bytelm.data.dataset import SourceStatistics
 from bytelm.data.statistics import BIN, NUM_BINS
-from bytelm.evaluation import Likelihood, total
 from bytelm.language_model import PatchedText
+from bytelm.likelihood import Likelihood, total
 from bytelm.quickstart import HEADINGS, REPORT, Quickstart, table_rows
 from bytelm.study import Cost, Plan
 from bytelm.terminal import Terminal, escape_controls, escape_line

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from bytelm.data import Dataset
 from bytelm.errors import ConfigError
-from bytelm.evaluation import Likelihood, total
 from bytelm.figures import check_matplotlib
 from bytelm.inference import Sampling
 from bytelm.language_model import LanguageModel, load
+from bytelm.likelihood import Likelihood, total
 from bytelm.progress import Progress
 from bytelm.quickstart.coach import DRAWING_SHARE, FLOPS, Coach
 from bytelm.quickstart.report import (

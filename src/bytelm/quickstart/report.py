@@ -12,9 +12,9 @@ import torch
 from bytelm.accounting import parameters_by_part
 from bytelm.config import SpacePatching, StaticPatching
 from bytelm.data import Manifest
-from bytelm.evaluation import Likelihood
 from bytelm.figures import draw_curves, draw_entropies, draw_rules
 from bytelm.language_model import LanguageModel
+from bytelm.likelihood import Likelihood
 from bytelm.storage import write_json, write_text
 from bytelm.tracking import read_jsonl
 from bytelm.training import TrainingResult

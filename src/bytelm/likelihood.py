@@ -19,8 +19,10 @@ from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM
 from bytelm.progress import ignore
 from bytelm.scoring import group_by_size, score_documents
-from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans, span_nats
+from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans, span_nats, total
 from bytelm.units import Ranges, Span, TokenUnits, trained_targets
+
+__all__ = ["Labelled", "Likelihood", "evaluate", "log_likelihoods", "log_probs", "total"]
 
 Labelled = tuple[str, bytes] | tuple[str, bytes, Ranges | None]
 """A label, the bytes of a document, and the ranges of them to measure; ``None`` for all."""
