@@ -1,6 +1,11 @@
-import pytest
+import io
+import threading
+import time
 
-from bytelm.display import si
+import pytest
+from rich.console import Console
+
+from bytelm.display import explaining, si
 
 
 @pytest.mark.parametrize(
@@ -19,3 +24,20 @@ from bytelm.display import si
 )
 def test_numbers_have_three_digits_and_a_prefix(value, shown):
     assert si(value) == shown
+
+
+def test_only_those_who_wait_are_told_why():
+    console = Console(file=io.StringIO())
+    with explaining(console, "why [b]", seconds=60.0):
+        pass
+    with explaining(console, "why [b]", seconds=60.0) as started:
+        started()
+    with explaining(console, "why [b]", seconds=0.0):
+        deadline = time.monotonic() + 10
+        while "why" not in console.file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert console.file.getvalue() == "why [b]\n"
+    for one in threading.enumerate():
+        if isinstance(one, threading.Timer):
+            one.join(10)
+            assert not one.is_alive()

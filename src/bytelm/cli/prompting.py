@@ -90,7 +90,7 @@ def _run(
     max_document_bytes: int | None,
 ) -> int:
     """Continue prompts; return how many have an error."""
-    from bytelm.display import ConsoleProgress
+    from bytelm.display import COMPILING, ConsoleProgress, explaining
     from bytelm.language_model import DEFAULT_SLOTS
     from bytelm.progress import Progress
     from bytelm.prompts import MAX_DOCUMENT_BYTES, answer_prompts
@@ -103,13 +103,17 @@ def _run(
 
     def report(total: int) -> None:
         nonlocal shown, num_bytes
+        started()
         num_bytes, now = total, time.monotonic()
         if now - shown > SHOWN_SECONDS:
             shown = now
             show(num_done, f"{total / (now - began):,.0f} bytes/s")
 
     progress = Progress() if is_shown else ConsoleProgress(status)
-    with progress.counting("generating", len(prompts)) as show:
+    with (
+        progress.counting("generating", len(prompts)) as show,
+        explaining(status, COMPILING) as started,
+    ):
         for answer in answer_prompts(
             lm,
             prompts,

@@ -101,6 +101,7 @@ def serve(
     _check_installed()
     if replicas is not None and not ray:
         raise ConfigError("--replicas needs --ray: without it there is one process")
+    from bytelm.display import COMPILING, explaining
     from bytelm.language_model import load
     from bytelm.serving import Settings, create_app, listen
     from bytelm.serving import serve as run
@@ -135,7 +136,8 @@ def serve(
         lm = load(checkpoint, device, precision)
         if threads is not None:
             use_threads(threads, device)
-        application = create_app(lm, settings)
+        with explaining(status, COMPILING):
+            application = create_app(lm, settings)
         _announce(settings, host, listening.getsockname()[1])
         run(application, listening, grace)
 

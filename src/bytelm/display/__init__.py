@@ -16,12 +16,15 @@ from bytelm.display.tables import (
     show_study_costs,
     si,
 )
+from bytelm.display.waiting import COMPILING, explaining
 
 __all__ = [
+    "COMPILING",
     "ConsoleProgress",
     "TrainingBar",
     "cost_shares",
     "costs_title",
+    "explaining",
     "patches_record",
     "show_costs",
     "show_data",
