@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from bytelm.errors import DataError
-from bytelm.study.fit import Curve, Floats, through
+from bytelm.evaluation.bootstrap import REPLICATES, Floats, interval, resample
+from bytelm.study.fit import Curve, through
 from bytelm.study.table import Results, budget
 
-REPLICATES = 1000
 MAX_T = 30.0
 MIN_FREEDOM = 4
 """Degrees of freedom from which the runs of a comparison give their own estimate of noise."""
@@ -107,8 +107,7 @@ class Bootstrap:
 
     def interval(self, row: int) -> tuple[float, float]:
         """Return the 95% interval of a run's bits per byte."""
-        low, high = np.quantile(self.replicates[:, row], (0.025, 0.975))
-        return float(low), float(high)
+        return interval(self.replicates[:, row])
 
     def difference(
         self,
@@ -129,9 +128,8 @@ class Bootstrap:
         mine, base = self._of_seeds(sizes, seeds), self._of_seeds(baseline, seeds)
         value = _best(self.bpb[None], mine) - _best(self.bpb[None], base)
         drawn = _best(self.replicates, mine) - _best(self.replicates, base)
-        low, high = np.quantile(drawn, (0.025, 0.975))
         planned = budget(self.results.rows[sizes[0][0]])
-        return Difference(*names, planned, float(value[0]), float(low), float(high), len(seeds))
+        return Difference(*names, planned, float(value[0]), *interval(drawn), len(seeds))
 
     def curve(self, name: str, budgets: Sequence[Sequence[Sequence[int]]], axis: str) -> Curve:
         """Return the curve through some runs: at each budget the best size, as the mean over seeds.
@@ -229,7 +227,7 @@ def _draws(results: Results, replicates: int, generator: np.random.Generator) ->
     sources = np.array(results.sources)
     for source in sorted(set(results.sources)):
         at = np.flatnonzero(sources == source)
-        drawn = generator.multinomial(len(at), np.full(len(at), 1 / len(at)), size=replicates)
+        drawn = resample(len(at), replicates, generator)
         num_bytes = results.num_bytes[at]
         weights[:, at] = drawn * (num_bytes.sum() / (drawn @ num_bytes))[:, None]
     return weights

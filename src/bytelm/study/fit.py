@@ -10,19 +10,17 @@ bootstrap replicates (:mod:`bytelm.study.bootstrap`).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from bytelm.evaluation.bootstrap import Floats, interval
 
 MIN_POINTS_FOR_FLOOR = 5
 SAME = 0.1
 """Relative difference up to which two runs count as having spent the same."""
 MIN_SHARE = 0.975
 """Share of replicates that must agree on the sign of a difference for it to be stated."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Curve:
 
     def exponent_interval(self) -> tuple[float, float]:
         """Return the 95% interval of the exponent."""
-        return _interval([law.exponent for law in self.replicates])
+        return interval(np.array([law.exponent for law in self.replicates]))
 
     def band(self, x: Floats) -> tuple[Floats, Floats]:
         """Return the 95% interval of the law at each ``x``."""
@@ -148,7 +146,7 @@ def compare_slopes(curve: Curve, baseline: Curve) -> SlopeDifference | None:
     if curve.law is None or baseline.law is None:
         return None
     pairs = zip(curve.replicates, baseline.replicates, strict=True)
-    low, high = _interval([mine.exponent - base.exponent for mine, base in pairs])
+    low, high = interval(np.array([mine.exponent - base.exponent for mine, base in pairs]))
     value = curve.law.exponent - baseline.law.exponent
     return SlopeDifference(curve.name, baseline.name, value, low, high)
 
@@ -242,8 +240,3 @@ def _crossing(grid: Floats, difference: Floats) -> float | None:
     t = a / (a - b)
     x = float(np.exp(np.log(grid[at]) * (1 - t) + np.log(grid[at + 1]) * t))
     return x if b < 0 else -x
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.quantile(np.array(values), (0.025, 0.975))
-    return float(low), float(high)
