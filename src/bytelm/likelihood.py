@@ -22,7 +22,15 @@ from bytelm.scoring import group_by_size, score_documents
 from bytelm.training.objective import LabelledSpan, Likelihood, measure_spans, span_nats, total
 from bytelm.units import Ranges, Span, TokenUnits, trained_targets
 
-__all__ = ["Labelled", "Likelihood", "evaluate", "log_likelihoods", "log_probs", "total"]
+__all__ = [
+    "Labelled",
+    "Likelihood",
+    "evaluate",
+    "log_likelihoods",
+    "log_probs",
+    "target_log_probs",
+    "total",
+]
 
 Labelled = tuple[str, bytes] | tuple[str, bytes, Ranges | None]
 """A label, the bytes of a document, and the ranges of them to measure; ``None`` for all."""
@@ -87,12 +95,40 @@ def log_probs(
             "a token model has probabilities of tokens, not of bytes: use bits_per_byte or "
             "log_likelihood, which sum those of whole texts"
         )
+    found = target_log_probs(lm, documents, context_bytes=context_bytes, stride=stride)
+    for values, _ in found:
+        yield values if eos else values[:-1]
+
+
+def target_log_probs(
+    lm: CausalLM,
+    documents: Iterable[bytes],
+    *,
+    context_bytes: int,
+    stride: int | None = None,
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """Yield ``ln p(target | what is before it)`` of every byte or token of each document.
+
+    Args:
+        lm: language model in evaluation mode.
+        documents: any bytes.
+        context_bytes: as in :func:`evaluate`.
+        stride: as in :func:`evaluate`.
+
+    Yields:
+        The log-probabilities, in nats, and the number of bytes of each target: 1 for bytes, the
+        bytes of each token, and 0 for the end of the document, which is the last.
+
+    Raises:
+        ConfigError: the stride is out of range.
+    """
     labelled = ((str(index), data) for index, data in enumerate(documents))
     spans = _cut_documents(lm, labelled, context_bytes, stride)
     measured = span_nats(lm, spans, context_bytes=context_bytes)
-    for _, parts in groupby(measured, key=lambda part: part.one.label):
+    for _, group in groupby(measured, key=lambda part: part.one.label):
+        parts = list(group)
         nats = np.concatenate([part.nats for part in parts])
-        yield -nats if eos else -nats[:-1]
+        yield -nats, np.concatenate([part.target_bytes for part in parts])
 
 
 def log_likelihoods(
