@@ -3,6 +3,7 @@
 from bytelm.display.inputs import show_inputs
 from bytelm.display.plan import show_plan
 from bytelm.display.progress import ConsoleProgress, TrainingBar
+from bytelm.display.sections import show_cell, show_section
 from bytelm.display.tables import (
     cost_shares,
     costs_title,
@@ -26,6 +27,7 @@ __all__ = [
     "costs_title",
     "explaining",
     "patches_record",
+    "show_cell",
     "show_costs",
     "show_data",
     "show_statistics",
@@ -34,6 +36,7 @@ __all__ = [
     "show_patches",
     "show_plan",
     "show_quickstart",
+    "show_section",
     "show_study_costs",
     "si",
 ]

@@ -92,7 +92,9 @@ def _unevenness(results: Sequence[Languages]) -> Section:
             spreads = {name: result.spread(quantity, name) for name in SPREADS}
             means = {one: result.mean(quantity, one).value for one in result.languages}
             ends = f"{min(means, key=means.__getitem__)}-{max(means, key=means.__getitem__)}"
-            cells = [_with_margin(one, 2 if name == "max/min" else 3) for name, one in spreads.items()]
+            cells = [
+                _with_margin(one, 2 if name == "max/min" else 3) for name, one in spreads.items()
+            ]
             rows.append((result.name, quantity, *cells, ends))
             record.append(
                 {"model": result.name, "quantity": quantity}
@@ -124,9 +126,7 @@ def _differences(first: Languages, other: Languages) -> list[dict[str, Any]]:
                 for name in SPREADS
             }
             quantity = mine if mine == theirs else f"{theirs} - {mine}"
-            found.append(
-                {"model": other.name, "minus": first.name, "quantity": quantity} | values
-            )
+            found.append({"model": other.name, "minus": first.name, "quantity": quantity} | values)
     return found
 
 
@@ -163,8 +163,12 @@ def draw_languages(results: Sequence[Languages], path: Path) -> None:
             number = results.index(result)
             ratios = [result.ratio(quantity, one) for one in order]
             x = np.array([one.value for one in ratios])
-            errors = np.abs([[x_ - one.low for x_, one in zip(x, ratios, strict=True)],
-                             [one.high - x_ for x_, one in zip(x, ratios, strict=True)]])
+            errors = np.abs(
+                [
+                    [x_ - one.low for x_, one in zip(x, ratios, strict=True)],
+                    [one.high - x_ for x_, one in zip(x, ratios, strict=True)],
+                ]
+            )
             at = np.arange(len(order)) + step * (number - (len(results) - 1) / 2)
             colour = "0.4" if title.startswith(BYTES) else COLOURS[number % len(COLOURS)]
             axis.errorbar(x, at, xerr=errors, fmt="o", ms=4, lw=1, color=colour)
