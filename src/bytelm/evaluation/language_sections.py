@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from bytelm.evaluation.bootstrap import Estimate
 from bytelm.evaluation.languages import (
     BITS,
     BITS_PER_BYTE,
@@ -55,15 +54,15 @@ def _languages(result: Languages) -> Section:
         for quantity in per_sentence:
             mean = result.mean(quantity, language).value
             row.append(f"{mean / MEGA:.2f}" if quantity == FLOPS else f"{mean:.1f}")
-            row.append(_with_margin(result.ratio(quantity, language), 2))
+            row.append(result.ratio(quantity, language).text(2))
         if has_bits:
-            row.append(_with_margin(result.mean(BITS_PER_BYTE, language), 3))
+            row.append(result.mean(BITS_PER_BYTE, language).text(3))
         rows.append(tuple(row))
     record = {
         language: {
             quantity: {
-                "mean": result.mean(quantity, language)._asdict(),
-                "ratio": result.ratio(quantity, language)._asdict(),
+                "mean": result.mean(quantity, language).record(),
+                "ratio": result.ratio(quantity, language).record(),
             }
             for quantity in result.quantities
         }
@@ -92,25 +91,28 @@ def _unevenness(results: Sequence[Languages]) -> Section:
             spreads = {name: result.spread(quantity, name) for name in SPREADS}
             means = {one: result.mean(quantity, one).value for one in result.languages}
             ends = f"{min(means, key=means.__getitem__)}-{max(means, key=means.__getitem__)}"
-            cells = [
-                _with_margin(one, 2 if name == "max/min" else 3) for name, one in spreads.items()
-            ]
+            cells = [one.text(2 if name == "max/min" else 3) for name, one in spreads.items()]
             rows.append((result.name, quantity, *cells, ends))
             record.append(
                 {"model": result.name, "quantity": quantity}
-                | {name: one._asdict() for name, one in spreads.items()}
+                | {name: one.record() for name, one in spreads.items()}
             )
     differences = [one for other in results[1:] for one in _differences(results[0], other)]
     for one in differences:
-        cells = [_with_margin(Estimate(**one[name]), 3, signed=True) for name in SPREADS]
-        rows.append((f"{one['model']} - {one['minus']}", one["quantity"], *cells, ""))
+        cells = [one[name].text(3, signed=True) for name in SPREADS]
+        rows.append((f"{one['model']} - {one['minus']}", one["quantity"], *cells, None))
     return Section(
         title="unevenness across languages",
         note="of the means per sentence, and of bits per byte; 0 (max/min: 1) is the same for all "
         "languages. Differences of models are paired by sentence",
         columns=("model", "quantity", *SPREADS, "least-most"),
         rows=tuple(rows),
-        record={"unevenness": record, "differences": differences},
+        record={
+            "unevenness": record,
+            "differences": [
+                one | {name: one[name].record() for name in SPREADS} for one in differences
+            ],
+        },
         figures={"languages": lambda path: draw_languages(results, path)},
     )
 
@@ -121,18 +123,10 @@ def _differences(first: Languages, other: Languages) -> list[dict[str, Any]]:
     found = []
     for mine, theirs in pairs:
         if mine in first.quantities and theirs in other.quantities:
-            values = {
-                name: other.spread_difference(first, theirs, mine, name)._asdict()
-                for name in SPREADS
-            }
+            values = {name: other.spread_difference(first, theirs, mine, name) for name in SPREADS}
             quantity = mine if mine == theirs else f"{theirs} - {mine}"
             found.append({"model": other.name, "minus": first.name, "quantity": quantity} | values)
     return found
-
-
-def _with_margin(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{estimate.value:{sign}.{digits}f} ±{estimate.margin:.{digits}f}"
 
 
 def draw_languages(results: Sequence[Languages], path: Path) -> None:

@@ -68,7 +68,7 @@ def measure(
     Raises:
         ConfigError: the model is an n-gram scorer, or the costs of its kind are not known.
     """
-    flops = lru_cache(maxsize=None)(lambda ids, patches: _flops(lm.config, ids, patches))
+    flops = lru_cache(maxsize=None)(lambda ids, patches: document_flops(lm.config, ids, patches))
     units = "patches" if isinstance(lm.module, PatchedLM) else lm.module.units.name
     names = (BYTES, BITS, FLOPS) if units == BYTES else (BYTES, units, BITS, FLOPS)
     rows: dict[str, list[list[float]]] = {one: [] for one in names}
@@ -103,8 +103,17 @@ def _count_patches(module: PatchedLM, data: bytes) -> int:
         return module.segment(ids).patches.num_patches
 
 
-def _flops(config: CheckpointConfig, num_ids: int, num_patches: int) -> int:
-    """Return the FLOPs of a forward pass over a document, and of its scorer."""
+def document_flops(config: CheckpointConfig, num_ids: int, num_patches: int) -> int:
+    """Return the FLOPs of a forward pass over one document, those of the scorer included.
+
+    Args:
+        config: description of the model.
+        num_ids: ids that the model reads: BOS, and bytes or tokens.
+        num_patches: patches, with that of BOS; not used by a plain transformer.
+
+    Raises:
+        ConfigError: the costs of this kind of model are not known.
+    """
     parts = list(forward_flops(config.model, num_ids, num_patches).values())
     if config.scorer is not None:
         parts += forward_flops(config.scorer.model, num_ids).values()

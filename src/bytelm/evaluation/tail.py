@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bytelm.errors import ConfigError, DataError
-from bytelm.evaluation.bootstrap import REPLICATES, Estimate, Floats, interval, resample
+from bytelm.evaluation.bootstrap import REPLICATES, Estimate, Floats, ratio_estimate
+from bytelm.evaluation.section import Cell, Section
 from bytelm.language_model import LanguageModel
 from bytelm.likelihood import target_log_probs
 from bytelm.progress import ignore
@@ -146,11 +147,7 @@ class Tail:
         num_bytes = self.num_bytes[:, column]
         # A document without a piece of the group says nothing about it.
         bits, num_bytes = bits[num_bytes > 0], num_bytes[num_bytes > 0]
-        value = float(bits.sum() / num_bytes.sum())
-        if len(bits) < 2:
-            return Estimate(value, np.nan, np.nan)
-        drawn = resample(len(bits), replicates)
-        return Estimate(value, *interval((drawn @ bits) / (drawn @ num_bytes)))
+        return ratio_estimate(bits, num_bytes, replicates)
 
 
 def measure_words(
@@ -272,3 +269,46 @@ def cumulative_bits(
         done += len(data)
         report(done)
         yield bits
+
+
+def tail_section(tail: Tail, title: str, note: str = "") -> Section:
+    """Return the table of a measurement, with differences from the first of several models.
+
+    Args:
+        tail: the measurement.
+        title: title, such as ``words by frequency``.
+        note: what the groups are.
+    """
+    first, *others = tail.models
+    share = tail.num_bytes.sum(0) / tail.num_bytes.sum()
+    rows: list[tuple[Cell, ...]] = []
+    record: dict[str, Any] = {}
+    for column, group in enumerate(tail.groups):
+        found = {name: tail.bits_per_byte(name, group) for name in tail.models}
+        changes = {name: tail.bits_per_byte(name, group, minus=first) for name in others}
+        cells = [one.text(3) for one in found.values()]
+        cells += [one.text(3, signed=True) for one in changes.values()]
+        rows.append((group, tail.counts[column], f"{share[column]:.1%}", *cells))
+        record[group] = {
+            "count": tail.counts[column],
+            "bytes": int(tail.num_bytes[:, column].sum()),
+            "bits_per_byte": {name: one.record() for name, one in found.items()},
+            "minus_first": {name: one.record() for name, one in changes.items()},
+        }
+    if tail.left_out:
+        every = tail.left_out + sum(tail.counts)
+        note += f"; {tail.left_out / every:.1%} are left out, as no token ends with them"
+    return Section(
+        title=title,
+        note=f"bits per byte{note} (± half of the 95% interval, documents resampled)",
+        columns=(
+            "group",
+            "count",
+            "of bytes",
+            *tail.models,
+            *(f"{name} - {first}" for name in others),
+        ),
+        rows=tuple(rows),
+        record={"groups": record, "left_out": tail.left_out},
+        figures={},
+    )
