@@ -14,6 +14,7 @@ from bytelm.accounting import forward_flops
 from bytelm.checkpoint import CheckpointConfig
 from bytelm.config import ScorerConfig, TransformerConfig
 from bytelm.errors import ConfigError, DataError
+from bytelm.evaluation.language_sections import language_sections
 from bytelm.evaluation.languages import (
     SPREADS,
     Languages,
@@ -28,6 +29,7 @@ from bytelm.evaluation.parallel import Parallel, read_parallel
 from bytelm.language_model import LanguageModel
 from bytelm.lm import TokenLM
 from bytelm.patching import SpaceRule
+from bytelm.storage import to_json
 from bytelm.tokens import train_tokenizer
 
 PARALLEL = Parallel(
@@ -244,3 +246,40 @@ def test_tokens_of_a_tokenizer_file(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match="is not a tokenizer"):
         count_tokens(tmp_path / "other.json", PARALLEL)
+
+
+def test_sections_of_models_and_tokenizers_side_by_side(tmp_path):
+    counted = Measured(
+        "file", ("en", "de", "ru"), {"bytes": np.ones((3, 3)), "tokens": 1 + np.eye(3)}
+    )
+    measured = [
+        measure(patched_model(), PARALLEL, "blt"),
+        measure(token_model(), PARALLEL, "bpe"),
+        measure(byte_model(), PARALLEL, "byte"),
+        counted,
+    ]
+    results = [Languages(one, "en", replicates=30) for one in measured]
+    sections = language_sections(results)
+    assert [one.title for one in sections] == [
+        *[f"languages: {name}" for name in ("blt", "bpe", "byte", "file")],
+        "unevenness across languages",
+    ]
+    for section in sections:
+        assert all(len(row) == len(section.columns) for row in section.rows)
+        to_json(section.record)
+    assert sections[0].columns[:5] == ("language", "bytes", "ratio", "patches", "ratio")
+    assert sections[3].columns == ("language", "bytes", "ratio", "tokens", "ratio")
+    found = sections[0].record["languages"]["de"]["patches"]["ratio"]
+    assert found == results[0].ratio("patches", "de").record()
+    differences = sections[-1].record["differences"]
+    assert {(one["model"], one["minus"], one["quantity"]) for one in differences} == {
+        ("bpe", "blt", "tokens - patches"),
+        ("bpe", "blt", "bits"),
+        ("bpe", "blt", "FLOPs"),
+        ("byte", "blt", "bytes - patches"),
+        ("byte", "blt", "bits"),
+        ("byte", "blt", "FLOPs"),
+        ("file", "blt", "tokens - patches"),
+    }
+    sections[-1].figures["languages"](tmp_path / "languages.svg")
+    assert "FLOPs per sentence" in (tmp_path / "languages.svg").read_text()

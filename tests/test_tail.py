@@ -19,9 +19,11 @@ from bytelm.evaluation.tail import (
     measure_characters,
     measure_words,
     script,
+    tail_section,
     words,
 )
 from bytelm.lm import TokenLM
+from bytelm.storage import to_json
 from bytelm.tokens import train_tokenizer
 from test_log_probs import language_model
 
@@ -123,6 +125,20 @@ def test_models_are_compared_on_the_words_that_all_can_measure():
         token_bpb = both.bits_per_byte("token", group).value
         difference = both.bits_per_byte("token", group, minus="byte").value
         assert difference == pytest.approx(token_bpb - byte_bpb)
+
+
+def test_a_section_shows_the_first_model_and_differences_from_it():
+    models = {"byte": language_model(random_byte_lm()), "token": token_model()}
+    found = measure_words(models, TEXTS)
+    section = tail_section(found, "words", ", by frequency")
+    assert section.columns == ("group", "count", "of bytes", "byte", "token", "token - byte")
+    assert [row[1] for row in section.rows] == list(found.counts)
+    share = found.left_out / (found.left_out + sum(found.counts))
+    assert f"; {share:.1%} are left out" in section.note
+    group = found.groups[0]
+    record = section.record["groups"][group]
+    assert record["minus_first"]["token"] == found.bits_per_byte("token", group, "byte").record()
+    to_json(section.record)
 
 
 def test_a_uniform_model_is_as_bad_at_everything():
