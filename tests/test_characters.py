@@ -18,7 +18,7 @@ from bytelm.evaluation.cute import (
     pronunciation_questions,
     read_cmudict,
 )
-from bytelm.evaluation.questions import Question, QuestionSet, measure_questions
+from bytelm.evaluation.questions import Question, QuestionSet, measure_questions, questions_section
 from bytelm.language_model import LanguageModel
 from test_robustness import bigram_model, bits
 
@@ -134,6 +134,10 @@ def test_scores_by_hand():
     assert measure_questions(toy, [QuestionSet("toy", questions)])[0].exact.value == 0.5
     folded = QuestionSet("toy", questions, ignores_case=True)
     assert measure_questions(toy, [folded])[0].exact.value == 1
+    section = questions_section([found], "toys", "of toys.")
+    assert section.rows[0][:3] == ("toy", 2, "0.42")
+    assert len(section.rows[0]) == len(section.columns)
+    assert section.record["toy"]["share"]["high"] == found.share.high
     with pytest.raises(ConfigError, match="no questions"):
         measure_questions(toy, [QuestionSet("none", ())])
 

@@ -284,6 +284,25 @@ def test_eval_of_prepared_data_leaves_out_what_was_trained_on(run, world):
     assert json.loads(out)["all"]["bytes"] == held_out
 
 
+def test_eval_measures_noise_and_asks_about_characters(run, world, tmp_path):
+    (tmp_path / "cute").mkdir()
+    rows = [f"{word}\t{' '.join(word)}" for word in ("one", "two", "six", "ten", "ace", "cat")]
+    (tmp_path / "cute" / "spell.tsv").write_text("\n".join(["input1\tlabel", *rows]))
+    (tmp_path / "text.txt").write_text("the patch of bytes " * 12)
+    options = ("--noise", "drop:0.5,nfc", "--characters", "--data", tmp_path, "--limit", 1)
+    status, out, err = run("eval", world / "blt", tmp_path / "text.txt", *options, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found.keys() == {
+        "all", "sources", "noise", "characters: generated words", "characters: CUTE",
+    }  # fmt: skip
+    assert list(found["noise"]["noises"]) == ["clean", "drop:0.5", "nfc"]
+    assert found["characters: CUTE"]["cute spell"]["num_questions"] == 1
+    out = run("eval", world / "blt", tmp_path / "text.txt", "--noise", "drop")[1]
+    assert "clean" in out
+    assert "change" in out
+
+
 def test_text_comes_through_a_pipe(run, tmp_path):
     command = ["data", "prepare", "-", "--out", tmp_path / "d"]
     text = b"any bytes \xff\n" * 200
@@ -575,6 +594,10 @@ def test_a_finished_run_says_so_again(run, world):
         ),
         (["eval", "{world}/blt", "{world}/blt.yaml", "--stride", "0"], "between 1 and 128, not 0"),
         (["eval", "{world}/blt", "{world}/empty.txt"], "there is no text to evaluate"),
+        (["eval", "{world}/blt"], "name the text to measure"),
+        (["eval", "{world}/blt", "--noise", "drop"], "name the text to measure"),
+        (["eval", "{world}/blt", "{world}/text.jsonl", "--noise", "dop"], "unknown noise 'dop'"),
+        (["eval", "{world}/blt", "--characters", "--data", "{world}"], "neither a folder cute"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_1(run, world, tmp_path, arguments, message):

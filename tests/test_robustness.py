@@ -1,5 +1,6 @@
 """Bits per byte of clean text after noised text."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -13,7 +14,13 @@ from builders import byte_strings, ids_of, random_byte_lm, random_patched
 from bytelm import codec
 from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.noise import Noise, parse_noise, parse_noises
-from bytelm.evaluation.robustness import cut_pieces, measure_robustness
+from bytelm.evaluation.robustness import (
+    cut_pieces,
+    measure_robustness,
+    num_texts,
+    robustness_section,
+)
+from bytelm.language_model import LanguageModel
 from bytelm.lm import TokenLM
 from bytelm.tokens import train_tokenizer
 from test_log_probs import language_model
@@ -57,16 +64,13 @@ def bits(table, context, text):
 def test_scores_of_a_bigram_model_by_hand():
     lm, table = bigram_model()
     pieces = list(cut_pieces(DOCUMENTS, 40, 9))
-    found = measure_robustness(
-        lm, DOCUMENTS, [parse_noise("uppercase+repeat")], seed=3, context_bytes=40,
-        continuation_bytes=9,
-    )  # fmt: skip
+    noise = parse_noise("uppercase+repeat")
+    found = measure_robustness(lm, pieces, [noise], seed=3)
     assert (found.num_pieces, found.num_documents) == (len(pieces), 3)
     assert found.num_bytes == sum(len(p.continuation) for p in pieces)
     clean = sum(bits(table, p.context, p.continuation) for p in pieces) / found.num_bytes
     total = sum(p.num_bytes for p in pieces)
     whole = sum(bits(table, b"", p.context + p.continuation) for p in pieces)
-    noise = parse_noise("uppercase+repeat")
     noised = sum(bits(table, noise(p.context, 3), p.continuation) for p in pieces)
     texts = [noise(p.context + p.continuation, 3) for p in pieces]
     size, noised_whole = sum(map(len, texts)), sum(bits(table, b"", text) for text in texts)
@@ -96,12 +100,10 @@ MODELS = {
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_models_of_patches_and_tokens_under_all_noises(make):
     lm, done = language_model(make()), []
-    options = {"context_bytes": 30, "continuation_bytes": 9}
-    noises = parse_noises("all")
-    found = measure_robustness(lm, DOCUMENTS, noises, report=done.append, **options)
-    pieces = list(cut_pieces(DOCUMENTS, *options.values()))
+    noises, pieces = parse_noises("all"), list(cut_pieces(DOCUMENTS, 30, 9))
+    found = measure_robustness(lm, pieces, noises, report=done.append)
     assert [one.noise for one in found.scores] == ["clean", *map(str, noises)]
-    assert done[-1] == 2 * len(pieces) * len(found.scores)
+    assert done[-1] == num_texts(pieces, noises) == 2 * len(pieces) * len(found.scores)
     values = lm.log_likelihood([p.context for p in pieces], [p.continuation for p in pieces])
     clean = -sum(values) / math.log(2) / found.num_bytes
     assert found.scores[0].bits_per_byte.value == pytest.approx(clean, rel=1e-5)
@@ -114,14 +116,43 @@ def test_models_of_patches_and_tokens_under_all_noises(make):
 
 def test_one_document_is_resampled_by_piece():
     lm, _ = bigram_model()
-    found = measure_robustness(lm, DOCUMENTS[:1], [], context_bytes=10, continuation_bytes=9)
-    assert found.interval_over == "pieces"
+    found = measure_robustness(lm, list(cut_pieces(DOCUMENTS[:1], 10, 9)), [])
+    assert found.drawn == "pieces"
     assert found.scores[0].bits_per_byte.margin > 0
+
+
+def test_two_models_are_compared_in_pairs():
+    (lm, _), pieces = bigram_model(), list(cut_pieces(DOCUMENTS, 30, 9))
+    drop = parse_noise("drop:0.5")
+    found = measure_robustness(lm, pieces, [drop])
+    assert found.difference(found, "drop:0.5") == (0, 0, 0)
+    other = LanguageModel(random_patched(), lm.config)
+    theirs = measure_robustness(other, pieces, [drop, parse_noise("uppercase")])
+    difference = theirs.difference(found, "drop:0.5")
+    changes = [one.scores[1].change for one in (theirs, found)]
+    assert difference.value == pytest.approx(changes[0].value - changes[1].value)
+    assert difference.low < difference.value < difference.high
+    with pytest.raises(ConfigError, match="not measured with both"):
+        found.difference(theirs, "uppercase")
+    with pytest.raises(ConfigError, match="different text or seeds"):
+        found.difference(measure_robustness(lm, pieces[:-1], [drop]), "drop:0.5")
+
+
+def test_the_section_has_every_score_and_draws_its_figure(tmp_path):
+    lm, _ = bigram_model()
+    found = measure_robustness(lm, list(cut_pieces(DOCUMENTS, 30, 9)), parse_noises("drop,nfc"))
+    section = robustness_section(found)
+    assert [row[0] for row in section.rows] == ["clean", "drop", "nfc"]
+    assert all(len(row) == len(section.columns) for row in section.rows)
+    record = json.loads(json.dumps(section.record, allow_nan=False))["noises"]
+    assert record["drop"]["change"]["value"] == found.scores[1].change.value
+    section.figures["noise"](tmp_path / "noise.svg")
+    assert "drop" in (tmp_path / "noise.svg").read_text()
 
 
 def test_mistakes():
     lm, _ = bigram_model()
-    with pytest.raises(DataError, match="longer than 128 bytes"):
-        measure_robustness(lm, [b"short"], [Noise()])
+    with pytest.raises(DataError, match="no document is long enough"):
+        measure_robustness(lm, [], [Noise()])
     with pytest.raises(ConfigError, match="at least 8"):
-        measure_robustness(lm, [b"short"], [], context_bytes=0)
+        list(cut_pieces([b"short"], 0))

@@ -1,18 +1,22 @@
 """The command that evaluates a model: eval."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bytelm.cli.app import app, console, status
 from bytelm.cli.options import Checkpoint, Device, Precision, Threads
 from bytelm.cli.reading import HeldOutText, with_read_options
-from bytelm.errors import DataError
+from bytelm.cli.robustness import ask_about_characters, measure_noise
+from bytelm.errors import ConfigError, DataError
 from bytelm.storage import to_json
 
 if TYPE_CHECKING:
     from bytelm.data import ReadOptions
-    from bytelm.likelihood import Likelihood
+    from bytelm.language_model import LanguageModel
+    from bytelm.likelihood import Labelled, Likelihood
 
 
 @app.command("eval")
@@ -20,12 +24,12 @@ if TYPE_CHECKING:
 def evaluate(
     checkpoint: Checkpoint,
     texts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Text to measure: files, folders or globs, read as by data prepare; prepared "
             "data, of which the held-out documents are measured."
         ),
-    ],
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -33,6 +37,30 @@ def evaluate(
             "byte more context. (default: no overlap)"
         ),
     ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Also measure clean text after noised text, and noised text: all, paper, or names "
+            "such as antspeak,drop:0.2,drop+uppercase.",
+        ),
+    ] = None,
+    characters: Annotated[
+        bool,
+        typer.Option(
+            "--characters",
+            help="Ask about the characters of words: generated questions, and those of CUTE and "
+            "CMUdict if --data has them.",
+        ),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the files of benchmarks: cute/ and cmudict.dict.xz."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each kind. (default: 50 or 100)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of noise, questions and intervals.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: of all text, and by source.")
     ] = False,
@@ -42,28 +70,66 @@ def evaluate(
     *,
     read: "ReadOptions",
 ) -> None:
-    """Measure the bits per byte of text, by source.
+    """Measure the bits per byte of text, robustness to noise, and knowledge of characters.
 
-    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl[/]
+    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl --noise paper[/]
     """
-    from bytelm.data import Reader, find_inputs
-    from bytelm.display import ConsoleProgress, show_inputs, show_likelihood
+    from bytelm.display import show_likelihood, show_section
+    from bytelm.evaluation.noise import parse_noises
     from bytelm.language_model import load
-    from bytelm.likelihood import total
     from bytelm.threads import use_threads
 
+    if not texts and (noise or not characters):
+        raise ConfigError("name the text to measure; without text there is --characters")
+    noises = parse_noises(noise) if noise else []
     lm = load(checkpoint, device, precision)
     said = use_threads(threads, device)
     if said:
         status.print(said, highlight=False, markup=False, soft_wrap=True)
+    kept: list[bytes] | None = [] if noises else None
+    by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
+    sections = []
+    if kept is not None:
+        sections.append(measure_noise(lm, kept, noises, seed))
+    if characters:
+        sections += ask_about_characters(lm, data, limit, seed)
+    if as_json:
+        records = {one.title: one.record for one in sections}
+        print(to_json(_likelihood_record(lm, by_source) | records, indent=2))
+        return
+    if by_source:
+        show_likelihood(console, by_source, lm.module.units.name)
+    for one in sections:
+        show_section(console, one)
+
+
+def _measure_text(
+    lm: "LanguageModel",
+    texts: list[str],
+    read: "ReadOptions",
+    stride: int | None,
+    kept: list[bytes] | None,
+) -> "dict[str, Likelihood]":
+    """Return the likelihood of text by source, and append its documents to ``kept``.
+
+    Raises:
+        DataError: there is no text.
+    """
+    from bytelm.data import Reader, find_inputs
+    from bytelm.display import ConsoleProgress, show_inputs
+
     reader = Reader(read)
-    inputs = find_inputs(texts, read)
-    reading = HeldOutText(inputs, reader)
+    reading = HeldOutText(find_inputs(texts, read), reader)
+
+    def documents() -> "Iterator[Labelled]":
+        for one in reading:
+            if kept is not None:
+                kept.append(one.data)
+            yield one.source, one.data, one.trained
+
     with ConsoleProgress(status).measuring("evaluating") as show:
         by_source = lm.likelihood(
-            ((d.source, d.data, d.trained) for d in reading),
-            stride=stride,
-            report=lambda done: show(done, reading.expected_bytes),
+            documents(), stride=stride, report=lambda done: show(done, reading.expected_bytes)
         )
     if not by_source:
         raise DataError(
@@ -71,15 +137,21 @@ def evaluate(
             "documents are evaluated)"
         )
     show_inputs(status, [one for one in reader.records if one.note or one.invalid_records])
-    if as_json:
-        units = lm.module.units.name
+    return by_source
 
-        def record(x: "Likelihood") -> dict[str, float]:
-            count = {units: x.num_units} if units != "bytes" else {}
-            return {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, **count}
 
-        # A source may have any name, "all" too.
-        sources = {name: record(one) for name, one in by_source.items()}
-        print(to_json({"all": record(total(by_source.values())), "sources": sources}, indent=2))
-        return
-    show_likelihood(console, by_source, lm.module.units.name)
+def _likelihood_record(lm: "LanguageModel", by_source: "dict[str, Likelihood]") -> dict[str, Any]:
+    """Return the likelihood of text, of all and by source, if there is text."""
+    from bytelm.likelihood import total
+
+    if not by_source:
+        return {}
+    units = lm.module.units.name
+
+    def record(x: "Likelihood") -> dict[str, float]:
+        count = {units: x.num_units} if units != "bytes" else {}
+        return {"bits_per_byte": x.bits_per_byte, "bytes": x.num_bytes, **count}
+
+    # A source may have any name, "all" too.
+    sources = {name: record(one) for name, one in by_source.items()}
+    return {"all": record(total(by_source.values())), "sources": sources}

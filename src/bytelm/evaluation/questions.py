@@ -19,10 +19,18 @@ import numpy as np
 
 from bytelm.errors import ConfigError
 from bytelm.evaluation.bootstrap import Estimate, Floats, interval, resample
+from bytelm.evaluation.section import Section
 from bytelm.language_model import LanguageModel
 from bytelm.progress import ignore
 
-__all__ = ["Question", "QuestionSet", "SetScore", "measure_questions", "wrong_answers"]
+__all__ = [
+    "Question",
+    "QuestionSet",
+    "SetScore",
+    "measure_questions",
+    "questions_section",
+    "wrong_answers",
+]
 
 NUM_WRONG = 3
 """Wrong answers that are offered, unless the question has only two answers."""
@@ -171,3 +179,38 @@ def _exact(lm: LanguageModel, one: QuestionSet) -> list[float]:
         float(text in map(same, (question.answer, *question.also_right)))
         for text, question in zip(texts, one.questions, strict=True)
     ]
+
+
+def questions_section(scores: Sequence[SetScore], title: str, note: str) -> Section:
+    """Return scores as a table.
+
+    Args:
+        scores: scores of sets of questions.
+        title: title of the table.
+        note: what was asked.
+    """
+    rows = tuple(
+        (
+            one.name,
+            one.num_questions,
+            f"{one.chance:.2f}",
+            *(f"{x.value:.3f} ±{x.margin:.3f}" for x in (one.share, one.accuracy, one.exact)),
+            f"{one.bits_per_byte.value:.3f}",
+        )
+        for one in scores
+    )
+    record = {
+        one.name: {
+            name: value._asdict() if isinstance(value, Estimate) else value
+            for name, value in one._asdict().items()
+            if name != "name"
+        }
+        for one in scores
+    }
+    note += (
+        " share: of the right answer in the probability of all that are offered; accuracy: it is "
+        "the most likely; both are at chance level for a model that knows nothing. exact: it is "
+        "generated. ± is half of the 95% interval over questions"
+    )
+    columns = ("questions", "number", "chance", "share", "accuracy", "exact", "bits/byte")
+    return Section(title, note, columns, rows, record, figures={})

@@ -10,6 +10,7 @@ documents drawn with replacement.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,20 @@ import numpy as np
 from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.bootstrap import Estimate, Floats, interval, resample
 from bytelm.evaluation.noise import Noise
+from bytelm.evaluation.section import Section
+from bytelm.figures import new_figure, save_figure
 from bytelm.language_model import LanguageModel
 from bytelm.progress import ignore
 
-__all__ = ["NoiseScore", "Piece", "Robustness", "cut_pieces", "measure_robustness"]
+__all__ = [
+    "NoiseScore",
+    "Piece",
+    "Robustness",
+    "cut_pieces",
+    "measure_robustness",
+    "num_texts",
+    "robustness_section",
+]
 
 CONTEXT_BYTES, CONTINUATION_BYTES = 512, 128
 LEAST_BYTES = 8
@@ -60,6 +71,17 @@ class NoiseScore(NamedTuple):
     """The same, minus that of clean pieces."""
 
 
+class Measured(NamedTuple):
+    """Bits and bytes under one noise, by piece or by what is drawn for the intervals."""
+
+    bits: Floats
+    """Bits of the continuations."""
+    num_bytes: Floats
+    whole_bits: Floats
+    """Bits of the pieces noised as a whole."""
+    whole_bytes: Floats
+
+
 class Robustness(NamedTuple):
     """Scores of one model on some text under several noises."""
 
@@ -70,8 +92,36 @@ class Robustness(NamedTuple):
     num_pieces: int
     num_bytes: int
     """Bytes of the continuations."""
-    interval_over: str
-    """Drawn with replacement for the intervals: documents; or pieces, if there is one document."""
+    drawn: str
+    """What is drawn with replacement for the intervals: documents, or the pieces of a single
+    document."""
+    sums: tuple[Measured, ...]
+    """Bits and bytes of each score, by what is drawn."""
+
+    def difference(self, other: "Robustness", noise: str) -> Estimate:
+        """Return how much more the bits per byte of this model change than another's, paired.
+
+        Args:
+            other: the other model's results on the same text with the same seed.
+            noise: name of the noise.
+
+        Raises:
+            ConfigError: the results are of different text, or lack the noise.
+        """
+        sizes = [one.sums[0].num_bytes for one in (self, other)]
+        names = [[score.noise for score in one.scores] for one in (self, other)]
+        if not np.array_equal(sizes[0], sizes[1]) or self.seed != other.seed:
+            raise ConfigError("the results are of different text or seeds: measure both alike")
+        if noise not in names[0] or noise not in names[1]:
+            raise ConfigError(f"{noise!r} was not measured with both models")
+        pairs = [
+            (one.sums[name.index(noise)].bits - one.sums[0].bits)
+            for one, name in zip((self, other), names, strict=True)
+        ]
+        weights = resample(len(sizes[0]), generator=self.seed).astype(float)
+        bits = pairs[0] - pairs[1]
+        drawn = (weights @ bits) / (weights @ sizes[0])
+        return Estimate(float(bits.sum() / sizes[0].sum()), *interval(drawn))
 
 
 def cut_pieces(
@@ -119,12 +169,10 @@ def _between_characters(data: bytes, at: int) -> int:
 
 def measure_robustness(
     lm: LanguageModel,
-    documents: Iterable[bytes],
+    pieces: Sequence[Piece],
     noises: Sequence[Noise],
     *,
     seed: int = 0,
-    context_bytes: int = CONTEXT_BYTES,
-    continuation_bytes: int = CONTINUATION_BYTES,
     report: Callable[[int], None] = ignore,
 ) -> Robustness:
     """Measure how much noise makes text harder to predict.
@@ -135,32 +183,28 @@ def measure_robustness(
 
     Args:
         lm: any language model.
-        documents: any bytes.
+        pieces: text, as :func:`cut_pieces` returns it.
         noises: noises to measure besides clean text.
         seed: seed of the noises and of the intervals.
-        context_bytes: bytes of context; see :func:`cut_pieces`.
-        continuation_bytes: bytes to predict.
-        report: called with the number of texts that are measured: ``2 * (1 + noises)`` for each
-            piece.
+        report: called with the number of texts that are measured, in all :func:`num_texts`.
 
     Raises:
-        ConfigError: as :meth:`bytelm.LanguageModel.log_likelihood` and :func:`cut_pieces`.
-        DataError: all documents are too short.
+        ConfigError: as :meth:`bytelm.LanguageModel.log_likelihood`.
+        DataError: there are no pieces.
     """
-    pieces = list(cut_pieces(documents, context_bytes, continuation_bytes))
     if not pieces:
         raise DataError(
-            f"no document is longer than {continuation_bytes} bytes, so that a context precedes "
-            "what is predicted: give longer text"
+            f"no document is long enough: robustness needs more than {CONTINUATION_BYTES} bytes, "
+            "so that a context precedes what is predicted"
         )
     scorer = _Scorer(lm, report)
     measured = [_measure(scorer, pieces, noise, seed) for noise in (Noise(), *noises)]
     numbers = [piece.document for piece in pieces]
     several = numbers[0] != numbers[-1]
     items = np.unique(numbers if several else range(len(pieces)), return_inverse=True)[1]
-    # By item: the sum over its pieces.
+    # By document: the sum over its pieces.
     summed = [
-        _Measured(*(np.bincount(items, one).astype(float) for one in columns))
+        Measured(*(np.bincount(items, one).astype(float) for one in columns))
         for columns in measured
     ]
     weights = resample(int(items[-1]) + 1, generator=seed).astype(float)
@@ -173,22 +217,19 @@ def measure_robustness(
         num_documents=len(set(numbers)),
         num_pieces=len(pieces),
         num_bytes=sum(len(piece.continuation) for piece in pieces),
-        interval_over="documents" if several else "pieces",
+        drawn="documents" if several else "pieces",
+        sums=tuple(summed),
     )
 
 
-class _Measured(NamedTuple):
-    """Bits and bytes under one noise, by piece or by item that is resampled."""
-
-    bits: Floats
-    num_bytes: Floats
-    whole_bits: Floats
-    whole_bytes: Floats
+def num_texts(pieces: Sequence[Piece], noises: Sequence[Noise]) -> int:
+    """Return how many texts are measured: pieces and continuations, clean and with each noise."""
+    return 2 * len(pieces) * (1 + len(noises))
 
 
-def _measure(scorer: "_Scorer", pieces: Sequence[Piece], noise: Noise, seed: int) -> _Measured:
+def _measure(scorer: "_Scorer", pieces: Sequence[Piece], noise: Noise, seed: int) -> Measured:
     wholes = [noise(piece.context + piece.continuation, seed) for piece in pieces]
-    return _Measured(
+    return Measured(
         bits=scorer([(noise(piece.context, seed), piece.continuation) for piece in pieces]),
         num_bytes=np.array([len(piece.continuation) for piece in pieces], float),
         whole_bits=scorer([(b"", whole) for whole in wholes]),
@@ -216,7 +257,7 @@ class _Scorer:
         return np.array([-self._known[pair] / math.log(2) for pair in pairs])
 
 
-def _score(name: str, noised: _Measured, clean: _Measured, weights: Floats) -> NoiseScore:
+def _score(name: str, noised: Measured, clean: Measured, weights: Floats) -> NoiseScore:
     def estimate(ratio: Callable[[Floats], Floats]) -> Estimate:
         """Return a quantity of the sums over items, with its interval."""
         return Estimate(float(ratio(np.ones((1, weights.shape[1])))[0]), *interval(ratio(weights)))
@@ -241,3 +282,79 @@ def _score(name: str, noised: _Measured, clean: _Measured, weights: Floats) -> N
         float(noised.whole_bytes.sum() / clean.whole_bytes.sum()),
         *map(estimate, (per_byte, change, whole, per_clean_byte, whole_change)),
     )
+
+
+def robustness_section(found: Robustness, title: str = "noise") -> Section:
+    """Return the scores as a table, with the figure of the changes."""
+    rows = tuple(
+        (
+            one.noise,
+            f"{one.bits_per_byte.value:.4f}",
+            _signed(one.change),
+            f"{one.length:.2f}",
+            f"{one.whole.value:.4f}",
+            f"{one.whole_per_clean_byte.value:.4f}",
+            _signed(one.whole_change),
+        )
+        for one in found.scores
+    )
+    note = (
+        f"bits per byte of {found.num_bytes:,} bytes of clean text after noised context, in "
+        f"{found.num_pieces:,} pieces of {found.num_documents:,} documents, and of the pieces "
+        f"noised as a whole; seed {found.seed}. Changes from clean text are paired, ± half of the "
+        f"95% interval over {found.drawn}"
+    )
+    return Section(
+        title=title,
+        note=note,
+        columns=(
+            "noise",
+            "bits/byte after it",
+            "change",
+            "length",
+            "bits/byte of it",
+            "bits/clean byte",
+            "change",
+        ),
+        rows=rows,
+        record={
+            "seed": found.seed,
+            "documents": found.num_documents,
+            "pieces": found.num_pieces,
+            "bytes": found.num_bytes,
+            "interval_over": found.drawn,
+            "noises": {
+                one.noise: {
+                    name: value._asdict() if isinstance(value, Estimate) else value
+                    for name, value in one._asdict().items()
+                    if name != "noise"
+                }
+                for one in found.scores
+            },
+        },
+        figures={"noise": lambda path: draw_robustness(found, path)},
+    )
+
+
+def _signed(change: Estimate) -> str:
+    return f"{change.value:+.4f} ±{change.margin:.4f}"
+
+
+def draw_robustness(found: Robustness, path: Path) -> None:
+    """Draw the change in bits per byte after each noise, with its 95% interval.
+
+    Raises:
+        ConfigError: matplotlib is missing, or the file cannot be written.
+    """
+    shown = found.scores[1:]
+    figure = new_figure(5.5, 1.0 + 0.28 * len(shown))
+    axis = figure.subplots()
+    change = np.array([one.change for one in shown]).reshape(-1, 3)
+    errors = np.abs(change[:, 1:].T - change[:, 0])
+    axis.errorbar(change[:, 0], range(len(shown)), xerr=errors, fmt="o", ms=4, lw=1)
+    axis.axvline(0, color="0.6", lw=0.8, ls=":")
+    axis.set_yticks(range(len(shown)), [one.noise for one in shown])
+    axis.invert_yaxis()
+    axis.set_xlabel("change in bits per byte of clean text after noised context")
+    axis.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)

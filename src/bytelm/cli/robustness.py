@@ -1,0 +1,91 @@
+"""Parts of eval: noise in text, and questions about characters."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bytelm.cli.app import status
+
+if TYPE_CHECKING:
+    from bytelm.evaluation.noise import Noise
+    from bytelm.evaluation.section import Section
+    from bytelm.language_model import LanguageModel
+
+
+def measure_noise(
+    lm: "LanguageModel", documents: Sequence[bytes], noises: "Sequence[Noise]", seed: int
+) -> "Section":
+    """Measure robustness to noise.
+
+    Args:
+        lm: the model.
+        documents: the text.
+        noises: noises to measure besides clean text.
+        seed: seed of the noises.
+
+    Raises:
+        DataError: the documents are too short.
+    """
+    from bytelm.display import ConsoleProgress
+    from bytelm.evaluation.robustness import (
+        cut_pieces,
+        measure_robustness,
+        num_texts,
+        robustness_section,
+    )
+
+    pieces = list(cut_pieces(documents))
+    with ConsoleProgress(status).counting("noise", num_texts(pieces, noises)) as show:
+        found = measure_robustness(
+            lm, pieces, noises, seed=seed, report=lambda done: show(done, "texts")
+        )
+    return robustness_section(found)
+
+
+def ask_about_characters(
+    lm: "LanguageModel", data: Path | None, limit: int | None, seed: int
+) -> "list[Section]":
+    """Ask generated questions, and those of CUTE and CMUdict if their files are there.
+
+    Args:
+        lm: the model.
+        data: folder with ``cute`` and ``cmudict.dict`` or ``cmudict.dict.xz``, or one of the two.
+        limit: questions of each kind; ``None`` for the usual number.
+        seed: seed of the questions.
+
+    Raises:
+        DataError: the folder has neither, or a file is damaged.
+    """
+    from bytelm.display import ConsoleProgress
+    from bytelm.errors import DataError
+    from bytelm.evaluation import characters, cute
+    from bytelm.evaluation.questions import measure_questions, questions_section
+
+    generated = characters.character_questions(
+        num_questions=limit or characters.NUM_QUESTIONS, seed=seed
+    )
+    asked = {"characters: generated words": (generated, "name and length of words.")}
+    limit = limit or cute.NUM_QUESTIONS
+    if data is not None:
+        paths = [data / "cmudict.dict", data / "cmudict.dict.xz"]
+        known = next((path for path in paths if path.exists()), None)
+        if (data / "cute").is_dir():
+            sets = cute.cute_questions(data / "cute", limit=limit, seed=seed)
+            asked["characters: CUTE"] = (sets, f"{cute.CUTE_SHOTS}-shot, wording of bytelm.")
+        if known is not None:
+            one = cute.pronunciation_questions(known, limit=limit, seed=seed)
+            note = f"held-out words of CMUdict, {cute.CMUDICT_SHOTS}-shot."
+            asked["characters: pronunciation"] = ([one], note)
+        if len(asked) == 1:
+            raise DataError(f"{data} has neither a folder cute nor a file cmudict.dict[.xz]")
+    every = [one for sets, _ in asked.values() for one in sets]
+    total = sum(len(one.questions) for one in every)
+    with ConsoleProgress(status).counting("characters", total) as show:
+        scores = iter(
+            measure_questions(lm, every, seed=seed, report=lambda done: show(done, "questions"))
+        )
+    return [
+        questions_section(list(islice(scores, len(sets))), title, note)
+        for title, (sets, note) in asked.items()
+    ]
