@@ -75,6 +75,7 @@ def byteify(
     out: str | PathLike[str],
     *,
     scorer: str | PathLike[str] | None = None,
+    boundaries: bool = False,
     patch_size: float | None = None,
     sizes: LocalSizes | None = None,
     seed: int = 0,
@@ -88,6 +89,8 @@ def byteify(
         texts: inputs to find patches on, as for :func:`bytelm.prepare`; some of them are read.
         out: folder of the checkpoint to create.
         scorer: checkpoint of the scorer; ``None`` to count n-grams in the text.
+        boundaries: let the scorer tell where the donor's tokens probably end
+            (:mod:`bytelm.byteify.boundaries`), instead of entropies.
         patch_size: mean bytes per patch; ``None`` for the donor's bytes per token.
         sizes: sizes of encoder and decoder.
         seed: seed of the random weights.
@@ -97,12 +100,14 @@ def byteify(
     Raises:
         CheckpointError: the donor cannot be transplanted, the scorer cannot be loaded, or ``out``
             exists or cannot be written.
-        ConfigError: a size is wrong.
+        ConfigError: a size is wrong, or both a scorer and boundaries are asked for.
         DataError: the text cannot be read, or there is too little of it.
         PatchingError: no threshold gives the patch size.
     """
     target, progress = at_home(out), progress or Progress()
     check_absent(target)
+    if boundaries and scorer is not None:
+        raise ConfigError("--boundaries and --scorer exclude each other: leave out one of them")
     find_source(donor)
     if isinstance(texts, str | PathLike):
         texts = [texts]
@@ -113,7 +118,7 @@ def byteify(
     config = _config(opened, sizes or LocalSizes())
     with progress.waiting("finding patches"):
         path = None if scorer is None else at_home(scorer)
-        patches = find_patches(opened, text, path, patch_size)
+        patches = find_patches(opened, text, path, patch_size, boundaries=boundaries)
     with progress.waiting("transplanting"):
         return _write(opened, config, patches, text, target, seed)
 

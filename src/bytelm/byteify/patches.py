@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 
 from bytelm import codec
+from bytelm.byteify.boundaries import BoundaryCounting, divide, fit_boundary_scorer
 from bytelm.byteify.donor import Donor
+from bytelm.byteify.teacher import read_vocabulary
 from bytelm.checkpoint import load_scorer
 from bytelm.config import (
     CalibratedPatching,
@@ -94,7 +96,12 @@ def bytes_per_token(donor: Donor, texts: Sequence[bytes]) -> float:
 
 
 def find_patches(
-    donor: Donor, text: TextSample, scorer: Path | None = None, patch_size: float | None = None
+    donor: Donor,
+    text: TextSample,
+    scorer: Path | None = None,
+    patch_size: float | None = None,
+    *,
+    boundaries: bool = False,
 ) -> DonorPatches:
     """Return a scorer, and the threshold that makes patches as long as the donor's tokens.
 
@@ -103,14 +110,23 @@ def find_patches(
         text: a sample of text.
         scorer: checkpoint of a scorer; ``None`` to count n-grams in the text.
         patch_size: mean bytes per patch; ``None`` for the donor's bytes per token.
+        boundaries: count where the donor's tokens end, not n-grams.
 
     Raises:
-        CheckpointError: the scorer cannot be loaded.
+        CheckpointError: the scorer cannot be loaded; or boundaries cannot be counted, since the
+            tokenizer is not byte-level.
+        DataError: there is no text that the donor's tokens spell.
         PatchingError: no threshold gives that size.
     """
     own_size = bytes_per_token(donor, text.calibration)
     if scorer is not None:
         module, config = load_scorer(scorer, reset_at_newline=False)
+    elif boundaries:
+        documents = divide(donor, read_vocabulary(donor), text.counted)
+        if not documents:
+            raise DataError("the donor's tokens do not spell the text: name text in UTF-8")
+        module, fitted = fit_boundary_scorer(documents, BoundaryCounting())
+        config = ScorerConfig(model=fitted)
     else:
         counting = NgramConfig()
         module = fit_ngram_scorer([codec.encode(part) for part in text.counted], counting)

@@ -104,6 +104,17 @@ class Vocabulary:
             self._ranges[prefix] = found
         return found
 
+    def longer(
+        self, prefix: bytes
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens that begin with some bytes and are longer, sorted by their bytes.
+
+        Also returns where those of each next byte begin, and these bytes.
+        """
+        found = self.after(prefix)
+        first, cuts = found.cuts[0], found.cuts
+        return self._order[first : cuts[-1]], cuts[:-1] - first, found.extensions
+
 
 def byte_targets(
     vocabulary: Vocabulary, tokens: Sequence[int], logits: Float[np.ndarray, "steps vocab"]
@@ -144,6 +155,34 @@ def byte_targets(
         if data:
             is_end[at - 1] = True
     return ByteTargets(following, ends, is_end)
+
+
+def continuations(
+    vocabulary: Vocabulary,
+    head: Float[Tensor, "vocab dim"],
+    tokens: Sequence[int],
+    states: Float[Tensor, "tokens dim"],
+) -> Float[np.ndarray, "tokens 256"]:
+    """Return the distribution of the byte after each token's bytes, if the token were longer.
+
+    It is ``next`` after the last byte ``p`` of a token, given that no token ends there:
+    ``M(p b) / (M(p) - m(p))``; all zeros if no longer token begins with these bytes.
+
+    Args:
+        vocabulary: the donor's tokens.
+        head: weights of its head.
+        tokens: tokens of a text.
+        states: what the head reads before each of them.
+    """
+    found = np.zeros((len(tokens), 256), np.float32)
+    for row, (token, state) in enumerate(zip(tokens, states, strict=True)):
+        longer, cuts, extensions = vocabulary.longer(vocabulary.tokens[token])
+        if len(longer):
+            logits = head[longer] @ state
+            masses = (logits - logits.max()).exp().numpy()
+            sums = np.add.reduceat(masses, cuts)
+            found[row, extensions] = sums / sums.sum()
+    return found
 
 
 def read_vocabulary(donor: Donor) -> Vocabulary:

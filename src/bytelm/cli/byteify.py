@@ -31,6 +31,14 @@ def byteify(
         Path | None,
         typer.Option(help="Checkpoint of the scorer. (default: n-grams counted in the text)"),
     ] = None,
+    boundaries: Annotated[
+        bool,
+        typer.Option(
+            "--boundaries",
+            help="Let patches end where the donor's tokens probably end, not where the next byte "
+            "is uncertain.",
+        ),
+    ] = False,
     patch_size: Annotated[
         float | None,
         typer.Option(help="Mean bytes per patch. (default: the donor's bytes per token)"),
@@ -72,6 +80,7 @@ def byteify(
         texts,
         out,
         scorer=scorer,
+        boundaries=boundaries,
         patch_size=patch_size,
         sizes=LocalSizes(local_dim, encoder_layers, decoder_layers, window, num_buckets),
         seed=seed,
@@ -83,8 +92,8 @@ def byteify(
         f"{made.num_copied:,} parameters of the donor and {made.num_fresh:,} random ones in {out}",
         f"layers equal the donor's: largest relative error {made.largest_error:.1e}",
         f"the donor has {made.bytes_per_token:.2f} bytes per token; threshold "
-        f"{getattr(rule, 'threshold', 0.0):.3f} nats for {getattr(rule, 'patch_size', 0.0):.2f} "
-        "bytes per patch",
+        f"{getattr(rule, 'threshold', 0.0):.3f} {'' if boundaries else 'nats '}for "
+        f"{getattr(rule, 'patch_size', 0.0):.2f} bytes per patch",
     ]
     if made.window is not None:
         lines.append(

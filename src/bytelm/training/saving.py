@@ -52,7 +52,7 @@ def save_step(
     remove_unfinished(folder.parent)
     with atomic_folder(folder) as temporary:
         write_model(temporary, setup.lm, setup.description, training)
-        save_tensors(temporary / OPTIMIZER, _moments(setup.lm.trained, optimizer))
+        save_tensors(temporary / OPTIMIZER, moments(setup.lm.trained, optimizer))
         write_json(temporary / TRAINER, asdict(state))
 
 
@@ -148,7 +148,7 @@ class _Copy(NamedTuple):
         training: dict[str, Any],
     ) -> "_Copy":
         trained = setup.lm.trained
-        files = {MODEL: trained.state_dict(), OPTIMIZER: _moments(trained, optimizer)}
+        files = {MODEL: trained.state_dict(), OPTIMIZER: moments(trained, optimizer)}
         parts = {
             file: {name: _copied(part_of(tensor)) for name, tensor in tensors.items()}
             for file, tensors in files.items()
@@ -206,7 +206,8 @@ def remove_old(run: Path, num_kept: int, last_shared_step: int | None = None) ->
             shutil.rmtree(old)
 
 
-def _moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state of an optimiser by the names of the parameters it belongs to."""
     return {
         f"{name}/{key}": value
         for name, parameter in trained.named_parameters()

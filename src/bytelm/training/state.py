@@ -86,7 +86,7 @@ def load_step(
     world = world or World()
     if world.size == 1:
         trained.load_state_dict(load_tensors(folder / MODEL, trained, device))
-        _set_moments(trained, optimizer, load_tensors(folder / OPTIMIZER, trained, device))
+        set_moments(trained, optimizer, load_tensors(folder / OPTIMIZER, trained, device))
     else:
         world.agree(lambda: _load_parts(folder, trained, optimizer, device))
     data = read_json(folder / TRAINER)
@@ -111,7 +111,7 @@ def _load_parts(
         return moments.setdefault(name, made)
 
     _read_parts(folder / OPTIMIZER, parameters, allocate)
-    _set_moments(trained, optimizer, moments)
+    set_moments(trained, optimizer, moments)
 
 
 def _read_parts(path: Path, known: dict[str, Tensor], place: Callable[[str], Tensor]) -> None:
@@ -119,9 +119,10 @@ def _read_parts(path: Path, known: dict[str, Tensor], place: Callable[[str], Ten
     read_parts(path, {stored: place(name) for stored, name in names.items()})
 
 
-def _set_moments(
+def set_moments(
     trained: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]
 ) -> None:
+    """Restore the state of an optimiser from :func:`bytelm.training.saving.moments`."""
     names = {id(p): name for name, p in trained.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
