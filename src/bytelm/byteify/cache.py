@@ -110,6 +110,27 @@ def cache_readings(
     )
 
 
+def find_shards(donor: Donor, folder: Path) -> list[Path]:
+    """Return the shards of a cache.
+
+    Raises:
+        DataError: there is none, or it is of another donor or not complete.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"there are no readings in {folder}: it has no {MANIFEST}")
+    manifest = read_json(folder / MANIFEST, DataError)
+    if manifest["donor"] != donor.name:
+        raise DataError(f"{folder} holds readings of {manifest['donor']}, not of {donor.name}")
+    shards = [_path(folder, number) for number in range(manifest["shards"])]
+    missing = [path.name for path in shards if not path.exists()]
+    if missing:
+        raise DataError(
+            f"the readings in {folder} are not complete ({missing[0]} is missing): let the command "
+            "that makes them finish"
+        )
+    return shards
+
+
 def read_shard(path: Path) -> list[CachedDocument]:
     """Return the documents of a shard.
 

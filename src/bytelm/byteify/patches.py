@@ -24,7 +24,7 @@ from bytelm.patching import PatchSample, Scorer, calibrate
 from bytelm.scoring import fit_ngram_scorer, score_documents
 
 SAMPLE_BYTES = 8_000_000
-"""Most text that is read, an equal share of each input."""
+"""Most text to find patches on."""
 CALIBRATION_BYTES = 500_000
 """Most text that the donor's tokens are measured on, and the threshold calibrated."""
 CALIBRATION_SHARE = 8
@@ -53,14 +53,21 @@ class DonorPatches(NamedTuple):
     """Of the donor, on the calibration text."""
 
 
-def sample_text(texts: Iterable[str], read: ReadOptions) -> TextSample:
+def sample_text(
+    texts: Iterable[str], read: ReadOptions, max_bytes: int = SAMPLE_BYTES
+) -> TextSample:
     """Return a sample of inputs, without their held-out documents.
+
+    Args:
+        texts: the inputs.
+        read: options of reading them.
+        max_bytes: most text, an equal share of each input.
 
     Raises:
         DataError: an input cannot be read, or there is too little text.
     """
     inputs = [one for one in find_inputs(list(texts), read) if one.is_read]
-    share = max(SAMPLE_BYTES // max(len(inputs), 1), _PART_BYTES)
+    share = max(max_bytes // max(len(inputs), 1), _PART_BYTES)
     reader = Reader(read)
     parts: list[bytes] = []
     for one in inputs:

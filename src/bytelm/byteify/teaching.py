@@ -26,9 +26,8 @@ class Losses(NamedTuple):
     loss: Float[Tensor, ""]
     divergence: Float[Tensor, ""]
     """Of the student's distributions from the targets, in nats per byte."""
-    embedding_error: Float[Tensor, ""]
-    """Squared error of patch vectors, relative to the embeddings; NaN while all is taught
-    together."""
+    embedding_error: Float[Tensor, ""] | None
+    """Squared error of patch vectors, relative to the embeddings, of parts."""
 
 
 def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) -> Losses:
@@ -48,7 +47,7 @@ def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) 
     latents, reads = parts_latents(lesson, norm)
     logits = blt.decoder(states[-1], blt.decoder.read_latents(latents), reads, context)
     entropy, divergence = _compared(logits, lesson.targets, lesson.is_taught)
-    return Losses(error + entropy, divergence, error)
+    return Losses(error + entropy, divergence, error.detach())
 
 
 def together_losses(blt: BLT, lesson: Lesson) -> Losses:
@@ -56,7 +55,7 @@ def together_losses(blt: BLT, lesson: Lesson) -> Losses:
     logits = blt(lesson.ids, build_patches(lesson.patch_ends, lesson.documents))
     last = torch.ones_like(lesson.token_ends)
     entropy, divergence = _compared(logits, lesson.targets, last)
-    return Losses(entropy, divergence, torch.tensor(float("nan")))
+    return Losses(entropy, divergence, None)
 
 
 def _compared(

@@ -4,7 +4,18 @@ Commands import heavy modules when they run, so that `--help` does not wait for 
 """
 
 # Each of these modules adds its commands to the app.
-from bytelm.cli import byteify, convert, costs, data, evaluating, models, serving, study, tour
+from bytelm.cli import (
+    byteify,
+    convert,
+    costs,
+    data,
+    distil,
+    evaluating,
+    models,
+    serving,
+    study,
+    tour,
+)
 from bytelm.cli.app import app, main
 
 __all__ = [
@@ -13,6 +24,7 @@ __all__ = [
     "convert",
     "costs",
     "data",
+    "distil",
     "evaluating",
     "main",
     "models",

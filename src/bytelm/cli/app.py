@@ -35,6 +35,7 @@ VERBS = [
     "serve",
     "study",
     "byteify",
+    "distil",
     "import",
     "export",
     "recipes",

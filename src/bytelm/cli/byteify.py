@@ -12,16 +12,34 @@ if TYPE_CHECKING:
     from bytelm.data import ReadOptions
 
 
+DonorName = Annotated[
+    str,
+    typer.Argument(
+        help="Folder, GGUF file or Hub repository (OWNER/NAME) of a Llama, Mistral, Qwen 2 or "
+        "Qwen 3 model."
+    ),
+]
+PatchSize = Annotated[
+    float | None, typer.Option(help="Mean bytes per patch. (default: the donor's bytes per token)")
+]
+LocalDim = Annotated[
+    int | None,
+    typer.Option(
+        min=64,
+        help="Width of encoder and decoder, a multiple of 64. (default: about 0.4 times the "
+        "donor's)",
+    ),
+]
+EncoderLayers = Annotated[int, typer.Option(min=1, help="Layers of the encoder.")]
+DecoderLayers = Annotated[int, typer.Option(min=1, help="Layers of the decoder.")]
+Window = Annotated[int, typer.Option(min=1, help="Bytes that encoder and decoder attend to.")]
+NumBuckets = Annotated[int, typer.Option(min=1, help="Hash embeddings per n-gram size.")]
+
+
 @app.command("byteify")
 @with_read_options
 def byteify(
-    donor: Annotated[
-        str,
-        typer.Argument(
-            help="Folder, GGUF file or Hub repository (OWNER/NAME) of a Llama, Mistral, Qwen 2 or "
-            "Qwen 3 model."
-        ),
-    ],
+    donor: DonorName,
     texts: Annotated[
         list[str],
         typer.Argument(help="Text to find patches on, read as by data prepare; some is enough."),
@@ -39,26 +57,12 @@ def byteify(
             "is uncertain.",
         ),
     ] = False,
-    patch_size: Annotated[
-        float | None,
-        typer.Option(help="Mean bytes per patch. (default: the donor's bytes per token)"),
-    ] = None,
-    local_dim: Annotated[
-        int | None,
-        typer.Option(
-            min=64,
-            help="Width of encoder and decoder, a multiple of 64. (default: about 0.4 times the "
-            "donor's)",
-        ),
-    ] = None,
-    encoder_layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
-    decoder_layers: Annotated[int, typer.Option(min=1, help="Layers of the decoder.")] = 3,
-    window: Annotated[
-        int, typer.Option(min=1, help="Bytes that encoder and decoder attend to.")
-    ] = 256,
-    num_buckets: Annotated[
-        int, typer.Option(min=1, help="Hash embeddings per n-gram size.")
-    ] = 32_768,
+    patch_size: PatchSize = None,
+    local_dim: LocalDim = None,
+    encoder_layers: EncoderLayers = 1,
+    decoder_layers: DecoderLayers = 3,
+    window: Window = 256,
+    num_buckets: NumBuckets = 32_768,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
     *,
     read: "ReadOptions",

@@ -1,0 +1,277 @@
+"""Distillation: what a student is taught at each byte, and runs that resume."""
+
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import bytelm
+from bytelm import codec
+from bytelm.byteify.cache import read_shard
+from bytelm.byteify.course import Lessons
+from bytelm.byteify.distil import distil
+from bytelm.byteify.donor import open_donor
+from bytelm.byteify.lessons import Teacher, groups, parts_latents
+from bytelm.byteify.teacher import continuations, read_document, read_vocabulary
+from bytelm.byteify.transplant import transplant
+from bytelm.checkpoint import load_model
+from bytelm.config import StaticPatching
+from bytelm.errors import ConfigError, DataError
+from bytelm.layout import saved_steps
+from bytelm.patching import build_patcher, build_patches
+from bytelm.progress import Progress
+from commands import invoke
+from test_byteify import SMALL, TEXT, blocks_of, save_donor
+
+LESSONS = Lessons(
+    read_bytes=12_000, parts_steps=6, together_steps=4, row_bytes=500, save_every=3, parts_rate=5e-3
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_donor(tmp_path_factory.mktemp("donor"), "llama 3.1")
+
+
+@pytest.fixture(scope="module")
+def donor(folder):
+    return open_donor(folder)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(donor):
+    return read_vocabulary(donor)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(folder, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return distil(folder, [text], out, lessons=LESSONS, sizes=SMALL)
+
+
+@pytest.fixture(scope="module")
+def documents(made, vocabulary):
+    """Two documents, of which no more than some tokens are kept: the donor is causal."""
+    shard = min((made.folder / "readings").glob("shard-*"))
+    return [first_tokens(vocabulary, one, 60) for one in read_shard(shard)[:2]]
+
+
+def first_tokens(vocabulary, document, count):
+    tokens = document.tokens[:count]
+    size = sum(len(vocabulary.tokens[token]) for token in tokens)
+    return document._replace(
+        data=document.data[:size],
+        tokens=tokens,
+        states=document.states[: len(tokens) + 1],
+        next=document.next[: size + 1],
+        ends=document.ends[:size],
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(donor, vocabulary, made):
+    """A teacher of a student whose patches miss ends of tokens, and end elsewhere as well."""
+    student = load_model(made.folder)[0]
+    student.patcher = build_patcher(StaticPatching(length=3))
+    return Teacher(donor, vocabulary, student)
+
+
+@pytest.fixture(scope="module")
+def lesson(teacher, documents):
+    return teacher.lesson(documents)
+
+
+def test_tokens_and_states_are_aligned_with_patches(donor, teacher, lesson):
+    """With the donor's embeddings as patches, its blocks make its states of them."""
+    patches = build_patches(lesson.token_ends, lesson.documents)
+    assert patches.num_patches == lesson.tokens.shape[1]
+    blocks = blocks_of(donor)
+    transplant(donor, blocks)
+    context = blocks.spec.over_rows(patches.patch_documents, patches.patch_positions)
+    latents = blocks(teacher.embeddings[lesson.tokens], context)
+    states = donor.model.model.norm(latents).detach()
+    torch.testing.assert_close(states, lesson.states, rtol=2e-3, atol=2e-3)  # which are fp16
+
+
+def test_the_decoder_learns_from_states_to_read_latents(donor, teacher, lesson):
+    """It normalises what it reads, so latents of any size make the same logits."""
+    lesson = lesson._replace(patch_ends=lesson.token_ends)
+    patches = build_patches(lesson.token_ends, lesson.documents)
+    latents, reads = parts_latents(lesson, donor.model.model.norm.weight)
+    assert torch.equal(reads, patches.decoder_ids)
+    blt = teacher.student.blt
+    states, context = blt.encode(lesson.ids, patches.documents, patches.positions)
+    sizes = torch.linspace(0.5, 5, latents.shape[1])[None, :, None]
+    one, other = (
+        blt.decoder(states[-1], blt.decoder.read_latents(known), reads, context)
+        for known in (latents, latents * sizes)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_latents_without_a_donor_s_state_are_not_read(teacher, donor, lesson):
+    has_state = lesson.token_ends & lesson.patch_ends
+    assert not torch.equal(has_state, lesson.token_ends)
+    _, reads = parts_latents(lesson, donor.model.model.norm.weight)
+    ends = lesson.token_ends[0].nonzero().flatten().tolist()
+    for at in range(reads.shape[1]):
+        usable = [n for n, end in enumerate(ends) if end <= at and has_state[0, end]]
+        assert int(reads[0, at]) == usable[-1]
+
+
+def test_targets_are_what_the_donor_expects_of_a_byte(donor, vocabulary, teacher, documents):
+    document = documents[0]
+    found = teacher.lesson([document])
+    reading = read_document(donor, vocabulary, document.data.decode())
+    logits = donor.model.lm_head(reading.states).double().softmax(-1).detach().numpy()
+    step, prefix = 0, b""
+    for at in range(found.ids.shape[1] - 1):
+        if at:
+            prefix += document.data[at - 1 : at]
+        token_ends, patch_ends = bool(found.token_ends[0, at]), bool(found.patch_ends[0, at])
+        longer = np.zeros(257)
+        if at:
+            for data, weight in weights_of(vocabulary, logits[step]).items():
+                if data.startswith(prefix) and len(data) > len(prefix):
+                    longer[data[len(prefix)]] += weight
+        target = found.targets[0, at]
+        after = document.next[at].double().numpy()
+        if not token_ends and not patch_ends:
+            expected = after
+        elif token_ends and patch_ends and at:
+            own = weights_of(vocabulary, logits[step]).get(prefix, 0.0)
+            ends = own / (own + longer.sum())
+            expected = ends * after + (1 - ends) * longer / max(longer.sum(), 1e-300)
+        elif token_ends:
+            expected = after
+        else:
+            expected = np.zeros(257)
+            expected[document.data[at]] = 1
+        over = np.concatenate([target[codec.OFFSET :].numpy(), target[[codec.EOS]].numpy()])
+        np.testing.assert_allclose(over, expected, atol=2e-3)
+        if token_ends and at:
+            step, prefix = step + 1, b""
+
+
+def weights_of(vocabulary, probabilities):
+    weights = {}
+    for data, weight in zip(vocabulary.tokens, probabilities, strict=True):
+        if data:
+            weights[data] = weights.get(data, 0.0) + weight
+    return weights
+
+
+def test_tokens_that_nothing_extends_have_no_continuation(vocabulary):
+    head = torch.eye(len(vocabulary.tokens))
+    longest = max(range(len(vocabulary.tokens)), key=lambda n: len(vocabulary.tokens[n]))
+    assert not continuations(vocabulary, head, [longest], head[:1]).any()
+
+
+def test_every_pass_takes_each_document_once(made):
+    shards = sorted((made.folder / "readings").glob("shard-*"))
+    known = sorted(one.data for path in shards for one in read_shard(path))
+    rows = groups(shards, 1, seed=3)
+    first, second = ([next(rows)[0].data for _ in known] for _ in range(2))
+    assert sorted(first) == sorted(second) == known
+    assert first != second
+    assert first == [group[0].data for group, _ in zip(groups(shards, 1, 3), known, strict=False)]
+
+
+def test_losses_go_down(made):
+    lines = (made.folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [one["step"] for one in records] == list(range(1, 11))
+    assert records[5]["embedding_error"] < 0.9 * records[0]["embedding_error"]
+    assert records[5]["divergence"] < 0.9 * records[0]["divergence"]
+    assert "embedding_error" not in records[6]
+    assert records[9]["divergence"] < records[0]["divergence"]
+
+
+def test_only_the_stage_together_moves_the_global_model(made, folder, text, donor, tmp_path):
+    parts = LESSONS._replace(parts_steps=1, together_steps=1, save_every=1)
+    blocks = blocks_of(donor)
+    transplant(donor, blocks)
+    is_same = []
+    for steps in (1, 2):
+        stop = Interrupted(at=steps)
+        with pytest.raises(RuntimeError):
+            distil(folder, [text], tmp_path / "run", lessons=parts, sizes=SMALL, progress=stop)
+        found = load_model(tmp_path / "run")[0].blt.global_model.state_dict()
+        is_same.append(all(torch.equal(found[k], v) for k, v in blocks.state_dict().items()))
+    assert is_same == [True, False]
+
+
+class Interrupted(Progress):
+    """Ends the program when some steps are done."""
+
+    def __init__(self, at):
+        self.at = at
+
+    @contextmanager
+    def counting(self, title, total):
+        def show(done, what):
+            if title == "distilling" and done == self.at:
+                raise RuntimeError("killed")
+
+        yield show
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_bits(made, folder, text, tmp_path):
+    arguments = {"lessons": LESSONS, "sizes": SMALL}
+    for at in (4, 8):
+        with pytest.raises(RuntimeError):
+            distil(folder, [text], tmp_path / "run", progress=Interrupted(at), **arguments)
+    result = distil(folder, [text], tmp_path / "run", **arguments)
+    assert result.finished
+    assert made.finished
+    for path in saved_steps(made.folder)[-1].iterdir():
+        if path.name not in ("files.json", "trainer.json", "config.json", "train.yaml"):
+            other = saved_steps(tmp_path / "run")[-1] / path.name
+            assert path.read_bytes() == other.read_bytes(), path.name
+    metrics = [(run / "metrics.jsonl").read_text() for run in (made.folder, tmp_path / "run")]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_time_limit_stops_with_a_checkpoint(folder, text, tmp_path):
+    result = distil(
+        folder, [text], tmp_path / "run", lessons=LESSONS, sizes=SMALL, time_limit=0.001
+    )
+    assert not result.finished
+    assert result.stopped == "time limit"
+
+
+def test_a_run_is_a_checkpoint_like_any_other(made):
+    lm = bytelm.load(made.folder, "cpu")
+    ids = torch.from_numpy(codec.encode(TEXT[:200]))
+    whole = lm.module(ids[None])[0]
+    state = lm.module.new_state()
+    parts = [state.prefill(0, part) for part in ids.split(37)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+    assert lm.generate("The cat", max_bytes=3) is not None
+    assert lm.config.training["distilled_steps"] == 10
+
+
+def test_other_settings_and_folders_are_refused(made, folder, text, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"other settings \(seed\)"):
+        distil(folder, [text], made.folder, lessons=LESSONS, sizes=SMALL, seed=1)
+    (tmp_path / "file").touch()
+    assert invoke("distil", folder, text, "--out", tmp_path) == 1
+    assert "is not empty and holds no run" in capsys.readouterr().err
+
+
+def test_readings_of_another_run_are_used(made, folder, text, tmp_path):
+    short = LESSONS._replace(parts_steps=1, together_steps=0)
+    out, readings = tmp_path / "run", made.folder / "readings"
+    distil(folder, [text], out, lessons=short, sizes=SMALL, readings=readings)
+    assert not (out / "readings").exists()
+    with pytest.raises(DataError, match="no readings"):
+        distil(folder, [text], tmp_path / "b", lessons=short, sizes=SMALL, readings=tmp_path)
