@@ -26,7 +26,7 @@ from commands import invoke
 from test_byteify import SMALL, TEXT, blocks_of, save_donor
 
 LESSONS = Lessons(
-    read_bytes=12_000, parts_steps=6, together_steps=4, row_bytes=500, save_every=3, parts_rate=5e-3
+    read_bytes=10_500, parts_steps=6, together_steps=4, row_bytes=500, save_every=3, parts_rate=5e-3
 )
 
 
@@ -197,14 +197,14 @@ def test_losses_go_down(made):
 
 
 def test_only_the_stage_together_moves_the_global_model(made, folder, text, donor, tmp_path):
-    parts = LESSONS._replace(parts_steps=1, together_steps=1, save_every=1)
+    short = LESSONS._replace(parts_steps=1, together_steps=1, save_every=1)
+    arguments = {"lessons": short, "sizes": SMALL, "readings": made.folder / "readings"}
     blocks = blocks_of(donor)
     transplant(donor, blocks)
     is_same = []
     for steps in (1, 2):
-        stop = Interrupted(at=steps)
         with pytest.raises(RuntimeError):
-            distil(folder, [text], tmp_path / "run", lessons=parts, sizes=SMALL, progress=stop)
+            distil(folder, [text], tmp_path / "run", progress=Interrupted(steps), **arguments)
         found = load_model(tmp_path / "run")[0].blt.global_model.state_dict()
         is_same.append(all(torch.equal(found[k], v) for k, v in blocks.state_dict().items()))
     assert is_same == [True, False]
@@ -225,11 +225,12 @@ class Interrupted(Progress):
         yield show
 
 
-def test_a_run_that_was_killed_resumes_to_the_same_bits(made, folder, text, tmp_path):
-    arguments = {"lessons": LESSONS, "sizes": SMALL}
-    for at in (4, 8):
-        with pytest.raises(RuntimeError):
-            distil(folder, [text], tmp_path / "run", progress=Interrupted(at), **arguments)
+@pytest.mark.parametrize("at", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_resumes_to_the_same_bits(at, made, folder, text, tmp_path):
+    readings = made.folder / "readings"
+    arguments = {"lessons": LESSONS, "sizes": SMALL, "readings": readings}
+    with pytest.raises(RuntimeError):
+        distil(folder, [text], tmp_path / "run", progress=Interrupted(at), **arguments)
     result = distil(folder, [text], tmp_path / "run", **arguments)
     assert result.finished
     assert made.finished
@@ -268,6 +269,7 @@ def test_other_settings_and_folders_are_refused(made, folder, text, tmp_path, ca
     assert "is not empty and holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_readings_of_another_run_are_used(made, folder, text, tmp_path):
     short = LESSONS._replace(parts_steps=1, together_steps=0)
     out, readings = tmp_path / "run", made.folder / "readings"
