@@ -205,7 +205,10 @@ def test_data_inspect_and_calibrate(run, world, tmp_path):
     status, out, _ = run("data", "inspect", world / "scored", "--verify", "--out", figure)
     assert status == 0
     assert "</svg>" in figure.read_text()
-    assert re.search(r"text +\d\.\d{3} .*\u2588", out)
+    assert re.search(r"text +\d\.\d{3} +\d+\.\d\d .*\u2588", out)
+    status, out, _ = run("data", "inspect", world / "scored", "--patches")
+    assert re.search(r"text +200 +38,063 +5,311 +\d\.\d\d", out)
+    assert "sample" not in out
     assert run("data", "info", world / "scored", "--verify")[0] == 0
     assert "text" in out
     assert "all files match their hashes" in out

@@ -12,18 +12,40 @@ from hypothesis.extra import numpy as npst
 from builders import random_byte_lm
 from bytelm import codec
 from bytelm.checkpoint import save_model
-from bytelm.config import ModelDescription, TransformerConfig
-from bytelm.data import Dataset, PrepareOptions, ReadOptions, preparation, prepare, writing
+from bytelm.config import (
+    EntropyPatching,
+    ModelDescription,
+    MonotonicPatching,
+    TransformerConfig,
+)
+from bytelm.data import (
+    Dataset,
+    PrepareOptions,
+    ReadOptions,
+    calibration,
+    preparation,
+    prepare,
+    writing,
+)
+from bytelm.data.calibration import repatch_folder
 from bytelm.data.dataset import MANIFEST, SourceStatistics, read_manifest
 from bytelm.data.splitting import Seen
 from bytelm.data.statistics import (
     BIN,
     NUM_BINS,
     bytes_per_patch,
+    estimate_patch_size,
     folder_statistics,
     histogram,
 )
-from bytelm.patching import EntropyRule, Patcher
+from bytelm.errors import DataError
+from bytelm.patching import (
+    EntropyRule,
+    Patcher,
+    PatchSample,
+    build_patcher,
+    patch_statistics,
+)
 from test_engines import all_texts, eager_engine
 
 SMALL = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
@@ -52,6 +74,34 @@ def test_a_histogram_gives_the_number_of_patches_of_any_threshold(entropies, num
     assert abs(int(boundaries.sum()) - above) <= 2
     expected = len(entropies) / above if above else np.inf
     assert bytes_per_patch(counts)[number] == pytest.approx(expected)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9),
+    number=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_estimates_of_a_histogram_are_off_by_a_patch_a_document_at_the_edge_of_a_bin(
+    lengths, number, seed
+):
+    rng = np.random.default_rng(seed)
+    documents = [
+        (np.floor(rng.random(n + 1) * 50) + 0.5).astype(np.float32) * np.float32(BIN)
+        for n in lengths
+    ]
+    counts = histogram(np.concatenate(documents)).tolist()
+    known = SourceStatistics(documents=len(lengths), text_bytes=sum(lengths), histogram=counts)
+    sample = PatchSample.join(
+        [
+            (torch.from_numpy(codec.encode(b"x" * n)), torch.from_numpy(one))
+            for n, one in zip(lengths, documents, strict=True)
+        ]
+    )
+    exact = patch_statistics(Patcher(EntropyRule(threshold=number * BIN)), sample)
+    estimated = exact.num_positions / estimate_patch_size(known, number * BIN)
+    assert abs(estimated - exact.num_patches) <= len(lengths) + 1e-6
+    above, below = (estimate_patch_size(known, (number + by) * BIN) for by in (0.7, 0.3))
+    assert above >= below >= estimate_patch_size(known, number * BIN)
 
 
 @given(batches=st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9)), max_size=12))
@@ -118,6 +168,47 @@ def test_statistics_are_those_of_the_documents(scorer, tmp_path):
         one.histogram for one in manifest.statistics.values()
     ]
     assert prepare(inputs, tmp_path / "d", options).statistics == {}
+
+
+@pytest.mark.parametrize("rule", [EntropyPatching(), MonotonicPatching(max_length=7)])
+def test_patches_are_counted_by_source_in_all_documents(scorer, tmp_path, monkeypatch, rule):
+    inputs = write_inputs(tmp_path, list(range(12)), per_file=5)
+    options = PrepareOptions(
+        read=ReadOptions(source_field="lang"), scorer=scorer, workers=1, validation_share=0.3
+    )
+    prepare(inputs, tmp_path / "d", options)
+    threshold = rule.with_threshold(5.4 if rule.kind == "entropy" else 0.01)
+    repatch_folder(tmp_path / "d", threshold)
+    patcher, expected = build_patcher(threshold), {}
+    for split in ("train", "validation"):
+        dataset = Dataset(tmp_path / "d", split)
+        for index, length in enumerate(dataset.lengths.tolist()):
+            parts = (dataset.ids(index, 0, length + 1), dataset.entropies(index, 0, length + 1))
+            boundary = patcher.next_boundary(*(torch.from_numpy(one)[None] for one in parts))[0]
+            ends = [0, *(boundary[:-1].nonzero()[:, 0] + 1).tolist(), length + 1]
+            name = dataset.source_names[dataset.source_ids[index]]
+            expected.setdefault(name, []).extend(np.diff(ends).tolist())
+    # More than one group, without a cut in a document.
+    monkeypatch.setattr(calibration, "_COUNTED_BYTES", 300)
+    counted = calibration.with_counted_patches(tmp_path / "d", read_manifest(tmp_path / "d"))
+    assert counted.calibration.sources.keys() == expected.keys()
+    for name, one in counted.calibration.sources.items():
+        sizes = expected[name]
+        assert (one.sampled_bytes, one.patches, one.longest) == (
+            sum(sizes),
+            len(sizes),
+            max(sizes),
+        )
+        assert one.patch_size == pytest.approx(np.mean(sizes))
+        assert 1 < one.patch_size < 100
+    every = np.concatenate(list(expected.values()))
+    assert counted.calibration.patch_size == pytest.approx(every.mean())
+
+
+def test_patches_without_a_threshold_are_refused(tmp_path):
+    prepare(write_inputs(tmp_path, [1, 2]), tmp_path / "d", PrepareOptions())
+    with pytest.raises(DataError, match="has no threshold, so there are no patches to count"):
+        calibration.with_counted_patches(tmp_path / "d", read_manifest(tmp_path / "d"))
 
 
 @settings(max_examples=15)

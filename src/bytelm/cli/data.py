@@ -218,6 +218,10 @@ def data_inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its hash.")
     ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="Count the patches of all documents, not of a sample."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File for a figure of the same, such as data.svg.")
     ] = None,
@@ -225,8 +229,9 @@ def data_inspect(
     """Show the contents of prepared data: sizes, patches and entropies of each source.
 
     [dim]bytelm data inspect data --verify
-    bytelm data inspect scored --out scored.svg[/]
+    bytelm data inspect scored --patches --out scored.svg[/]
     """
+    from bytelm.data.calibration import with_counted_patches
     from bytelm.data.dataset import check_shard, read_manifest
     from bytelm.data.statistics import folder_statistics
     from bytelm.display import ConsoleProgress, show_data, show_statistics
@@ -238,10 +243,13 @@ def data_inspect(
     with ConsoleProgress(console).waiting("comparing files with their hashes"):
         for shard in manifest.shards:
             check_shard(folder, shard, contents=verify)
+    if patches:
+        with ConsoleProgress(console).waiting("counting patches"):
+            manifest = with_counted_patches(folder, manifest)
     show_data(console, folder, manifest)
     with ConsoleProgress(console).waiting("measuring entropies"):
         statistics = folder_statistics(folder, manifest)
-    show_statistics(console, statistics)
+    show_statistics(console, statistics, manifest.calibration)
     if verify:
         console.print("all files match their hashes")
     if out is not None:

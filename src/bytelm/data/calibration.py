@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bytelm.config import CalibratedPatching, PatchingConfig
-from bytelm.data.dataset import Calibration, Dataset, SourceReport, write_manifest
+from bytelm.config.rules import named_rule
+from bytelm.data.dataset import (
+    Calibration,
+    Dataset,
+    Manifest,
+    SourceReport,
+    Split,
+    write_manifest,
+)
 from bytelm.data.loader import SpanOrder
 from bytelm.errors import DataError
-from bytelm.patching import PatchSample, build_patcher, calibrate, patch_statistics
+from bytelm.patching import (
+    PatchSample,
+    PatchStatistics,
+    build_patcher,
+    calibrate,
+    patch_statistics,
+)
 from bytelm.scoring import check_entropies
 from bytelm.tokens import Tokenizer, train_tokenizer
 
@@ -20,6 +35,8 @@ SAMPLE_BYTES = 4_000_000
 REPORT_BYTES = 500_000
 """Bytes sampled of each source for its report."""
 _SPAN_BYTES = 16_384
+_COUNTED_BYTES = 2**20
+"""Bytes whose patches are counted at once."""
 
 
 Sample = dict[str, list[tuple[Tensor, Tensor | None]]]
@@ -118,14 +135,80 @@ def _source_reports(config: PatchingConfig, dataset: Dataset) -> dict[str, Sourc
     for number in np.unique(dataset.source_ids):
         name = dataset.source_names[number]
         sample = sample_dataset(dataset, REPORT_BYTES, source=name)
-        statistics = patch_statistics(patcher, PatchSample.join(all_documents(sample)))
-        reports[name] = SourceReport(
-            sampled_bytes=statistics.num_positions,
-            patches=statistics.num_patches,
-            patch_size=statistics.mean_size,
-            longest=statistics.longest,
-        )
+        sample = PatchSample.join(all_documents(sample))
+        reports[name] = _report(patch_statistics(patcher, sample))
     return reports
+
+
+def _report(statistics: PatchStatistics) -> SourceReport:
+    return SourceReport(
+        sampled_bytes=statistics.num_positions,
+        patches=statistics.num_patches,
+        patch_size=statistics.mean_size,
+        longest=statistics.longest,
+    )
+
+
+def count_patches(folder: Path, config: PatchingConfig) -> dict[str, SourceReport]:
+    """Count the patches of all documents of both splits, by source, from the entropies in the data.
+
+    A document is cut every 2**20 bytes, and a patch starts at the cut.
+
+    Raises:
+        DataError: the folder is not prepared data, is damaged, or has no entropies.
+        PatchingError: the rule has no threshold.
+    """
+    patcher = build_patcher(config)
+    totals: dict[str, PatchStatistics] = {}
+    for split in ("train", "validation"):
+        dataset = _with_entropies(folder, split)
+        for name, group in _by_source(dataset):
+            one = patch_statistics(patcher, PatchSample.join(group))
+            totals[name] = totals[name].joined(one) if name in totals else one
+    return {name: _report(total) for name, total in sorted(totals.items())}
+
+
+def with_counted_patches(folder: Path, manifest: Manifest) -> Manifest:
+    """Return a manifest whose reports per source are of all documents, not of samples.
+
+    Raises:
+        DataError: the data is not calibrated, or as :func:`count_patches`.
+    """
+    calibration = manifest.calibration
+    if calibration is None:
+        raise DataError(
+            f"{folder} has no threshold, so there are no patches to count: run `bytelm data "
+            f"calibrate {folder}` first"
+        )
+    options: dict[str, Any] = {
+        name: value for name, value in calibration.rule.items() if name != "kind"
+    }
+    rule = named_rule(str(calibration.rule["kind"]), **options)
+    sources = count_patches(folder, rule)
+    positions = sum(one.sampled_bytes for one in sources.values())
+    mean = positions / max(sum(one.patches for one in sources.values()), 1)
+    counted = calibration.model_copy(update={"patch_size": mean, "sources": sources})
+    return manifest.model_copy(update={"calibration": counted})
+
+
+def _by_source(dataset: Dataset) -> Iterator[tuple[str, list[tuple[Tensor, Tensor | None]]]]:
+    """Yield all spans of documents, a group of one source and about a megabyte at a time."""
+    group: list[tuple[Tensor, Tensor | None]] = []
+    size, of = 0, 0
+    for document, source in enumerate(dataset.source_ids.tolist()):
+        length = int(dataset.lengths[document]) + 1
+        for begin in range(0, length, _COUNTED_BYTES):
+            end = min(begin + _COUNTED_BYTES, length)
+            if group and (source != of or size + end - begin > _COUNTED_BYTES):
+                yield dataset.source_names[of], group
+                group, size = [], 0
+            ids, entropies = (
+                read(document, begin, end) for read in (dataset.ids, dataset.entropies)
+            )
+            group.append((torch.from_numpy(ids), torch.from_numpy(entropies)))
+            size, of = size + end - begin, source
+    if group:
+        yield dataset.source_names[of], group
 
 
 def calibrate_folder(folder: Path, config: PatchingConfig, patch_size: float) -> Calibration:
@@ -152,8 +235,8 @@ def repatch_folder(folder: Path, rule: CalibratedPatching) -> Calibration:
     return _record(_with_entropies(folder), rule)
 
 
-def _with_entropies(folder: Path) -> Dataset:
-    dataset = Dataset(folder, "train")
+def _with_entropies(folder: Path, split: Split = "train") -> Dataset:
+    dataset = Dataset(folder, split)
     if not dataset.has_entropies:
         raise DataError(f"{folder} has no entropies to calibrate on: prepare it with --scorer")
     return dataset

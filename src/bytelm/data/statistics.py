@@ -1,8 +1,10 @@
 """Statistics of prepared documents by source: sizes, and a histogram of their entropies.
 
-A histogram of all entropies shows how many patches each threshold gives, without reading the data.
+A histogram of all entropies shows about how many patches each threshold gives, without reading the
+data; :func:`bytelm.data.calibration.count_patches` reads it, and counts them.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +93,28 @@ def bytes_per_patch(statistics: SourceStatistics) -> NDArray[np.float64]:
     above = np.cumsum(np.array(statistics.histogram, np.float64)[::-1])[::-1]
     with np.errstate(divide="ignore", invalid="ignore"):
         return above[0] / above
+
+
+def estimate_patch_size(statistics: SourceStatistics, threshold: float) -> float:
+    """Estimate the mean bytes per patch of the entropy rule, without a longest patch.
+
+    ::
+
+        (documents + bytes) / (documents + entropies above the threshold)
+
+    BOS is a patch of its own, hence the documents. Entropies are taken to be spread evenly over the
+    bin of the threshold, so the number of those above it is exact at multiples of :data:`BIN` only;
+    it also counts the last entropy of a document, which starts no patch, and leaves out the first
+    if it is low.
+
+    Args:
+        statistics: of documents with entropies.
+        threshold: in nats.
+
+    Returns:
+        NaN if there are no documents.
+    """
+    counts = np.array(statistics.histogram, np.float64)
+    share_above = np.clip(np.arange(1, NUM_BINS + 1) - threshold / BIN, 0, 1)
+    patches = statistics.documents + float(counts @ share_above)
+    return (statistics.documents + statistics.text_bytes) / patches if patches else math.nan

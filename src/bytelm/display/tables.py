@@ -13,8 +13,8 @@ from rich.text import Text
 from bytelm.accounting import SCORER, TRAINING_BYTES, Breakdown, PartCost
 from bytelm.config import CalibratedPatching, Recipe
 from bytelm.data import Manifest
-from bytelm.data.dataset import SourceStatistics
-from bytelm.data.statistics import BIN, NUM_BINS
+from bytelm.data.dataset import Calibration, SourceStatistics
+from bytelm.data.statistics import BIN, NUM_BINS, estimate_patch_size
 from bytelm.language_model import PatchedText
 from bytelm.likelihood import Likelihood, total
 from bytelm.quickstart import HEADINGS, REPORT, Quickstart, table_rows
@@ -32,7 +32,11 @@ PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
-    """Show the contents of prepared data, by source."""
+    """Show the contents of prepared data, by source.
+
+    Bytes per patch and the longest patch are those of a sample of each source, unless the reports
+    of the calibration are about all of it.
+    """
     table = Table(title=f"{folder}", title_justify="left", box=None, pad_edge=False)
     for name in ("source", "documents", "bytes", "held out"):
         table.add_column(name, justify="left" if name == "source" else "right")
@@ -42,7 +46,11 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         table.add_column("trained on", justify="right")
     calibration = manifest.calibration
     if calibration:
-        table.add_column("bytes/patch", justify="right")
+        known = calibration.sources
+        counted = all(
+            n in known and known[n].sampled_bytes >= sources[n].text_bytes for n in sources
+        )
+        table.add_column("bytes/patch" if counted else "bytes/patch (sample)", justify="right")
         table.add_column("longest", justify="right")
     held_out = manifest.sources("validation")
     for name, one in sources.items():
@@ -90,8 +98,17 @@ def show_data(console: Console, folder: Path, manifest: Manifest) -> None:
         console.print(f"patches of {calibration.patch_size:.3f} bytes: {rule}", soft_wrap=True)
 
 
-def show_statistics(console: Console, statistics: Mapping[str, SourceStatistics]) -> None:
-    """Show the copies that were left out, and the entropies, of each source, if there are any."""
+def show_statistics(
+    console: Console,
+    statistics: Mapping[str, SourceStatistics],
+    calibration: Calibration | None = None,
+) -> None:
+    """Show the copies that were left out, and the entropies, of each source, if there are any.
+
+    With the threshold of a calibrated entropy rule, also the bytes per patch that the histogram of
+    all entropies lets expect (:func:`bytelm.data.statistics.estimate_patch_size`).
+    """
+    threshold = _histogram_threshold(calibration)
     table = Table(title_justify="left", box=None, pad_edge=False)
     table.add_column("source")
     has_copies = any(one.duplicate_documents for one in statistics.values())
@@ -101,16 +118,29 @@ def show_statistics(console: Console, statistics: Mapping[str, SourceStatistics]
         table.add_column("their bytes", justify="right")
     if has_entropies:
         table.add_column("mean entropy", justify="right")
+        if threshold is not None:
+            table.add_column("bytes/patch (estimate)", justify="right")
         table.add_column(f"histogram, 0 to {NUM_BINS * BIN:.1f} nats")
     for name, one in statistics.items():
         row = [escape_line(name)]
         if has_copies:
             row += [f"{one.duplicate_documents:,}", f"{one.duplicate_bytes:,}"]
         if has_entropies and one.histogram:
-            row += [f"{one.mean_entropy:.3f}", _bars(one.histogram)]
+            row.append(f"{one.mean_entropy:.3f}")
+            if threshold is not None:
+                row.append(f"{estimate_patch_size(one, threshold):.2f}")
+            row.append(_bars(one.histogram))
         table.add_row(*row)
     if has_copies or has_entropies:
         console.print(table)
+
+
+def _histogram_threshold(calibration: Calibration | None) -> float | None:
+    """Return the threshold of a rule whose patches a histogram of entropies tells, or ``None``."""
+    rule = calibration.rule if calibration else {}
+    threshold = rule.get("threshold")
+    is_told = rule.get("kind") == "entropy" and rule.get("max_length") is None
+    return threshold if is_told and isinstance(threshold, float) else None
 
 
 def _bars(counts: Sequence[int]) -> str:

@@ -63,6 +63,14 @@ class PatchStatistics(NamedTuple):
         """Mean bytes per patch."""
         return self.num_positions / max(self.num_patches, 1)
 
+    def joined(self, other: "PatchStatistics") -> "PatchStatistics":
+        """Return the statistics of both samples together."""
+        return PatchStatistics(
+            self.num_positions + other.num_positions,
+            self.num_patches + other.num_patches,
+            max(self.longest, other.longest),
+        )
+
 
 def patch_statistics(patcher: Patcher, sample: PatchSample) -> PatchStatistics:
     """Count the patches of a sample."""
