@@ -21,10 +21,11 @@ from builders import SPACE_BLT, LearnedRule, merged
 from bytelm import kernels, load, shards
 from bytelm.accounting import Part, register_parts
 from bytelm.config import ModelConfig, PatchingConfig, Recipe, parse
-from bytelm.data import Loader, PrepareOptions, prepare
+from bytelm.data import Dataset, Loader, PrepareOptions, prepare, train_dataset_tokenizer
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps, step_number
-from bytelm.lm import CausalLM, register_model
+from bytelm.lm import CausalLM, kinds, register_model
+from bytelm.model import transformer
 from bytelm.patching import register_rule
 from bytelm.progress import BeginCooldown, Callback
 from bytelm.ranks import Place, find_place, first_host
@@ -149,6 +150,26 @@ def test_any_number_of_ranks_trains_as_one_does(data, tmp_path, size, changes):
     train(settings, tmp_path / "one")
     assert all(one.finished for one in on_ranks(size, train, settings, tmp_path / "many"))
     assert_equal_but_for_rounding(tmp_path / "many", tmp_path / "one")
+
+
+@SLOW
+def test_two_ranks_train_on_a_large_vocabulary_as_one_does_with_all_logits(data, tmp_path):
+    tokenizer = train_dataset_tokenizer(Dataset(Path(data), "train"), 270, 10**6)
+    tokenizer.save(tmp_path / "tokens")
+    settings = recipe(data, TRANSFORMER)
+    changes = {
+        "model": settings.model.model_copy(update={"vocab_size": 270}),
+        "data": settings.data.model_copy(update={"tokenizer": str(tmp_path / "tokens")}),
+    }
+    settings = settings.model_copy(update=changes)
+    train(settings, tmp_path / "one")
+    on_ranks(2, train_with_chunks, settings, tmp_path / "two")
+    assert_equal_but_for_rounding(tmp_path / "two", tmp_path / "one")
+
+
+def train_with_chunks(settings, folder):
+    kinds.CHUNKED_VOCAB, transformer.CHUNK_LOGITS = 1, 1
+    return train(settings, folder)
 
 
 @SLOW

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import LargestTensor
 from bytelm import kernels
@@ -61,6 +62,53 @@ def test_decoder_cross_attention_equals_its_reference(ids, slots):
         keys,
         values,
     )
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 30),
+    st.sampled_from(["all", "some", "none"]),
+)
+def test_chunks_of_cross_entropy_equal_the_whole(batch, length, chunk, ignored):
+    targets = torch.randint(0, 50, (batch, length))
+    share = {"all": 1.0, "some": 0.5, "none": 0.0}[ignored]
+    targets[torch.rand(batch, length) < share] = -100
+    states, weight = torch.randn(batch, length, 6), torch.randn(50, 6)
+    results = []
+    for function in (
+        kernels.reference_target_nats,
+        lambda *x: kernels.target_nats(*x, chunk=chunk),
+    ):
+        x, w = (one.clone().requires_grad_() for one in (states, weight))
+        nats = function(lambda some, w=w: some @ w.T, x, targets)
+        (nats * torch.linspace(1, 2, length)).sum().backward()
+        results.append((nats, x.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        scale = float(b.detach().abs().max())
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
+
+
+class LargestResult(TorchDispatchMode):
+    """The most elements of a tensor that an operation returns, also in the backward pass."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, torch.Tensor):
+                self.num_elements = max(self.num_elements, one.numel())
+        return result
+
+
+def test_chunked_cross_entropy_has_no_more_logits_than_those_of_a_chunk():
+    states, weight = (torch.randn(*s, requires_grad=True) for s in ((2, 64, 4), (100, 4)))
+    targets = torch.randint(0, 100, (2, 64))
+    with LargestResult() as largest:
+        nats = kernels.target_nats(lambda x: x @ weight.T, states, targets, chunk=16)
+        nats.sum().backward()
+    assert largest.num_elements == 16 * 100
 
 
 def test_gradients_hold_in_double_precision():

@@ -7,15 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import NGRAMS, random_transformer
-from bytelm import codec, load
+from bytelm import codec, cpu, load
 from bytelm.checkpoint import load_scorer, save_model
 from bytelm.config import ModelDescription, TransformerConfig
 from bytelm.data.packing import Row, make_batch
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.inference import generate
 from bytelm.likelihood import evaluate, total
-from bytelm.lm import ByteLM, TokenLM
+from bytelm.lm import ByteLM, TokenLM, kinds
+from bytelm.model import transformer
 from bytelm.tokens import Tokenizer, load_tokenizer, train_tokenizer
+from bytelm.training import position_nats
 from bytelm.units import Span, TokenUnits
 
 TEXT = b"the cat sat on the mat, the dog lay on the log; that is 12345 things.\n" * 20
@@ -136,6 +138,28 @@ def test_without_merges_the_model_is_the_byte_model(documents):
     )
     assert tokens.nats == pytest.approx(plain.nats, rel=1e-5, abs=1e-6)
     assert tokens.num_bytes == plain.num_bytes
+
+
+@pytest.mark.parametrize("fuses", [False, True])
+def test_a_large_vocabulary_gives_the_loss_and_gradients_of_all_logits(monkeypatch, fuses):
+    monkeypatch.setattr(transformer, "CHUNK_LOGITS", 1)
+    row = Row(200, 40, TokenUnits(TOKENIZER))
+    for data in (TEXT[:90], TEXT[30:70]):
+        row.add(span(data))
+    batch = make_batch([row, row])
+    results = []
+    for vocabulary in (10**9, 1):
+        monkeypatch.setattr(kinds, "CHUNKED_VOCAB", vocabulary)
+        model = token_model()
+        assert model.takes_targets == (vocabulary == 1)
+        if fuses:
+            cpu.fuse(model.trained)
+        nats = position_nats(model, batch)
+        (nats.sum() / 50).backward()
+        results.append([nats, *(one.grad for one in model.parameters())])
+        assert nats.shape == batch.targets.shape
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,6 +5,7 @@ which the tests compare their results and gradients. The references of the proje
 modules of the model.
 """
 
+from bytelm.kernels.cross_entropy import reference_target_nats, target_nats
 from bytelm.kernels.masks import Mask
 from bytelm.kernels.projections import (
     feed_forward,
@@ -41,6 +42,8 @@ __all__ = [
     "reference_decoder_cross_attention",
     "reference_encoder_cross_attention",
     "reference_segment_max",
+    "reference_target_nats",
     "rotary_projection",
     "segment_max",
+    "target_nats",
 ]

@@ -39,6 +39,8 @@ class CausalLM(nn.Module):
     """Tokenizer of a token model."""
     can_predict: bool = True
     """Whether the model has logits; false for scorers, which have entropies only."""
+    takes_targets: bool = False
+    """Whether the forward pass takes ``targets``, and then returns their nats instead of logits."""
 
     @property
     def trained(self) -> nn.Module:
@@ -136,13 +138,38 @@ class ByteLM(CausalLM):
         return TransformerScorer(self.transformer, reset_at_newline=reset_at_newline)
 
 
+CHUNKED_VOCAB = 16_384
+"""Size of a vocabulary from which the logits of all positions are too many to keep."""
+
+
 class TokenLM(ByteLM):
-    """A plain transformer over byte-pair tokens: the baseline with a tokenizer."""
+    """A plain transformer over byte-pair tokens: the baseline with a tokenizer.
+
+    With a vocabulary of :data:`CHUNKED_VOCAB` tokens or more, training and evaluation compute the
+    nats of targets without all logits in memory at once.
+    """
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer) -> None:
         super().__init__(transformer)
         self.tokenizer = tokenizer
         self.units = TokenUnits(tokenizer)
+        self.takes_targets = transformer.output.out_features >= CHUNKED_VOCAB
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch ids"],
+        documents: Int[Tensor, "batch ids"] | None = None,
+        targets: Int[Tensor, "batch ids"] | None = None,
+    ) -> Float[Tensor, "batch ids vocab"] | Float[Tensor, "batch ids"]:
+        """Return the logits, in fp32, of the token after each, or the nats of targets.
+
+        Args:
+            ids: packed rows.
+            documents: document of each token; ``None`` for one document per row.
+            targets: token after each, or ``IGNORED``. If given, the result is the negative
+                log-likelihood of each, in nats; 0 where it is ignored.
+        """
+        return self.transformer(ids, documents, targets)
 
     def get_scorer(self, *, reset_at_newline: bool = False) -> Scorer:
         """Refuse.

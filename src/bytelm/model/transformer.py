@@ -4,11 +4,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bytelm import kernels
 from bytelm.config import TransformerConfig
 from bytelm.model.attention import RMSNorm, StackContext, StackSpec
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.layers import build_blocks, init_stack
 from bytelm.patching import row_positions
+
+CHUNK_LOGITS = 2**24
+"""Logits in memory at once where all positions' would be too many: 64 MiB in fp32."""
 
 
 class Transformer(nn.Module):
@@ -32,25 +36,40 @@ class Transformer(nn.Module):
         self,
         ids: Int[Tensor, "batch bytes"],
         documents: Int[Tensor, "batch bytes"] | None = None,
-    ) -> Float[Tensor, "batch bytes vocab"]:
+        targets: Int[Tensor, "batch bytes"] | None = None,
+    ) -> Float[Tensor, "batch bytes vocab"] | Float[Tensor, "batch bytes"]:
         """Return the logits, in fp32, of the id after each.
 
         Args:
             ids: packed rows.
             documents: document of each id; ``None`` for one document per row.
+            targets: id after each, or -100. If given, the result is the negative log-likelihood of
+                each, in nats, computed without all logits in memory at once.
         """
         if documents is None:
             documents = torch.zeros_like(ids)
         positions = row_positions(documents)
-        return self.run(self.embedding(ids, positions), self.spec.over_rows(documents, positions))
+        x, context = self.embedding(ids, positions), self.spec.over_rows(documents, positions)
+        if targets is None:
+            return self.run(x, context)
+        # As many positions as the matrix has columns, so that its gradients cost no more memory
+        # traffic than the logits.
+        chunk = max(CHUNK_LOGITS // self.output.out_features, self.output.in_features)
+        states = self._states(x, context)
+        return kernels.target_nats(self.logits, states, targets, chunk=chunk)
 
     def run(
         self, x: Float[Tensor, "batch bytes dim"], context: StackContext
     ) -> Float[Tensor, "batch bytes vocab"]:
         """Return the logits of embedded ids in a context of packed rows or of a cache."""
+        return self.logits(self._states(x, context))
+
+    def _states(
+        self, x: Float[Tensor, "batch bytes dim"], context: StackContext
+    ) -> Float[Tensor, "batch bytes dim"]:
         for layer, block in enumerate(self.blocks):
             x = block(x, context[layer])
-        return self.logits(x)
+        return x
 
     def logits(self, x: Float[Tensor, "batch bytes dim"]) -> Float[Tensor, "batch bytes vocab"]:
         """Return the logits, in fp32, of the last block's states."""

@@ -34,6 +34,8 @@ ROWS = 8
 
 def position_nats(lm: CausalLM, batch: Batch) -> Float[Tensor, "batch ids"]:
     """Return the negative log-likelihood of each target, in nats; 0 on padding."""
+    if lm.takes_targets:
+        return lm(**batch.inputs, targets=batch.targets)
     logits = lm(**batch.inputs)
     flat = functional.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
