@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from bytelm.data import Dataset, Loader, PrepareOptions, prepare, train_dataset_
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps, step_number
 from bytelm.lm import CausalLM, kinds, register_model
-from bytelm.model import transformer
+from bytelm.model import blt, layers, transformer
 from bytelm.patching import register_rule
 from bytelm.progress import BeginCooldown, Callback
 from bytelm.ranks import Place, find_place, first_host
@@ -120,6 +121,48 @@ def test_two_ranks_train_as_one_does_and_one_resumes_what_they_began(data, whole
 
 def train_until(settings, folder, step):
     return train(settings, folder, callbacks=[StopAt(step)])
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW)])
+def test_ranks_begin_with_the_weights_of_one_and_hold_one_whole_parameter_at_a_time(data, size):
+    changes = {"model": {"cross_attention": {"queries": "learned"}}}
+    settings = recipe(data, changes, **({"shard_ranks": 2} if size == 4 else {}))
+    one = Trainer(settings)
+    expected = {name: tensor.clone() for name, tensor in one.lm.trained.state_dict().items()}
+    num_elements = sum(tensor.numel() for tensor in expected.values())
+    one.step()
+    loss = one.report()["loss"]
+    for found in on_ranks(size, initial_weights, settings):
+        assert found["weights"].keys() == expected.keys()
+        for name, weights in found["weights"].items():
+            assert torch.equal(torch.from_numpy(weights), expected[name]), name
+        assert found["held"] < 0.6 * num_elements
+        assert found["alive"] == 1
+        assert found["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def initial_weights(settings):
+    """The weights of a rank's trainer, and how many whole matrices existed at once."""
+    init_linear, drawn, alive = layers.init_linear, [], []
+
+    def init_and_count(weight, generator=None):
+        drawn.append(weakref.ref(weight))
+        alive.append(sum(one() is not None for one in drawn))
+        init_linear(weight, generator)
+
+    layers.init_linear = blt.init_linear = init_and_count
+    with join("cpu") as world:
+        trainer = Trainer(settings, world=world)
+        parameters = dict(trainer.lm.trained.named_parameters())
+        held = sum(one.to_local().numel() for one in parameters.values())
+        weights = {name: one.full_tensor().detach().numpy() for name, one in parameters.items()}
+        trainer.step()
+        return {
+            "weights": weights,
+            "held": held,
+            "alive": max(alive),
+            "loss": trainer.report()["loss"],
+        }
 
 
 def test_ranks_of_the_test_hold_different_numbers_of_targets(data):

@@ -12,6 +12,7 @@ parts for packed rows, :mod:`bytelm.inference` for bytes as they arrive.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -25,9 +26,10 @@ from bytelm.model.embedding import HashEmbedding
 from bytelm.model.layers import (
     DecoderCrossAttention,
     EncoderCrossAttention,
+    Initialisers,
     build_blocks,
     init_linear,
-    init_stack,
+    stack_initialisers,
 )
 from bytelm.patching import Patches
 
@@ -212,13 +214,18 @@ class BLT(nn.Module):
         self.decoder = LocalDecoder(config)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise as :func:`~bytelm.model.layers.init_stack` does."""
-        init_stack(self, generator)
+        """Initialise all parameters; see :meth:`initialisers`."""
+        for parameter, initialise in self.initialisers(generator):
+            initialise(parameter)
+
+    def initialisers(self, generator: torch.Generator | None = None) -> Initialisers:
+        """Yield parameters and their initialisation: :func:`stack_initialisers`, and more."""
+        yield from stack_initialisers(self, generator)
         if not self.decoder.cross_attention:
             # Projected latents are added to the byte states: begin with zeros, as branches do.
-            nn.init.zeros_(self.decoder.latent_projection.weight)
+            yield self.decoder.latent_projection.weight, nn.init.zeros_
         if self.encoder.learned_queries is not None:
-            init_linear(self.encoder.learned_queries, generator)
+            yield self.encoder.learned_queries, partial(init_linear, generator=generator)
 
     def forward(
         self, ids: Int[Tensor, "batch bytes"], patches: Patches

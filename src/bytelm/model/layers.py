@@ -9,6 +9,8 @@ Modules do not depend on masks, caches or devices: self-attention receives a
 :class:`~bytelm.model.attention.LayerContext`, the rest are plain functions of tensors.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -137,25 +139,33 @@ class DecoderCrossAttention(CrossAttention):
         return self.add_residual(states, out)
 
 
-def init_stack(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise every matrix as :func:`init_linear` does, except residual outputs, which are 0.
+Initialisers = Iterator[tuple[Tensor, Callable[[Tensor], object]]]
+"""Parameters, and for each a function that initialises a tensor of its shape."""
 
+
+def stack_initialisers(model: nn.Module, generator: torch.Generator | None = None) -> Initialisers:
+    """Yield the initialisation of a stack, in the order in which its values are drawn.
+
+    Every matrix is initialised as :func:`init_linear` does, except residual outputs, which are 0.
     Norms are 1 and biases 0. A residual branch adds nothing before it has been trained, so blocks
     begin as the identity. The paper does not specify this; it improves small models of every kind
     (docs/log.md).
+
+    Values do not depend on the tensor that they are written to, so a model that is spread over
+    several devices can be initialised one whole parameter at a time, to the same bits.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
-            init_linear(module.weight, generator)
+            yield module.weight, partial(init_linear, generator=generator)
         if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+            yield module.bias, nn.init.zeros_
         if isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
+            yield module.weight, nn.init.ones_
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
-            nn.init.zeros_(module.out.weight)
+            yield module.out.weight, nn.init.zeros_
         elif isinstance(module, FeedForward):
-            nn.init.zeros_(module.down.weight)
+            yield module.down.weight, nn.init.zeros_
 
 
 def init_linear(weight: Tensor, generator: torch.Generator | None = None) -> None:

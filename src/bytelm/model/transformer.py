@@ -8,7 +8,7 @@ from bytelm import kernels
 from bytelm.config import TransformerConfig
 from bytelm.model.attention import RMSNorm, StackContext, StackSpec
 from bytelm.model.embedding import HashEmbedding
-from bytelm.model.layers import build_blocks, init_stack
+from bytelm.model.layers import Initialisers, build_blocks, stack_initialisers
 from bytelm.patching import row_positions
 
 CHUNK_LOGITS = 2**24
@@ -29,8 +29,13 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise as :func:`~bytelm.model.layers.init_stack` does."""
-        init_stack(self, generator)
+        """Initialise all parameters; see :meth:`initialisers`."""
+        for parameter, initialise in self.initialisers(generator):
+            initialise(parameter)
+
+    def initialisers(self, generator: torch.Generator | None = None) -> Initialisers:
+        """Yield parameters and their initialisation: :func:`stack_initialisers`."""
+        return stack_initialisers(self, generator)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from bytelm.errors import ConfigError
 from bytelm.lm import CausalLM
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.layers import Block, EncoderCrossAttention
-from bytelm.shards import is_sharded
+from bytelm.shards import Part, is_sharded, part_of
 from bytelm.training.distributed import World
 
 SAVED = {
@@ -40,10 +40,11 @@ SAVED = {
 def parallelize(
     lm: CausalLM, config: TrainConfig, device: torch.device, world: World | None = None
 ) -> None:
-    """Prepare an initialised model, in place, for training on the devices of all ranks.
+    """Prepare a model, in place, for training on the devices of all ranks.
 
-    In this order: activation checkpointing of the blocks, compilation, and sharding with FSDP2.
-    Alone, the model is only moved to its device and compiled as a whole.
+    In this order: activation checkpointing of the blocks, compilation, sharding with FSDP2, and
+    initialisation of a model on the meta device. Alone, the model is only moved to its device and
+    compiled as a whole.
 
     Args:
         lm: the language model, whose trained part may be on any device.
@@ -66,7 +67,10 @@ def parallelize(
             _set_forward(block, torch.compile(block.forward, dynamic=False))
     if world.size > 1:
         shard(lm, config, device, world)
-    model.to(device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        initialise(model, device, config.seed)
+    else:
+        model.to(device)
     if compiles and not by_block:
         model.compile(dynamic=False)
 
@@ -125,6 +129,42 @@ def shard(lm: CausalLM, config: TrainConfig, device: torch.device, world: World)
 def _gathered_alone(model: nn.Module) -> Iterator[nn.Module]:
     kinds = (Block, EncoderCrossAttention, HashEmbedding)
     return (module for module in list(model.modules()) if isinstance(module, kinds))
+
+
+def can_initialise_shards(model: nn.Module) -> bool:
+    """Whether :func:`initialise` sets all that a model on the meta device has.
+
+    It does not if the model or its learned patching rule draws values when it is built.
+    """
+    is_meta = all(parameter.is_meta for parameter in model.parameters())
+    return is_meta and not list(model.buffers()) and hasattr(model, "initialisers")
+
+
+def initialise(model: Any, device: torch.device, seed: int) -> None:
+    """Give a sharded model on the meta device memory, and the initial weights of a single device.
+
+    Every rank draws each parameter whole, in the same order, and keeps its rows: ::
+
+        rank 0   draw a, keep rows 0-3   draw b, keep rows 0-1   ...
+        rank 1   draw a, keep rows 4-7   draw b, keep rows 2-3   ...
+
+    So weights do not depend on the number of ranks, and a rank holds one whole parameter at a time.
+
+    Args:
+        model: a model for which :func:`can_initialise_shards` was true before it was sharded.
+        device: device of this rank.
+        seed: seed of the weights.
+    """
+    model.to_empty(device=device)
+    for parameter, fill in model.initialisers(torch.Generator().manual_seed(seed)):
+        _fill_part(part_of(parameter), fill)
+
+
+def _fill_part(part: Part, fill: Callable[[Tensor], object]) -> None:
+    # A function of its own, so that the whole tensor is freed before the next one is drawn.
+    drawn = torch.empty(part.shape, dtype=part.rows.dtype)
+    fill(drawn)
+    part.rows.copy_(drawn[part.begin :][: len(part.rows)])
 
 
 def device_mesh(config: TrainConfig, device: torch.device, world: World) -> DeviceMesh:

@@ -25,6 +25,7 @@ from bytelm.patching import build_patcher
 from bytelm.tokens import Tokenizer, load_tokenizer
 from bytelm.training.distributed import World
 from bytelm.training.initial import load_initial
+from bytelm.training.parallel import can_initialise_shards
 from bytelm.training.parts import freeze
 from bytelm.training.rows import with_measured_room, with_room
 from bytelm.units import Units
@@ -38,7 +39,9 @@ class Setup(NamedTuple):
     description: ModelDescription
     dataset: Dataset
     lm: CausalLM
-    """The initialised language model: its trained part on the CPU, its scorer on the device."""
+    """The language model: its trained part initialised on the CPU, or on the meta device if ranks
+    can initialise it once it is sharded (:func:`bytelm.training.parallel.initialise`); its scorer
+    on the device."""
     origin: dict[str, Any] | None = None
     """Record of the checkpoint whose weights it begins with, if any."""
 
@@ -50,7 +53,7 @@ def set_up(
     has_weights: bool = False,
     world: World | None = None,
 ) -> Setup:
-    """Resolve a recipe and initialise its model.
+    """Resolve a recipe and build its model, which is initialised unless ranks will shard it.
 
     Args:
         recipe: the recipe.
@@ -84,14 +87,19 @@ def set_up(
         )
     description = _describe(recipe, scorer_config, tokenizer)
     seed = recipe.train.seed
-    with _seeded(seed):
-        lm = build_lm(description, scorer=scorer, tokenizer=tokenizer)
-        init_weights = getattr(lm.trained, "init_weights", None)
-        if init_weights is not None:
-            init_weights(torch.Generator().manual_seed(seed))
-        origin = None
-        if recipe.init is not None and not has_weights:
-            origin = load_initial(recipe.init, lm, description)
+    loads = recipe.init is not None and not has_weights
+    lm = origin = None
+    if world.size > 1 and not loads:
+        with _seeded(seed), torch.device("meta"):
+            lm = build_lm(description, scorer=scorer, tokenizer=tokenizer)
+    if lm is None or not can_initialise_shards(lm.trained):
+        with _seeded(seed):
+            lm = build_lm(description, scorer=scorer, tokenizer=tokenizer)
+            init_weights = getattr(lm.trained, "init_weights", None)
+            if init_weights is not None:
+                init_weights(torch.Generator().manual_seed(seed))
+            if recipe.init is not None and loads:
+                origin = load_initial(recipe.init, lm, description)
     recipe = _decided(world, _with_units, recipe, dataset, lm.units)
     freeze(lm.trained, recipe.optimizer.freeze)
     cpu.fuse(lm.trained)
