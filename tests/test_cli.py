@@ -16,6 +16,7 @@ from bytelm.cli.options import build_rule
 from bytelm.config import RULES, MonotonicPatching, PatchingConfig
 from bytelm.data import read_manifest
 from bytelm.display import progress as display
+from bytelm.evaluation.tail import BANDS
 from bytelm.terminal import escape_controls
 from commands import invoke
 from foreign import hf_model, save_official
@@ -285,6 +286,32 @@ def test_eval_of_prepared_data_leaves_out_what_was_trained_on(run, world):
     assert status == 0
     held_out = read_manifest(world / "d").sources("validation")["text"].text_bytes
     assert json.loads(out)["all"]["bytes"] == held_out
+
+
+def test_eval_measures_languages_the_tail_and_patches(run, world, tmp_path):
+    for language, text in {"en": "the cat\na dog\n", "de": "die Katze\nein Hund\n"}.items():
+        (tmp_path / f"{language}.txt").write_text(text)
+    text = tmp_path / "long.text"
+    text.write_text("the cat and the dog are here. " * 20)
+    command = ("eval", world / "blt", text, "--format", "text", "--threads", "1")
+    options = ("--parallel", tmp_path / "*.txt", "--tail", "--frequencies", world / "text.jsonl")
+    options += ("--drift", "--thresholds", "0.5,99", "--against", world / "entropy")
+    status, out, err = run(*command, *options, "--figures", tmp_path / "figures", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["all"]["bytes"] == text.stat().st_size
+    assert set(found["languages: entropy"]["languages"]) == {"de", "en"}
+    assert found["languages: blt"]["reference"] == "en"
+    assert found["unevenness across languages"]["differences"][0]["minus"] == "blt"
+    assert set(found["words by frequency"]["groups"]) <= {*BANDS}
+    assert set(found["characters by script"]["groups"]) == {"LATIN", "white space", "other"}
+    assert found["entropy drift: bytes per patch by position"]["documents"] == 1
+    assert len(found["thresholds at inference"]["thresholds"]) == 3
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"languages.svg", "drift.svg", "thresholds.svg"}
+    status, out, _ = run("eval", world / "entropy", "--parallel", tmp_path / "*.txt")
+    assert status == 0
+    assert "unevenness across languages" in out
 
 
 def test_eval_measures_noise_and_asks_about_characters(run, world, tmp_path):
@@ -599,6 +626,15 @@ def test_a_finished_run_says_so_again(run, world):
         (["eval", "{world}/blt", "{world}/empty.txt"], "there is no text to evaluate"),
         (["eval", "{world}/blt"], "name the text to measure"),
         (["eval", "{world}/blt", "--noise", "drop"], "name the text to measure"),
+        (["eval", "{world}/blt", "--tail"], "name the text to measure"),
+        (["eval", "{world}/blt", "--reference", "en"], "--reference belongs to --parallel"),
+        (["eval", "{world}/blt", "x", "--frequencies", "x"], "--frequencies belongs to --tail"),
+        (["eval", "{world}/blt", "--parallel", "{world}"], "name the same for all"),
+        (
+            ["eval", "{world}/blt", "{world}/text.jsonl", "--thresholds", "high"],
+            "must be numbers",
+        ),
+        (["eval", "{world}/blt", "--parallel", "x", "--against", "{world}/blt"], "given twice"),
         (["eval", "{world}/blt", "{world}/text.jsonl", "--noise", "dop"], "unknown noise 'dop'"),
         (["eval", "{world}/blt", "--characters", "--data", "{world}"], "neither a folder cute"),
     ],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bytelm.cli.app import app, console, status
+from bytelm.cli.languages import Wanted, measure_wanted, names_of, parse_thresholds
 from bytelm.cli.options import Checkpoint, Device, Precision, Threads
 from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.cli.robustness import ask_about_characters, measure_noise
@@ -57,8 +58,74 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder with the files of benchmarks: cute/ and cmudict.dict.xz."),
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Measure what parallel sentences cost in each language: a folder, or a glob in "
+            "quotes, of files named by language (en.txt, de.tsv with ids, eng_Latn.dev.xz).",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Language that --parallel compares with. (default: English, or the first)"
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --parallel: also count the tokens of a tokenizer.json; can be repeated.",
+        ),
+    ] = None,
+    tail: Annotated[
+        bool,
+        typer.Option(
+            "--tail", help="Measure words and characters of the text by frequency and script."
+        ),
+    ] = False,
+    frequencies: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT",
+            help="Text in which --tail counts frequencies, such as that of the training; can be "
+            "repeated. (default: the measured text)",
+        ),
+    ] = None,
+    drift: Annotated[
+        bool,
+        typer.Option(
+            "--drift",
+            help="Measure the mean patch size by position, by every rule, with and without reset "
+            "at newlines, in the text and in repetitive text.",
+        ),
+    ] = False,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Measure the bits per byte of the text with other patching thresholds, in nats, "
+            "such as 0.5,1.0,2.0.",
+        ),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Checkpoint to compare with in --parallel and --tail; can be repeated.",
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder to draw the figures of what is measured into.")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each kind. (default: 50 or 100)")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions of each kind, or parallel sentences. (default: 50 or 100 questions, "
+            "all sentences)",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of noise, questions and intervals.")] = 0,
     as_json: Annotated[
@@ -70,29 +137,53 @@ def evaluate(
     *,
     read: "ReadOptions",
 ) -> None:
-    """Measure the bits per byte of text, robustness to noise, and knowledge of characters.
+    """Measure the bits per byte of text, robustness to noise, characters, languages and patches.
 
-    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl --noise paper[/]
+    [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl --noise paper
+    bytelm eval runs/blt-1m --parallel pud --against runs/token-1m --figures figures
+    bytelm eval runs/blt-1m held-out/*.txt --tail --drift --thresholds 0.5,1.0,2.0[/]
     """
     from bytelm.display import show_likelihood, show_section
     from bytelm.evaluation.noise import parse_noises
+    from bytelm.evaluation.section import draw_sections
+    from bytelm.figures import check_matplotlib
     from bytelm.language_model import load
     from bytelm.threads import use_threads
 
-    if not texts and (noise or not characters):
-        raise ConfigError("name the text to measure; without text there is --characters")
+    wanted = Wanted(
+        parallel,
+        reference,
+        tokenizer or [],
+        tail,
+        frequencies or [],
+        drift,
+        parse_thresholds(thresholds),
+    )
+    wanted.check()
+    if not texts and (noise or wanted.needs_text or not (characters or parallel)):
+        raise ConfigError(
+            "name the text to measure; without text there are --characters and --parallel"
+        )
+    if figures is not None:
+        check_matplotlib()
     noises = parse_noises(noise) if noise else []
-    lm = load(checkpoint, device, precision)
+    paths = [checkpoint, *(against or [])]
+    lms = {
+        name: load(path, device, precision)
+        for name, path in zip(names_of(paths), paths, strict=True)
+    }
+    lm = next(iter(lms.values()))
     said = use_threads(threads, device)
     if said:
         status.print(said, highlight=False, markup=False, soft_wrap=True)
-    kept: list[bytes] | None = [] if noises else None
+    kept: list[bytes] | None = [] if noises or wanted.needs_text else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
-    sections = []
-    if kept is not None:
-        sections.append(measure_noise(lm, kept, noises, seed))
+    sections = [measure_noise(lm, kept or [], noises, seed)] if noises else []
     if characters:
         sections += ask_about_characters(lm, data, limit, seed)
+    sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)
+    if figures is not None:
+        draw_sections(sections, figures)
     if as_json:
         records = {one.title: one.record for one in sections}
         print(to_json(_likelihood_record(lm, by_source) | records, indent=2))

@@ -1,8 +1,11 @@
 """A section of an evaluation's results: what is shown, recorded and drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bytelm.errors import ConfigError
+from bytelm.storage import disk_errors
 
 Cell = str | float | int | None
 """A cell of a table; ``None`` for what is not known."""
@@ -20,3 +23,19 @@ class Section(NamedTuple):
     """The same in full precision, as strict JSON."""
     figures: dict[str, Callable[[Path], None]]
     """Functions that draw a figure into a file, by name. They need matplotlib when called."""
+
+
+def draw_sections(sections: Iterable[Section], folder: Path) -> list[Path]:
+    """Draw the figures of sections into a folder, as SVG, and return their files.
+
+    Raises:
+        ConfigError: matplotlib is missing, or a file cannot be written.
+    """
+    with disk_errors(folder, ConfigError, "{remedy}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for section in sections:
+        for name, draw in section.figures.items():
+            draw(folder / f"{name}.svg")
+            paths.append(folder / f"{name}.svg")
+    return paths
