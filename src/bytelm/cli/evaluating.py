@@ -158,6 +158,7 @@ def evaluate(
         frequencies or [],
         drift,
         parse_thresholds(thresholds),
+        against or [],
     )
     wanted.check()
     if not texts and (noise or wanted.needs_text or not (characters or parallel)):
@@ -167,7 +168,7 @@ def evaluate(
     if figures is not None:
         check_matplotlib()
     noises = parse_noises(noise) if noise else []
-    paths = [checkpoint, *(against or [])]
+    paths = [checkpoint, *wanted.against]
     lms = {
         name: load(path, device, precision)
         for name, path in zip(names_of(paths), paths, strict=True)

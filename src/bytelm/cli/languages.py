@@ -27,6 +27,7 @@ class Wanted(NamedTuple):
     frequencies: list[str]
     drift: bool
     thresholds: list[float]
+    against: list[Path]
 
     @property
     def needs_text(self) -> bool:
@@ -43,6 +44,12 @@ class Wanted(NamedTuple):
             ("--reference", self.reference is not None, "--parallel", self.parallel is not None),
             ("--tokenizer", bool(self.tokenizers), "--parallel", self.parallel is not None),
             ("--frequencies", bool(self.frequencies), "--tail", self.tail),
+            (
+                "--against",
+                bool(self.against),
+                "--parallel or --tail",
+                self.tail or self.parallel is not None,
+            ),
         ):
             if is_given and not is_other:
                 raise ConfigError(f"{option} belongs to {other}: add it, or leave {option} out")
