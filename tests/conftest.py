@@ -33,6 +33,29 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _whole_samples():
+    """Room in rows is measured on a few of them: on all, that takes longer than a small run."""
+    from bytelm.training import rows
+
+    whole = {"SAMPLE_ROWS": rows.SAMPLE_ROWS, "FIRST_ROWS": rows.FIRST_ROWS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "SAMPLE_ROWS", 32)
+        patch.setattr(rows, "FIRST_ROWS", 8)
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def whole_samples(_whole_samples):
+    """Room in rows is measured as in use."""
+    from bytelm.training import rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _whole_samples.items():
+            patch.setattr(rows, name, value)
+        yield
+
+
 @pytest.fixture
 def run(capsys):
     """Run a command; returns its exit status, output and error output."""

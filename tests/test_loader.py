@@ -252,7 +252,7 @@ def mixed(tmp_path_factory):
     return Dataset(folder / "d", "train")
 
 
-def test_balanced_rows_are_hardly_padded(mixed):
+def test_balanced_rows_are_hardly_padded(mixed, whole_samples):
     padded = {}
     recipe = parse(Recipe, {**SPACE_BLT, "train": {"steps": 1}}, "test")
     units = PatchUnits(build_patcher(recipe.patching))

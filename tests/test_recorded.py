@@ -103,7 +103,7 @@ def all_losses(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, whole_samples):
     return all_losses(tmp_path_factory.mktemp("recorded"))
 
 

@@ -41,7 +41,7 @@ from study_plan import link_prepared, plan, write_text
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, whole_samples):
     """A whole study of made-up sentences, finished."""
     folder = tmp_path_factory.mktemp("study")
     one = plan(text=write_text(folder))

@@ -1,8 +1,10 @@
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +123,18 @@ def recipe(data, kind="blt", **train_options):
     return parse(Recipe, settings, "test")
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Runs that nothing interrupted, each made once: the folder and the result."""
+
+    @functools.cache
+    def trained(kind="blt", **train_options):
+        folder = tmp_path_factory.mktemp("whole") / "r"
+        return folder, train(recipe(data, kind, **train_options), folder)
+
+    return trained
+
+
 def changed(settings: Recipe, section: str, **values) -> Recipe:
     node = getattr(settings, section).model_copy(update=values)
     return settings.model_copy(update={section: node})
@@ -157,10 +171,9 @@ class StopAt(Exception):
 
 @pytest.mark.parametrize("kind", ["blt", "transformer"])
 @pytest.mark.parametrize("stop", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
-def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind, stop):
+def test_a_killed_run_resumes_to_the_same_bits(data, whole, tmp_path, monkeypatch, kind, stop):
     """Killed after any step, it goes on from the last checkpoint as if nothing had happened."""
-    settings = recipe(data, kind)
-    train(settings, tmp_path / "whole")
+    settings, (expected, _) = recipe(data, kind), whole(kind)
     step = Trainer.step
 
     def kill(self, *args):
@@ -174,7 +187,7 @@ def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, kind
     monkeypatch.setattr(Trainer, "step", step)
     result = train(settings, tmp_path / "killed")
     assert result.finished
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert_same_bits(expected, tmp_path / "killed")
 
 
 # The functions that a step, a validation, an update of the parameters and a checkpoint call.
@@ -198,11 +211,11 @@ UPDATE, CHECKPOINT = (torch.optim.AdamW, "step"), (saving, "save_step")
     ],
 )
 def test_a_signal_anywhere_leaves_a_run_that_resumes_to_the_same_bits(
-    data, tmp_path, monkeypatch, where, calls, saved
+    data, whole, tmp_path, monkeypatch, where, calls, saved
 ):
     """Gradients and validations are abandoned, updates and checkpoints completed."""
-    settings = recipe(data, micro_rows=2, validation_bytes=1000)
-    train(settings, tmp_path / "whole")
+    options = {"micro_rows": 2, "validation_bytes": 1000}
+    settings, (expected, _) = recipe(data, **options), whole(**options)
     original, count = getattr(*where), 0
 
     def interrupted(*args, **kwargs):
@@ -221,15 +234,16 @@ def test_a_signal_anywhere_leaves_a_run_that_resumes_to_the_same_bits(
     result = train(settings, tmp_path / "stopped")
     assert result.finished
     assert result.validation
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
-    a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    assert metrics(tmp_path / "stopped") == metrics(expected)
+    a, b = (saved_steps(run)[-1] for run in (expected, tmp_path / "stopped"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def test_a_second_signal_quits_at_once_and_loses_only_the_last_steps(data, tmp_path, monkeypatch):
+def test_a_second_signal_quits_at_once_and_loses_only_the_last_steps(
+    data, whole, tmp_path, monkeypatch
+):
     settings = recipe(data, "transformer")
-    train(settings, tmp_path / "whole")
     save = saving.save_step
 
     def interrupted(*args):
@@ -245,7 +259,7 @@ def test_a_second_signal_quits_at_once_and_loses_only_the_last_steps(data, tmp_p
     monkeypatch.undo()
     assert [path.name for path in saved_steps(tmp_path / "stopped")] == ["step-00000003"]
     train(settings, tmp_path / "stopped")
-    assert_same_bits(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_bits(tmp_path / "stopped", whole("transformer")[0])
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(data, tmp_path, monkeypatch):
@@ -300,15 +314,16 @@ def patient(monkeypatch):
     monkeypatch.setattr(stopping, "OVERTIME", 3600.0)
 
 
-def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(data, tmp_path, patient):
-    settings = recipe(data)
-    train(settings, tmp_path / "whole")
+def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(
+    data, whole, tmp_path, patient
+):
+    settings = recipe(data, "transformer")
     stops = 0
     while not (result := train(settings, tmp_path / "sliced", time_limit=0.0)).finished:
         stops += 1
         assert saved_steps(tmp_path / "sliced")[-1].name == f"step-{result.step:08d}"
     assert stops == 8
-    last = [saved_steps(tmp_path / name)[-1] for name in ("whole", "sliced")]
+    last = [saved_steps(run)[-1] for run in (whole("transformer")[0], tmp_path / "sliced")]
     a, b = (load_file(folder / "model.safetensors") for folder in last)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -318,20 +333,20 @@ def test_a_time_limit_stops_with_a_checkpoint_and_the_same_command_goes_on(data,
     "micro_rows",
     [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
 )
-def test_accumulating_micro_batches_equals_one_large_batch(data, tmp_path, kind, micro_rows):
-    settings = recipe(data, kind, steps=4)
-    train(settings, tmp_path / "large")
-    train(changed(settings, "train", micro_rows=micro_rows), tmp_path / "small")
-    a, b = (load_model(tmp_path / name)[0].state_dict() for name in ("large", "small"))
+def test_accumulating_micro_batches_equals_one_large_batch(whole, kind, micro_rows):
+    large, _ = whole(kind, steps=4)
+    small, _ = whole(kind, steps=4, micro_rows=micro_rows)
+    a, b = (load_model(run)[0].state_dict() for run in (large, small))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=5e-5)
-    for one, other in zip(metrics(tmp_path / "large"), metrics(tmp_path / "small"), strict=True):
+    for one, other in zip(metrics(large), metrics(small), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["blt", "transformer"])
 def test_a_model_learns(data, tmp_path, kind):
-    settings = changed(recipe(data, kind, steps=60), "optimizer", learning_rate=1e-2)
+    settings = recipe(data, kind, steps=60, validate_every=60, checkpoint_every=60)
+    settings = changed(settings, "optimizer", learning_rate=1e-2)
     result = train(settings, tmp_path / "r")
     first, *_, last = [m["bpb"] for m in metrics(tmp_path / "r") if "bpb" in m]
     held_out = result.validation["x"].bits_per_byte
@@ -339,9 +354,9 @@ def test_a_model_learns(data, tmp_path, kind):
     assert abs(held_out - last) < 0.7
 
 
-def test_what_a_run_reports(data, tmp_path):
-    result = train(recipe(data), tmp_path / "r")
-    rows = metrics(tmp_path / "r")
+def test_what_a_run_reports(whole):
+    folder, result = whole()
+    rows = metrics(folder)
     assert [r["step"] for r in rows if "bpb" in r] == [2, 4, 6, 8, 9]
     assert [r["step"] for r in rows if "validation_bpb" in r] == [4, 8, 9]
     trained = [r for r in rows if "bpb" in r]
@@ -350,7 +365,7 @@ def test_what_a_run_reports(data, tmp_path):
     assert result.flops == trained[-1]["flops"] > 0
     assert 0 < result.bytes_seen <= 9 * 4 * 96
     assert rows[-1]["validation_bpb"] == pytest.approx(result.validation["x"].bits_per_byte)
-    _, config = load_model(tmp_path / "r")
+    _, config = load_model(folder)
     assert config.patching is not None
     assert config.context_bytes == 96
     assert config.training is not None
@@ -381,7 +396,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(
+    data, whole, tmp_path, monkeypatch
+):
     save = saving.save_tensors
 
     def full(path, tensors):
@@ -389,21 +406,22 @@ def test_a_full_disk_during_a_save_keeps_the_last_good_checkpoint(data, tmp_path
             raise OSError(28, "No space left on device")
         save(path, tensors)
 
-    whole = train(recipe(data), tmp_path / "whole")
+    expected, result = whole()
     monkeypatch.setattr(saving, "save_tensors", full)
     with pytest.raises(CheckpointError, match="No space left on device; nothing was changed"):
         train(recipe(data), tmp_path / "r")
     assert [p.name for p in saved_steps(tmp_path / "r")] == ["step-00000003"]
     assert os.listdir(tmp_path / "r" / "checkpoints") == ["step-00000003"]
     monkeypatch.setattr(saving, "save_tensors", save)
-    assert train(recipe(data), tmp_path / "r") == whole
-    assert_same_bits(tmp_path / "whole", tmp_path / "r")
+    assert train(recipe(data), tmp_path / "r") == result
+    assert_same_bits(expected, tmp_path / "r")
 
 
-def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_resumes(data, tmp_path, capsys):
-    settings = recipe(data, "transformer")
-    train(settings, tmp_path / "whole")
-    train(settings, tmp_path / "r")
+def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_resumes(
+    data, whole, tmp_path, capsys
+):
+    settings, (expected, _) = recipe(data, "transformer"), whole("transformer")
+    shutil.copytree(expected, tmp_path / "r")
     saved = saved_steps(tmp_path / "r")
     for one, name in ((saved[-1], "trainer.json"), (saved[-2], "optimizer.safetensors")):
         path = one / name
@@ -416,7 +434,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_them_resumes(data,
         assert re.search(f"{one.name}/{name}.* is damaged.*: resuming from", line)
         assert line.endswith(f"{one}.damaged")
         assert one.with_name(f"{one.name}.damaged").is_dir()
-    assert_same_bits(tmp_path / "whole", tmp_path / "r")
+    assert_same_bits(expected, tmp_path / "r")
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(data, tmp_path):
@@ -690,8 +708,7 @@ def test_callbacks_are_told_what_happens_in_order(data, tmp_path):
     ]
 
 
-def test_a_callback_can_stop_a_run_that_resumes_to_the_same_bits(data, tmp_path):
-    train(recipe(data), tmp_path / "whole")
+def test_a_callback_can_stop_a_run_that_resumes_to_the_same_bits(data, whole, tmp_path):
     stopping = Recorder(stop_at=4)
     result = train(recipe(data), tmp_path / "stopped", callbacks=[stopping])
     assert (result.step, result.finished) == (4, False)
@@ -699,7 +716,7 @@ def test_a_callback_can_stop_a_run_that_resumes_to_the_same_bits(data, tmp_path)
     resumed = Recorder()
     assert train(recipe(data), tmp_path / "stopped", callbacks=[resumed]).finished
     assert resumed.told[0] == ("begin", 4, 9)
-    a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    a, b = (saved_steps(run)[-1] for run in (whole()[0], tmp_path / "stopped"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
 
@@ -708,13 +725,17 @@ def test_a_callback_can_stop_a_run_that_resumes_to_the_same_bits(data, tmp_path)
     ("event", "steps_taken"),
     [("on_begin", 0), ("on_metrics", 2), ("on_checkpoint", 3), ("on_end", 5)],
 )
-def test_a_callback_can_stop_a_run_in_any_event(data, tmp_path, event, steps_taken):
+def test_a_callback_can_stop_a_run_in_any_event(data, whole, tmp_path, event, steps_taken):
     """The run ends with a checkpoint, and what it leaves, with another run, is that of one run."""
 
     def stop(self, *args):
         raise StopTraining
 
-    settings = recipe(data, "transformer", steps=5, validate_every=2)
+    options = {"steps": 5, "validate_every": 2}
+    settings, (expected, _) = (
+        recipe(data, "transformer", **options),
+        whole("transformer", **options),
+    )
     stopping, others = type("Stopping", (Callback,), {event: stop})(), [Recorder(), Recorder()]
     callbacks = [others[0], stopping, others[1]]
     result = train(settings, tmp_path / "stopped", callbacks=callbacks)
@@ -723,9 +744,8 @@ def test_a_callback_can_stop_a_run_in_any_event(data, tmp_path, event, steps_tak
     assert others[0].told == others[1].told
     assert others[0].told[-1] == ("end",)
     assert train(settings, tmp_path / "stopped").finished
-    train(settings, tmp_path / "whole")
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
-    a, b = (saved_steps(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    assert metrics(tmp_path / "stopped") == metrics(expected)
+    a, b = (saved_steps(run)[-1] for run in (expected, tmp_path / "stopped"))
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
