@@ -38,7 +38,7 @@ def fine_tune(folder, records, field, model, steps=120):
     return load(folder / "run", "cpu")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param("bytes", marks=pytest.mark.slow), "patches"])
 def test_a_response_is_generated_exactly_and_ends(tmp_path, model):
     records = [{"prompt": p, "response": r} for p, r in PAIRS.items()]
     lm = fine_tune(tmp_path, records, "prompt,response", model)

@@ -345,7 +345,7 @@ def test_accumulating_micro_batches_equals_one_large_batch(whole, kind, micro_ro
 
 @pytest.mark.parametrize("kind", ["blt", "transformer"])
 def test_a_model_learns(data, tmp_path, kind):
-    settings = recipe(data, kind, steps=60, validate_every=60, checkpoint_every=60)
+    settings = recipe(data, kind, steps=40, validate_every=40, checkpoint_every=40)
     settings = changed(settings, "optimizer", learning_rate=1e-2)
     result = train(settings, tmp_path / "r")
     first, *_, last = [m["bpb"] for m in metrics(tmp_path / "r") if "bpb" in m]
