@@ -78,14 +78,14 @@ def some_requests():
     prompts = [b"", "é".encode(), SHARED + b"Who?", b"\xff\x00" * 9, SHARED + b"When?", SHARED]
     temperatures = [0.0, 1.2, 0.7, 2.0, 1.0, 0.0]
     return [
-        Request(prompt, 20 + n, Sampling(temperature=one, seed=n), stop=[b"t", b"\x90"])
+        Request(prompt, 12 + n, Sampling(temperature=one, seed=n), stop=[b"t", b"\x90"])
         for n, (prompt, one) in enumerate(zip(prompts * 2, temperatures * 2, strict=True))
     ]
 
 
 def test_requests_get_the_bytes_they_would_get_alone(model):
-    """With memory for two documents, so that requests are preempted, and few slots to read in."""
-    engine = Engine(model, 4, max_document_bytes=110, num_positions=230, num_kept=3, prefill_ids=9)
+    """With memory for one document, so that requests are preempted, and few slots to read in."""
+    engine = Engine(model, 4, max_document_bytes=100, num_positions=104, num_kept=3, prefill_ids=9)
     requests = some_requests()
     found = [data(parts) for parts in run(engine, requests)]
     assert found == [alone(model, request) for request in requests]
@@ -162,7 +162,7 @@ def test_a_full_memory_preempts_the_newest_and_all_come_to_an_end():
 
 def test_nothing_leaks_over_many_requests():
     engine, rng = Engine(STATIC, 4, max_document_bytes=100, num_positions=300), random.Random(1)
-    for number in range(250):
+    for number in range(120):
         ticket = engine.submit(request_of(number))
         for _ in range(rng.randrange(4)):
             engine.step()
@@ -174,9 +174,9 @@ def test_nothing_leaks_over_many_requests():
 
 
 @pytest.mark.slow
-def test_nothing_leaks_over_ten_thousand_requests():
+def test_nothing_leaks_over_thousands_of_requests():
     engine, rng = Engine(STATIC, 16, max_document_bytes=100, num_positions=600), random.Random(1)
-    for number in range(10_000):
+    for number in range(3000):
         ticket = engine.submit(request_of(number))
         for _ in range(rng.randrange(3)):
             engine.step()
