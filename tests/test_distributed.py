@@ -530,8 +530,17 @@ def test_ranks_that_hang_are_named():
 
 
 @SLOW
-@pytest.mark.parametrize(("size", "rank"), [(2, 1), (4, 0)])
-@pytest.mark.parametrize("how", ["stop", "sleep", "sleep in a block"])
+@pytest.mark.parametrize(
+    ("how", "size", "rank"),
+    [
+        ("stop", 2, 1),
+        ("stop", 4, 0),
+        ("sleep", 2, 1),
+        ("sleep in a block", 4, 0),
+        ("sleep in a backward pass", 2, 1),
+        ("sleep in a backward pass", 4, 0),
+    ],
+)
 def test_a_rank_that_hangs_or_is_stopped_is_named(data, tmp_path, how, size, rank):
     settings = recipe(data, hang_seconds=15.0)
     everyone = list(range(size))
@@ -558,20 +567,25 @@ def train_and_hang(settings, folder, how, rank):
         time.sleep(100)
 
     def load_or_hang(loader):
-        if distributed.get_rank() == rank and loader.step == 3 and how != "sleep in a block":
+        if distributed.get_rank() == rank and loader.step == 3 and how in ("stop", "sleep"):
             hang()
         return load(loader)
 
     def run_or_hang(*args):
         calls.append(args)
-        if distributed.get_rank() == rank and len(calls) == 7:
+        is_time = distributed.get_rank() == rank and len(calls) == 7
+        if is_time and how == "sleep in a block":
             hang()
-        return run(*args)
+        result = run(*args)
+        if is_time:
+            # In the backward pass of the block, before that of its feed-forward.
+            result.register_hook(lambda _: hang())
+        return result
 
     calls = []
     (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     Loader.next_batch = load_or_hang
-    if how == "sleep in a block":
+    if how.startswith("sleep in"):
         kernels.feed_forward = run_or_hang
     watchdog.abort = say
     return train(settings, folder / "run")

@@ -115,8 +115,7 @@ def shard(lm: CausalLM, config: TrainConfig, device: torch.device, world: World)
     options = {"mesh": device_mesh(config, device, world), "mp_policy": policy}
     for module in _gathered_alone(lm.trained):
         fully_shard(module, reshard_after_forward=config.reshard, **options)
-        # Before the hook that waits for the weights of the other ranks.
-        module.register_forward_pre_hook(lambda *_: world.mark(), prepend=True)
+        _mark_points(module, world)
     trained = set(lm.trained.parameters())
     fully_shard(lm, ignored_params=set(lm.parameters()) - trained, **options)
     for module in lm.modules():
@@ -124,6 +123,35 @@ def shard(lm: CausalLM, config: TrainConfig, device: torch.device, world: World)
             # The loss is divided by the targets of all ranks already.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _mark_points(module: nn.Module, world: World) -> None:
+    """Mark the points at which a rank waits for the others in a sharded module's passes.
+
+    ::
+
+        forward     mark, gather weights, compute
+        backward    mark, gather weights, compute, mark, sum gradients
+    """
+
+    def before_forward(*_: Any) -> None:
+        world.mark()
+
+    def mark_gradient(*tensors: Any) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _: world.mark())
+
+    def at_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        mark_gradient(*inputs)
+
+    def at_outputs(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        mark_gradient(output)
+
+    # FSDP's hooks wait. They come first before the module, and last after it.
+    module.register_forward_pre_hook(before_forward, prepend=True)
+    module.register_forward_pre_hook(at_inputs)
+    module.register_forward_hook(at_outputs, prepend=True)
 
 
 def _gathered_alone(model: nn.Module) -> Iterator[nn.Module]:

@@ -7,6 +7,9 @@ number of points that training has passed, which is less than those of the ranks
 
     rank 0   rows  block 0  block 1 (waits)     3 points
     rank 1   rows  block 0  (hangs)             2 points: named
+
+The backward pass of a block has two points: before the weights are gathered, and before gradients
+are summed (:func:`bytelm.training.parallel.shard`).
 """
 
 import faulthandler
