@@ -18,6 +18,9 @@ COLOURS = {
     "combined": "#009e73",
     "space": "#8c8c8c",
 }
+TITLES = {"as it is": "documents as they are", "repeated": "their first line, repeated"}
+SIZES = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Ticks of the axis of bytes per patch."""
 
 
 def drift_section(drift: Drift) -> Section:
@@ -73,8 +76,7 @@ def draw_drift(drift: Drift, path: Path) -> None:
     texts = list(dict.fromkeys(curve.text for curve in drift.curves))
     figure = new_figure(1.0 + 3.8 * len(texts), 3.4)
     axes = np.atleast_1d(figure.subplots(1, len(texts)))
-    begins, ends = np.array(drift.edges[:-1]), np.array(drift.edges[1:])
-    middle = (begins + ends) / 2
+    ranges = np.arange(len(drift.edges) - 1)
     for axis, text in zip(axes, texts, strict=True):
         for curve in drift.curves:
             if curve.text != text:
@@ -83,16 +85,17 @@ def draw_drift(drift: Drift, path: Path) -> None:
             values = np.array([one.value for one in curve.sizes])
             low, high = (np.array([one[at] for one in curve.sizes]) for at in (1, 2))
             style = {"color": COLOURS[curve.rule.kind], "ls": "--" if curve.reset else "-"}
-            axis.plot(middle, values, "o", ms=3, label=label, **style, lw=1.3)
-            axis.fill_between(middle, low, high, color=style["color"], alpha=0.1, lw=0)
-        axis.set_xscale("log")
+            axis.plot(ranges, values, "o", ms=3, label=label, **style, lw=1.3)
+            axis.fill_between(ranges, low, high, color=style["color"], alpha=0.1, lw=0)
+        axis.set_xticks(ranges, [f"to {end:,}" for end in drift.edges[1:]], fontsize=8)
         axis.set_yscale("log")
-        axis.set_xlabel("position in the document (bytes)")
-        axis.set_title(f"documents {'repeated' if text == 'repeated' else text}", fontsize=9)
+        axis.set_yticks(SIZES, [str(size) for size in SIZES], minor=False)
+        axis.set_yticks([], minor=True)
+        sizes = [value for curve in drift.curves for one in curve.sizes for value in one[:1]]
+        axis.set_ylim(min(sizes) / 1.3, max(sizes) * 1.3)
+        axis.set_xlabel("position (bytes), in ranges that double")
+        axis.set_title(TITLES[text], fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="y", which="both", labelsize=7)
     axes[0].set_ylabel("bytes per patch")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
