@@ -213,7 +213,6 @@ def some_by_default(names):
     some = {
         "base",
         "no cross-attention",
-        "no n-grams",
         "every byte a patch",
         "reset",
         "n-gram scorer",

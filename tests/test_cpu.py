@@ -41,14 +41,22 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS, scope="module")
+# One of each way to fuse; the rest are in the slow stage.
+SOME = {"base", "all layers", "no cross-attention", "many tables", "wide heads", "biases"}
+SOME |= {"transformer", "qk norms, halves"}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in MODELS],
+    scope="module",
+)
 def models(request):
     """A model, and the same one fused."""
     plain = MODELS[request.param]()
     return plain, cpu.fuse(copy.deepcopy(plain))
 
 
-@pytest.fixture(params=[3, 1024])
+@pytest.fixture(params=[3, pytest.param(1024, marks=pytest.mark.slow)])
 def chunk(request, monkeypatch):
     """Chunks far smaller than the rows, and larger."""
     monkeypatch.setattr("bytelm.kernels.segments.CHUNK", request.param)

@@ -88,6 +88,17 @@ def model(request):
     return MODELS[request.param]()
 
 
+def cases():
+    """Models of the default stage with each strategy; some are captured in the slow stage only."""
+    captured = {"base", "reset", "stateful rule", "transformer with n-grams"}
+    for model in some_by_default(MODELS):
+        (name,) = model.values
+        slow = model.marks if name in captured else pytest.mark.slow
+        yield pytest.param(name, "eager", marks=model.marks, id=f"{name}-eager")
+        yield pytest.param(name, record, marks=slow, id=f"{name}-captured")
+
+
+every_strategy = pytest.mark.parametrize(("model", "strategy"), [*cases()], indirect=["model"])
 SOME = ["base", "stateful rule", "n-gram scorer", "reset", "transformer"]
 
 
@@ -113,7 +124,7 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
 
 
-@pytest.mark.parametrize("strategy", ["eager", record], ids=["eager", "captured"])
+@every_strategy
 def test_a_session_fed_in_any_pieces_equals_one_full_forward(model, strategy):
     @given(byte_strings, sizes_with_ones)
     def check(document, sizes):
@@ -125,7 +136,7 @@ def test_a_session_fed_in_any_pieces_equals_one_full_forward(model, strategy):
     check()
 
 
-@pytest.mark.parametrize("strategy", ["eager", record], ids=["eager", "captured"])
+@every_strategy
 def test_a_long_document_byte_by_byte_equals_one_full_forward(model, strategy):
     """Far beyond every window, with more patches than the first buffers hold."""
     ids = ids_of(b"one byte at a time,\nfar beyond every window; " * 2)
@@ -247,7 +258,7 @@ class Slots:
                 assert_close(torch.cat(self.logits[slot]), full(self.model, ids))
 
 
-@pytest.mark.parametrize("strategy", ["eager", record], ids=["eager", "captured"])
+@every_strategy
 def test_slots_are_independent_whatever_happens_to_them(model, strategy):
     """Prefilled, decoded together, reset, rolled back, forked: each equals its document alone."""
 

@@ -26,7 +26,14 @@ from bytelm.patching import EntropyRule, Patcher, StaticRule, build_patches
 MODELS = lm_models()
 
 
-@pytest.fixture(params=MODELS, scope="module")
+# Other rules cut the same rows elsewhere: they are in the slow stage.
+RULES = {"static", "monotonic", "combined", "never a boundary", "capped"}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow if name in RULES else ()) for name in MODELS],
+    scope="module",
+)
 def model(request):
     return MODELS[request.param]()
 
