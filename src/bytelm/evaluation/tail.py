@@ -2,7 +2,7 @@
 
 A word is a run of letters and combining marks, with the space before it, if there is one::
 
-    ' the'  ' cat'  ', '  "'"  't'  ' sat'          of " the cat, 't sat"
+    ' the'  ' cat'  's'  ' hat'          of " the cat's hat, 12"
 
 Its frequency is that of the word without the space and regardless of case, in a reference, such as
 the training text, or in the measured text itself. Languages that write no spaces have runs of words
