@@ -20,6 +20,8 @@ EOS = 2
 """End of a document."""
 BPE = 3
 """Delimiter before each BPE token in byte streams that carry token boundaries."""
+NEVER_SAMPLED = (BOE, BOS, BPE)
+"""Ids that no text is made of: of the special ids, only the end of a document is ever generated."""
 OFFSET = 4
 """Id of byte 0."""
 VOCAB_SIZE = OFFSET + 256

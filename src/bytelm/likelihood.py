@@ -9,6 +9,7 @@ Entropies, and thus patches, are those of the whole document.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -151,11 +152,55 @@ def log_likelihoods(
         ConfigError: the stride is out of range.
     """
     pairs = list(pairs)
-    labelled = ((str(index), context + rest) for index, (context, rest) in enumerate(pairs))
-    known = [len(context) for context, _ in pairs]
-    spans = _cut_documents(lm, labelled, context_bytes, stride, known)
+    spans = _continuation_spans(lm, pairs, context_bytes, stride)
     found = measure_spans(lm, spans, context_bytes=context_bytes)
     return [-found[str(index)].nats for index in range(len(pairs))]
+
+
+class Continuation(NamedTuple):
+    """Likelihood of a continuation."""
+
+    log_likelihood: float
+    """``ln p(continuation | context)``, in nats."""
+    is_greedy: bool
+    """Whether greedy sampling would generate it."""
+
+
+def score_continuations(
+    lm: CausalLM,
+    pairs: Sequence[tuple[bytes, bytes]],
+    *,
+    context_bytes: int,
+    stride: int | None = None,
+) -> Iterator[Continuation]:
+    """Yield the likelihood of each continuation, and whether it is the greedy one.
+
+    The arguments are those of :func:`log_likelihoods`. A token model's continuation is greedy if
+    its own tokens are.
+
+    Raises:
+        ConfigError: the stride is out of range.
+    """
+    spans = _continuation_spans(lm, pairs, context_bytes, stride)
+    measured = span_nats(lm, spans, context_bytes=context_bytes, greedy=True)
+    for _, parts in groupby(measured, key=lambda part: part.one.label):
+        nats, is_greedy = 0.0, True
+        for part in parts:
+            nats += part.likelihood.nats
+            assert part.is_greedy is not None
+            is_greedy &= bool(part.is_greedy[part.target_bytes > 0].all())
+        yield Continuation(-nats, is_greedy)
+
+
+def _continuation_spans(
+    lm: CausalLM,
+    pairs: Sequence[tuple[bytes, bytes]],
+    context_bytes: int,
+    stride: int | None,
+) -> Iterator[LabelledSpan]:
+    labelled = ((str(index), context + rest) for index, (context, rest) in enumerate(pairs))
+    known = [len(context) for context, _ in pairs]
+    return _cut_documents(lm, labelled, context_bytes, stride, known)
 
 
 def _cut_documents(

@@ -95,7 +95,7 @@ def allowed_logits(logits: Float[Tensor, " vocab"]) -> Float[np.ndarray, " vocab
 def _never(size: int) -> Float[np.ndarray, " vocab"]:
     """Return minus infinity for ids that are never sampled, and 0 for others."""
     never = np.zeros(size)
-    never[[codec.BOE, codec.BOS, codec.BPE]] = -np.inf
+    never[list(codec.NEVER_SAMPLED)] = -np.inf
     return never
 
 

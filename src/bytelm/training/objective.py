@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from bytelm import codec
 from bytelm.data import IGNORED, Batch, Row, make_batch
 from bytelm.errors import NumericalError
 from bytelm.lm import CausalLM
@@ -36,7 +37,12 @@ def position_nats(lm: CausalLM, batch: Batch) -> Float[Tensor, "batch ids"]:
     """Return the negative log-likelihood of each target, in nats; 0 on padding."""
     if lm.takes_targets:
         return lm(**batch.inputs, targets=batch.targets)
-    logits = lm(**batch.inputs)
+    return _target_nats(lm(**batch.inputs), batch)
+
+
+def _target_nats(
+    logits: Float[Tensor, "batch ids vocab"], batch: Batch
+) -> Float[Tensor, "batch ids"]:
     flat = functional.cross_entropy(
         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -100,6 +106,8 @@ class SpanNats(NamedTuple):
     """Bytes of text in each target; 0 for the end of the document."""
     num_units: int
     """Units that begin at these targets."""
+    is_greedy: NDArray[np.bool_] | None = None
+    """Whether each target is what greedy sampling would choose, if that is wanted."""
 
     @property
     def likelihood(self) -> "Likelihood":
@@ -147,14 +155,20 @@ def measure_spans(
 
 
 def span_nats(
-    lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int
+    lm: CausalLM, spans: Iterable[LabelledSpan], *, context_bytes: int, greedy: bool = False
 ) -> Iterator[SpanNats]:
     """Yield the nats of every target of spans, in their order; see :func:`measure_spans`.
+
+    Args:
+        lm: language model.
+        spans: spans no longer than the context.
+        context_bytes: bytes in a row.
+        greedy: say of each target whether greedy sampling would choose it.
 
     Raises:
         NumericalError: a likelihood is not finite.
     """
-    for measured in _measure(lm, spans, context_bytes, World()):
+    for measured in _measure(lm, spans, context_bytes, World(), greedy):
         yield from measured
 
 
@@ -163,25 +177,45 @@ Rows = list[tuple[Row, list[LabelledSpan]]]
 
 
 def _measure(
-    lm: CausalLM, spans: Iterable[LabelledSpan], context_bytes: int, world: World
+    lm: CausalLM,
+    spans: Iterable[LabelledSpan],
+    context_bytes: int,
+    world: World,
+    greedy: bool = False,
 ) -> Iterator[list[SpanNats]]:
     """Yield the nats of the spans in this rank's rows, for all rows that are measured at once."""
     for rows, counts in world.share(_pack(spans, lm, context_bytes)):
-        nats = world.agree(lambda rows=rows: _finite_nats(lm, rows))
-        yield list(_by_span(lm, rows, nats)) if counts else []
+        nats, is_greedy = world.agree(lambda rows=rows: _finite_nats(lm, rows, greedy))
+        yield list(_by_span(lm, rows, nats, is_greedy)) if counts else []
 
 
-def _finite_nats(lm: CausalLM, rows: Rows) -> Float[Tensor, "batch ids"]:
+def _finite_nats(
+    lm: CausalLM, rows: Rows, greedy: bool
+) -> tuple[Float[Tensor, "batch ids"], Bool[Tensor, "batch ids"] | None]:
     batch = make_batch([row for row, _ in rows]).to(lm.device)
+    is_greedy = None
     with torch.no_grad():
-        nats = position_nats(lm, batch).double().cpu()
+        if greedy:
+            logits = lm(**batch.inputs)
+            nats = _target_nats(logits, batch)
+            logits[..., list(codec.NEVER_SAMPLED)] = -math.inf
+            is_greedy = (logits.argmax(-1) == batch.targets).cpu()
+        else:
+            nats = position_nats(lm, batch)
+        nats = nats.double().cpu()
     if not nats.isfinite().all():
         raise _not_finite(rows, nats)
-    return nats
+    return nats, is_greedy
 
 
-def _by_span(lm: CausalLM, rows: Rows, nats: Float[Tensor, "batch ids"]) -> Iterator[SpanNats]:
-    for (row, contents), row_nats in zip(rows, nats.numpy(), strict=True):
+def _by_span(
+    lm: CausalLM,
+    rows: Rows,
+    nats: Float[Tensor, "batch ids"],
+    is_greedy: Bool[Tensor, "batch ids"] | None,
+) -> Iterator[SpanNats]:
+    for index, ((row, contents), row_nats) in enumerate(zip(rows, nats.numpy(), strict=True)):
+        chosen = None if is_greedy is None else is_greedy[index].numpy()
         begin = 0
         for segment, one in zip(row.segments, contents, strict=True):
             end = begin + len(segment.targets)
@@ -192,6 +226,7 @@ def _by_span(lm: CausalLM, rows: Rows, nats: Float[Tensor, "batch ids"]) -> Iter
                 row_nats[begin + seen : end],
                 segment.target_bytes[seen:],
                 lm.units.count(segment, seen),
+                None if chosen is None else chosen[begin + seen : end],
             )
             begin = end
 
