@@ -11,11 +11,13 @@ from bytelm.cli.languages import Wanted, measure_wanted, names_of, parse_thresho
 from bytelm.cli.options import Checkpoint, Device, Precision, Threads
 from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.cli.robustness import ask_about_characters, measure_noise
+from bytelm.cli.tasks import TaskOptions, measure_tasks, write_eval_report
 from bytelm.errors import ConfigError, DataError
 from bytelm.storage import to_json
 
 if TYPE_CHECKING:
     from bytelm.data import ReadOptions
+    from bytelm.evaluation.section import Section
     from bytelm.language_model import LanguageModel
     from bytelm.likelihood import Labelled, Likelihood
 
@@ -46,6 +48,33 @@ def evaluate(
             "such as antspeak,drop:0.2,drop+uppercase.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks of the evaluation harness (extra harness), such as hellaswag_local,piqa; "
+            "*_local read the files in --data.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples before each question. (default: what the task says)"),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of more tasks, as YAML of the harness.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of answers to tasks: what it has is not computed again."),
+    ] = None,
+    hf: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Hugging Face model to compare with in --tasks: a folder, a repository, or "
+            "arguments such as pretrained=FOLDER,gguf_file=NAME; can be repeated.",
+        ),
+    ] = None,
     characters: Annotated[
         bool,
         typer.Option(
@@ -56,7 +85,10 @@ def evaluate(
     ] = False,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with the files of benchmarks: cute/ and cmudict.dict.xz."),
+        typer.Option(
+            help="Folder with the files of benchmarks: cute/ and cmudict.dict.xz; those of "
+            "*_local tasks. (default of tasks: BYTELM_EVALUATION)"
+        ),
     ] = None,
     parallel: Annotated[
         str | None,
@@ -113,18 +145,25 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Checkpoint to compare with in --parallel and --tail; can be repeated.",
+            help="Checkpoint to compare with in --tasks, --parallel and --tail; can be repeated.",
         ),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Folder to draw the figures of what is measured into.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to write the results into, as one page (report.html) and JSON.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Questions of each kind, or parallel sentences. (default: 50 or 100 questions, "
-            "all sentences)",
+            help="Questions of each kind, parallel sentences, or documents of each task. (default: "
+            "50 or 100 questions, all sentences and documents)",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of noise, questions and intervals.")] = 0,
@@ -137,9 +176,10 @@ def evaluate(
     *,
     read: "ReadOptions",
 ) -> None:
-    """Measure the bits per byte of text, robustness to noise, characters, languages and patches.
+    """Measure bits per byte of text, tasks, robustness to noise, characters, languages and patches.
 
     [dim]bytelm eval runs/blt-1m held-out/*.txt more=other.jsonl --noise paper
+    bytelm eval runs/blt-1m --tasks hellaswag_local --data benchmarks --report report
     bytelm eval runs/blt-1m --parallel pud --against runs/token-1m --figures figures
     bytelm eval runs/blt-1m held-out/*.txt --tail --drift --thresholds 0.5,1.0,2.0[/]
     """
@@ -161,11 +201,13 @@ def evaluate(
         against or [],
     )
     wanted.check()
-    if not texts and (noise or wanted.needs_text or not (characters or parallel)):
+    asked = TaskOptions(tasks, limit, num_fewshot, data, include_path, cache, hf or [], device)
+    asked.check()
+    if not texts and (noise or wanted.needs_text or not (characters or parallel or tasks)):
         raise ConfigError(
-            "name the text to measure; without text there are --characters and --parallel"
+            "name the text to measure; without text there are --tasks, --characters and --parallel"
         )
-    if figures is not None:
+    if figures is not None or report is not None:
         check_matplotlib()
     noises = parse_noises(noise) if noise else []
     paths = [checkpoint, *wanted.against]
@@ -179,12 +221,17 @@ def evaluate(
         status.print(said, highlight=False, markup=False, soft_wrap=True)
     kept: list[bytes] | None = [] if noises or wanted.needs_text else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
-    sections = [measure_noise(lm, kept or [], noises, seed)] if noises else []
+    sections = measure_tasks(asked, lms, paths) if tasks is not None else []
+    sections += [measure_noise(lm, kept or [], noises, seed)] if noises else []
     if characters:
         sections += ask_about_characters(lm, data, limit, seed)
     sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)
     if figures is not None:
         draw_sections(sections, figures)
+    if report is not None:
+        text = [_likelihood_section(lm, by_source)] if by_source else []
+        page = write_eval_report(report, [*text, *sections], lms)
+        status.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         records = {one.title: one.record for one in sections}
         print(to_json(_likelihood_record(lm, by_source) | records, indent=2))
@@ -247,3 +294,21 @@ def _likelihood_record(lm: "LanguageModel", by_source: "dict[str, Likelihood]") 
     # A source may have any name, "all" too.
     sources = {name: record(one) for name, one in by_source.items()}
     return {"all": record(total(by_source.values())), "sources": sources}
+
+
+def _likelihood_section(lm: "LanguageModel", by_source: "dict[str, Likelihood]") -> "Section":
+    """Return the likelihood of text by source as a section."""
+    from bytelm.evaluation.section import Section
+    from bytelm.likelihood import total
+
+    shown = sorted(by_source.items())
+    if len(shown) > 1:
+        shown.append(("all", total(by_source.values())))
+    return Section(
+        title="text",
+        note="Bits per byte of text, by source.",
+        columns=("source", "bytes", "bits per byte"),
+        rows=tuple((name, one.num_bytes, one.bits_per_byte) for name, one in shown),
+        record=_likelihood_record(lm, by_source),
+        figures={},
+    )
