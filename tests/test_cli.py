@@ -629,7 +629,7 @@ def test_a_finished_run_says_so_again(run, world):
         (["eval", "{world}/blt", "--tail"], "name the text to measure"),
         (["eval", "{world}/blt", "--reference", "en"], "--reference belongs to --parallel"),
         (["eval", "{world}/blt", "x", "--frequencies", "x"], "--frequencies belongs to --tail"),
-        (["eval", "{world}/blt", "x", "--against", "x"], "--against belongs to --parallel or"),
+        (["eval", "{world}/blt", "x", "--against", "x"], "--against belongs to --tasks,"),
         (["eval", "{world}/blt", "--parallel", "{world}"], "name the same for all"),
         (
             ["eval", "{world}/blt", "{world}/text.jsonl", "--thresholds", "high"],

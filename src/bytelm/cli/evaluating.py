@@ -63,10 +63,6 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder of more tasks, as YAML of the harness.")
     ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder of answers to tasks: what it has is not computed again."),
-    ] = None,
     hf: Annotated[
         list[str] | None,
         typer.Option(
@@ -200,8 +196,8 @@ def evaluate(
         parse_thresholds(thresholds),
         against or [],
     )
-    wanted.check()
-    asked = TaskOptions(tasks, limit, num_fewshot, data, include_path, cache, hf or [], device)
+    wanted.check(has_tasks=tasks is not None)
+    asked = TaskOptions(tasks, limit, num_fewshot, data, include_path, hf or [], device)
     asked.check()
     if not texts and (noise or wanted.needs_text or not (characters or parallel or tasks)):
         raise ConfigError(
@@ -221,7 +217,7 @@ def evaluate(
         status.print(said, highlight=False, markup=False, soft_wrap=True)
     kept: list[bytes] | None = [] if noises or wanted.needs_text else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
-    sections = measure_tasks(asked, lms, paths) if tasks is not None else []
+    sections = measure_tasks(asked, lms) if tasks is not None else []
     sections += [measure_noise(lm, kept or [], noises, seed)] if noises else []
     if characters:
         sections += ask_about_characters(lm, data, limit, seed)

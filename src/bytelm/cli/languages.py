@@ -34,8 +34,11 @@ class Wanted(NamedTuple):
         """Whether there is something to measure on the given text."""
         return self.tail or self.drift or bool(self.thresholds)
 
-    def check(self) -> None:
+    def check(self, has_tasks: bool) -> None:
         """Check that options which belong to others come with them.
+
+        Args:
+            has_tasks: models are compared on tasks.
 
         Raises:
             ConfigError: one does not.
@@ -47,8 +50,8 @@ class Wanted(NamedTuple):
             (
                 "--against",
                 bool(self.against),
-                "--parallel or --tail",
-                self.tail or self.parallel is not None,
+                "--tasks, --parallel or --tail",
+                has_tasks or self.tail or self.parallel is not None,
             ),
         ):
             if is_given and not is_other:

@@ -25,7 +25,6 @@ class TaskOptions(NamedTuple):
     num_fewshot: int | None
     data: Path | None
     include_path: Path | None
-    cache: Path | None
     hugging_face: list[str]
     device: str
 
@@ -40,41 +39,31 @@ class TaskOptions(NamedTuple):
         for option, is_given in (
             ("--num-fewshot", self.num_fewshot is not None),
             ("--include-path", self.include_path is not None),
-            ("--cache", self.cache is not None),
             ("--hf", bool(self.hugging_face)),
         ):
             if is_given:
                 raise ConfigError(f"{option} belongs to --tasks: add it, or leave {option} out")
 
 
-def measure_tasks(
-    options: TaskOptions, lms: "Mapping[str, LanguageModel]", checkpoints: Sequence[Path]
-) -> "list[Section]":
+def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "list[Section]":
     """Run tasks of the evaluation harness on models, side by side.
 
     Args:
         options: what to run.
         lms: models of this package, by name.
-        checkpoints: their folders, in the same order.
 
     Raises:
         ConfigError: the extra ``harness`` is missing, a task is unknown, or a model of Hugging Face
             cannot be loaded.
         DataError: the data of a task is missing.
     """
-    from bytelm.checkpoint import fingerprint
     from bytelm.evaluation.harness import HarnessLM
     from bytelm.evaluation.harness.running import hugging_face_model, run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
-    from bytelm.layout import find_checkpoint
 
     assert options.tasks is not None
     tasks = [name for name in options.tasks.split(",") if name]
     models: dict[str, LM] = {name: HarnessLM(lm) for name, lm in lms.items()}
-    caches = {
-        name: fingerprint(find_checkpoint(path))
-        for name, path in zip(lms, checkpoints, strict=True)
-    }
     for name in options.hugging_face:
         models[_short(name)] = hugging_face_model(name, options.device)
     answers = {
@@ -85,8 +74,6 @@ def measure_tasks(
             num_fewshot=options.num_fewshot,
             data=options.data,
             include_path=options.include_path,
-            # The harness stores questions without their model.
-            cache=options.cache / caches[name] if options.cache and name in caches else None,
         )
         for name, lm in models.items()
     }
@@ -106,7 +93,8 @@ def measure_tasks(
 
 def _short(model: str) -> str:
     """Return the name of a Hugging Face model in tables."""
-    arguments = dict(part.partition("=")[::2] for part in model.split(",") if "=" in part)
+    parts = [part.partition("=") for part in model.split(",")]
+    arguments = {key: value for key, _, value in parts}
     return Path(arguments.get("gguf_file") or arguments.get("pretrained", model)).name
 
 

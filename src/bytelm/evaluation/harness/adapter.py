@@ -28,7 +28,6 @@ DEFAULT_MAX_TOKENS = 256
 """Limit of tasks that give none, which is that of the harness's own models."""
 
 
-@register_model("bytelm")
 class HarnessLM(LM):
     """A checkpoint as a model of the evaluation harness.
 
@@ -159,6 +158,9 @@ class HarnessLM(LM):
 
     def _progress(self, total: int, title: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=title, disable=disable or not self._show_progress)
+
+
+register_model("bytelm")(HarnessLM)
 
 
 def _to_request(

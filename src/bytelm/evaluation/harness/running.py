@@ -66,7 +66,6 @@ def run_tasks(
     num_fewshot: int | None = None,
     data: Path | None = None,
     include_path: Path | None = None,
-    cache: Path | None = None,
     seed: int = 1234,
 ) -> Answers:
     """Run tasks of the harness on a model.
@@ -79,8 +78,6 @@ def run_tasks(
         num_fewshot: examples before each question; ``None`` for what the task says, usually none.
         data: folder of the local tasks; ``None`` for the environment variable.
         include_path: folder of tasks in YAML.
-        cache: SQLite file of answers; those that it has are not computed again. It must belong to
-            the model, as the harness stores the questions only.
         seed: seed of the choice of examples.
 
     Raises:
@@ -88,22 +85,15 @@ def run_tasks(
         DataError: its data is missing, or cannot be downloaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folders = [str(TASKS), *([str(include_path)] if include_path is not None else [])]
-    metadata = {"data": str(data)} if data is not None else {}
-    manager = TaskManager(include_path=folders, metadata=metadata)
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        local = ", ".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
-        raise ConfigError(
-            f"there is no task {unknown[0]!r}; of local files: {local}; all: `lm_eval ls tasks`"
-        )
+    manager = _find_tasks(tasks, data, include_path)
+    run: Any = simple_evaluate  # its decorator has no types
     try:
-        found = simple_evaluate(
+        found = run(
             lm,
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
             num_fewshot=num_fewshot,
-            use_cache=None if cache is None else str(cache),
             bootstrap_iters=0,
             fewshot_random_seed=seed,
         )
@@ -120,6 +110,29 @@ def run_tasks(
         versions=dict(found["versions"]),
         num_fewshot=dict(found["n-shot"]),
         results={name: _plain(one) for name, one in found["results"].items()},
+    )
+
+
+def _find_tasks(tasks: Sequence[str], data: Path | None, include_path: Path | None) -> TaskManager:
+    """Return a manager that knows the tasks.
+
+    Raises:
+        ConfigError: a task is unknown.
+    """
+    folders: list[str | Path] = [TASKS, *([include_path] if include_path is not None else [])]
+    metadata: dict[str, Any] = {"data": str(data)} if data is not None else {}
+    unknown: list[str] = []
+    # The harness's own tasks are thousands of files, which take seconds to read.
+    for has_defaults in (False, True):
+        manager = TaskManager(
+            include_path=folders, include_defaults=has_defaults, metadata=metadata
+        )
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    local = ", ".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
+    raise ConfigError(
+        f"there is no task {unknown[0]!r}; of local files: {local}; all: `lm_eval ls tasks`"
     )
 
 
