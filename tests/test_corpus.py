@@ -4,7 +4,6 @@ import io
 import json
 import lzma
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -12,6 +11,7 @@ import threading
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -231,17 +231,11 @@ def test_names_that_are_not_text_become_text(tmp_path):
     assert read(tmp_path / "a.jsonl", source_field="s") == [("?", b"x"), ("a", b"y")]
 
 
-def test_standard_input():
-    code = (
-        "from bytelm.data import *\n"
-        "o = ReadOptions(format='jsonl')\n"
-        "for i in find_inputs(['-'], o):\n"
-        "    print([(d.source, d.data) for d in Reader(o).read(i)])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=JSONL, capture_output=True, check=True
-    )
-    assert eval(done.stdout) == [("stdin", t) for t in TEXTS]
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(JSONL)))
+    options = ReadOptions(format="jsonl")
+    (one,) = find_inputs(["-"], options)
+    assert [(d.source, d.data) for d in Reader(options).read(one)] == [("stdin", t) for t in TEXTS]
 
 
 def test_prepared_data_can_be_prepared_again(tmp_path):

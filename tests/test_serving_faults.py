@@ -359,7 +359,7 @@ def schemathesis_run(operation, failed):
 
     @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
     @settings(
-        max_examples=25, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+        max_examples=12, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
         deadline=None, derandomize=True, database=None,
     )  # fmt: skip
     def check(case):
