@@ -48,7 +48,7 @@ class Lessons(NamedTuple):
     parts_steps: int = 4000
     together_steps: int = 500
     row_bytes: int = 4096
-    """Bytes of text in a step."""
+    """Bytes of text in a step, unless a document is longer."""
     parts_rate: float = 2e-3
     """Learning rate while parts are taught; embeddings learn at three times the rate."""
     together_rate: float = 5e-4

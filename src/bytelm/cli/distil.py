@@ -40,7 +40,14 @@ def distil(
         int, typer.Option(min=0, help="Steps of encoder and decoder, without the global model.")
     ] = 4000,
     together_steps: Annotated[int, typer.Option(min=0, help="Steps of the whole model.")] = 500,
-    row_bytes: Annotated[int, typer.Option(min=64, help="Bytes of text in a step.")] = 4096,
+    row_bytes: Annotated[
+        int,
+        typer.Option(
+            min=64,
+            help="Bytes of text in a step, or one document; longer ones than 4,000 characters are "
+            "cut.",
+        ),
+    ] = 4096,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     patch_size: PatchSize = None,
     local_dim: LocalDim = None,
