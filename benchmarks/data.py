@@ -14,11 +14,20 @@ from benchmarks.subjects import PATCH_SIZE, random_words
 from benchmarks.timing import Sample, measure, time_once
 from bytelm import codec
 from bytelm.checkpoint import save_model
-from bytelm.config import FittedNgramConfig, ModelDescription, NgramConfig, Packing
+from bytelm.config import (
+    FittedNgramConfig,
+    ModelDescription,
+    NgramConfig,
+    Packing,
+    Recipe,
+    load_recipe,
+)
 from bytelm.data import Dataset, Loader, PrepareOptions, prepare
 from bytelm.lm import ScorerLM
 from bytelm.patching import EntropyRule, Patcher, SpaceRule
 from bytelm.scoring import fit_ngram_scorer
+from bytelm.training import Trainer
+from bytelm.training.rows import load_rows
 from bytelm.units import ByteUnits, PatchUnits, Units
 
 TEXT_BYTES, QUICK_TEXT_BYTES = 4_000_000, 100_000
@@ -26,6 +35,7 @@ DOCUMENT_BYTES = 2000
 ROW_BYTES, QUICK_ROW_BYTES = 8192, 512
 ROWS_PER_STEP = 4
 STEPS, QUICK_STEPS = 16, 2
+RECIPE = "blt-1m"
 
 
 def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
@@ -40,6 +50,8 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
         measurements = _prepare(work, len(text), settings)
         report("data: loader")
         measurements += _load(work, settings)
+        report("data: loader and trainer")
+        measurements.append(_load_and_train(work, settings))
     return {"measurements": measurements}
 
 
@@ -115,3 +127,22 @@ def _load(work: Path, settings: Settings) -> list[dict[str, Any]]:
             }
         )
     return measurements
+
+
+def _load_and_train(work: Path, settings: Settings) -> dict[str, Any]:
+    """Steps of a recipe's loader, and whole steps of its training, which load as well, in turns."""
+    overrides = [f"data.path={work / 'plain'}", "patching={kind: space}", "train.device=cpu"]
+    if settings.quick:
+        overrides += [f"data.row_bytes={QUICK_ROW_BYTES}", "data.rows_per_step=1"]
+    recipe = load_recipe(RECIPE, overrides)
+    assert isinstance(recipe, Recipe)
+    trainer = Trainer(recipe)
+    loader = load_rows(trainer.recipe, trainer.setup.dataset, trainer.lm.units)
+    subjects = {"ours": loader.next_batch, "training": trainer.step}
+    rows = recipe.data.rows_per_step
+    return {
+        "what": f"loader, recipe {RECIPE} with space patches",
+        "bytes": rows * recipe.data.row_bytes,
+        "rows": rows,
+        "samples": measure(subjects, settings.repeats, "cpu"),
+    }

@@ -325,7 +325,9 @@ def _data(results: Section) -> list[str]:
             per_row = one.get("rows", 0) / minimum(samples, clock)
             rows.append([one["what"], times(samples, clock), f"{rate:.2f}"])
             rows[-1].append(f"{per_row:,.1f}" if per_row else "")
-        heads = ["what", "ours", "MB/s", "rows/s"]
+            training = one["samples"].get("training")
+            rows[-1].append(ratio(pair_ratio(samples, training, clock)) if training else "")
+        heads = ["what", "ours", "MB/s", "rows/s", "training / loading"]
         parts.append(f"{_title(clock)}:\n\n{table(heads, rows)}")
     return parts
 

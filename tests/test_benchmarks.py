@@ -145,7 +145,13 @@ EXAMPLES = {
     },
     "data": {
         "measurements": [
-            {"what": "loader", "bytes": 2_000_000, "rows": 10, "samples": {"ours": samples(4)}}
+            {"what": "loader", "bytes": 2_000_000, "rows": 10, "samples": {"ours": samples(4)}},
+            {
+                "what": "recipe",
+                "bytes": 2_000_000,
+                "rows": 10,
+                "samples": {"ours": samples(4), "training": samples(80)},
+            },
         ]
     },
 }
@@ -200,7 +206,8 @@ def test_tables_say_what_the_samples_say():
     assert cells(text, "forward", "4,096") == ["1", "3", "**3.00**"]
     assert cells(text, "forward", "8,192") == ["2", "", ""]
     assert cells(text, "a table", "a whole row") == ["2,000", "500", "**4** (4 to 4)"]
-    assert cells(text, "loader") == ["4 s / 4 s", "0.50", "2.5"]
+    assert cells(text, "loader") == ["4 s / 4 s", "0.50", "2.5", ""]
+    assert cells(text, "recipe") == ["4 s / 4 s", "0.50", "2.5", "**20** (20 to 20)"]
 
 
 def test_origins_are_told_apart_where_they_differ():

@@ -6,6 +6,7 @@ evaluation and generation deal with the three kinds of unit through the protocol
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -73,6 +74,8 @@ class Span(NamedTuple):
 
     def head(self, length: int) -> "Span":
         """Return the first ``length`` positions, or all if there are fewer."""
+        if length >= self.num_positions:
+            return self
         entropies = None if self.entropies is None else self.entropies[:length]
         targets = None if self.targets is None else self.targets[:length]
         return self._replace(ids=self.ids[: length + 1], entropies=entropies, targets=targets)
@@ -172,7 +175,7 @@ class ByteUnits:
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Return the whole span; bytes have no budget of units."""
         targets = span.ids[1:] if span.targets is None else span.targets
-        return Segment(span.ids[:-1], targets, np.ones(span.num_positions, np.int64))
+        return Segment(span.ids[:-1], targets, _ones(span.num_positions))
 
     def count(self, segment: Segment, seen: int = 0) -> int:
         """Return 0: bytes are counted as positions."""
@@ -185,6 +188,14 @@ class ByteUnits:
     def mean_bytes(self, documents: Sequence[tuple[Tensor, Tensor | None]]) -> float:
         """Return 1."""
         return 1.0
+
+
+@lru_cache(maxsize=64)
+def _ones(length: int) -> Ids:
+    """Return ones, which many spans share."""
+    ones = np.ones(length, np.int64)
+    ones.flags.writeable = False
+    return ones
 
 
 class PatchUnits(ByteUnits):

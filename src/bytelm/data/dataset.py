@@ -332,8 +332,7 @@ class Dataset:
         ids = np.empty(end - begin, np.int64)
         at = int(begin == 0)
         ids[:at] = codec.BOS
-        ids[at : at + len(text)] = text
-        ids[at : at + len(text)] += codec.OFFSET
+        np.add(text, codec.OFFSET, out=ids[at : at + len(text)], dtype=np.int64)
         ids[at + len(text) :] = codec.EOS
         return ids
 

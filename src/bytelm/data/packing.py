@@ -125,10 +125,8 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     counts = torch.tensor([row.num_units for row in rows])
     budget = first.budget or int(counts.max())
     shape = (len(rows), first.units.row_length(first.max_bytes, budget))
-    ids = np.full(shape, codec.BOE, np.int64)
-    targets = np.full(shape, IGNORED, np.int64)
-    num_positions = np.zeros(shape, np.int64)
-    documents = np.full(shape, PADDING, np.int64)
+    # Not filled: most of a row is written once, below.
+    ids, targets, num_positions, documents = np.empty((4, *shape), np.int64)
     next_boundary = np.zeros(shape, np.bool_)
     has_patches = False
     for r, row in enumerate(rows):
@@ -143,6 +141,9 @@ def make_batch(rows: Sequence[Row]) -> Batch:
                 has_patches = True
                 next_boundary[r, at:end] = segment.next_boundary
             at = end
+        padding = ((ids, codec.BOE), (targets, IGNORED), (num_positions, 0), (documents, PADDING))
+        for array, value in padding:
+            array[r, at:] = value
     return Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),

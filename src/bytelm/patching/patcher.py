@@ -75,8 +75,9 @@ class Patcher:
             states: the encoder's states, if the rule needs them.
         """
         if documents is None:
-            documents = torch.zeros_like(ids)
-        positions = row_positions(documents)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        else:
+            positions = row_positions(documents)
         previous = None if entropies is None else entropies.roll(1, 1)
         seen = Seen(positions, ids, ids.roll(1, 1), entropies, previous, states)
         rule: Any = self.rule
