@@ -147,3 +147,18 @@ def test_mistakes_are_explained(checkpoints, folder, tmp_path, monkeypatch, run)
     status, _, errors = run("eval", checkpoints / "one", text, "--hf", "x")
     assert status == 1
     assert "--hf belongs to --tasks" in errors
+
+
+def test_tasks_under_noise(checkpoints, folder, run):
+    """Prompts, completions and both are noised in runs of their own, and paired with clean ones."""
+    arguments = ["--tasks", "blimp_local", "--data", folder, "--limit", 3, "--noise", "uppercase"]
+    status, output, errors = run("eval", checkpoints / "one", *arguments, "--json")
+    assert status == 0, errors
+    found = json.loads(output)
+    clean = {one["metric"]: one["value"] for one in found["tasks"]["scores"]}
+    noisy = found["tasks under noise: one"]["scores"]
+    parts = {(one["noise"], one["part"]) for one in noisy}
+    noised = {("uppercase", part) for part in ("prompt", "completion", "both", "mean")}
+    assert parts == {("clean", ""), *noised}
+    for one in noisy:
+        assert one["value"] - one["change"]["value"] == pytest.approx(clean[one["metric"]])

@@ -44,8 +44,9 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Also measure clean text after noised text, and noised text: all, paper, or names "
-            "such as antspeak,drop:0.2,drop+uppercase.",
+            help="Also measure clean text after noised text, and noised text; with --tasks, tasks "
+            "with noised prompts, completions and both: all, paper, or names such as "
+            "antspeak,drop:0.2,drop+uppercase.",
         ),
     ] = None,
     tasks: Annotated[
@@ -197,15 +198,18 @@ def evaluate(
         against or [],
     )
     wanted.check(has_tasks=tasks is not None)
-    asked = TaskOptions(tasks, limit, num_fewshot, data, include_path, hf or [], device)
+    noises = parse_noises(noise) if noise else []
+    asked = TaskOptions(
+        tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed
+    )
     asked.check()
-    if not texts and (noise or wanted.needs_text or not (characters or parallel or tasks)):
+    is_idle = not (characters or parallel or tasks) or (noise and not tasks)
+    if not texts and (is_idle or wanted.needs_text):
         raise ConfigError(
             "name the text to measure; without text there are --tasks, --characters and --parallel"
         )
     if figures is not None or report is not None:
         check_matplotlib()
-    noises = parse_noises(noise) if noise else []
     paths = [checkpoint, *wanted.against]
     lms = {
         name: load(path, device, precision)
@@ -218,7 +222,7 @@ def evaluate(
     kept: list[bytes] | None = [] if noises or wanted.needs_text else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
     sections = measure_tasks(asked, lms) if tasks is not None else []
-    sections += [measure_noise(lm, kept or [], noises, seed)] if noises else []
+    sections += [measure_noise(lm, kept or [], noises, seed)] if noises and texts else []
     if characters:
         sections += ask_about_characters(lm, data, limit, seed)
     sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)

@@ -12,6 +12,8 @@ from bytelm.errors import ConfigError
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from bytelm.evaluation.harness.running import Answers
+    from bytelm.evaluation.noise import Noise
     from bytelm.evaluation.section import Section
     from bytelm.language_model import LanguageModel
 
@@ -27,6 +29,10 @@ class TaskOptions(NamedTuple):
     include_path: Path | None
     hugging_face: list[str]
     device: str
+    noises: "Sequence[Noise]" = ()
+    """Noises of prompts, completions and both, besides clean requests."""
+    seed: int = 0
+    """Seed of the noises."""
 
     def check(self) -> None:
         """Check that options which belong to tasks come with them.
@@ -58,6 +64,7 @@ def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "
         DataError: the data of a task is missing.
     """
     from bytelm.evaluation.harness import HarnessLM
+    from bytelm.evaluation.harness.noisy import measure_noisy_tasks, noisy_tasks_section
     from bytelm.evaluation.harness.running import hugging_face_model, run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
 
@@ -66,8 +73,9 @@ def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "
     models: dict[str, LM] = {name: HarnessLM(lm) for name, lm in lms.items()}
     for name in options.hugging_face:
         models[_short(name)] = hugging_face_model(name, options.device)
-    answers = {
-        name: run_tasks(
+
+    def run(lm: "LM") -> "Answers":
+        return run_tasks(
             lm,
             tasks,
             limit=options.limit,
@@ -75,8 +83,8 @@ def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "
             data=options.data,
             include_path=options.include_path,
         )
-        for name, lm in models.items()
-    }
+
+    answers = {name: run(lm) for name, lm in models.items()}
     first = next(iter(answers.values()))
     shots = ", ".join(f"{task} {count}" for task, count in first.num_fewshot.items())
     limit = f"The first {options.limit} documents of each task. " if options.limit else ""
@@ -88,7 +96,13 @@ def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "
     }
     scores = {name: one.scores for name, one in answers.items()}
     settings = f"{limit}Examples before each question: {shots}."
-    return [scores_section(scores, settings, record), *group_sections(scores)]
+    sections = [scores_section(scores, settings, record), *group_sections(scores)]
+    for name, lm in models.items() if options.noises else ():
+        noisy = measure_noisy_tasks(
+            lambda one: run(one).scores, lm, scores[name], options.noises, seed=options.seed
+        )
+        sections.append(noisy_tasks_section(noisy, f"tasks under noise: {name}"))
+    return sections
 
 
 def _short(model: str) -> str:

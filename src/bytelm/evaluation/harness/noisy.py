@@ -4,8 +4,6 @@ The paper noises the prompt, the completion, or both, and reports the mean of th
 6.1). A model is wrapped, so any task runs on noised requests::
 
     run_tasks(NoisyLM(HarnessLM(lm), parse_noise("drop"), "prompt"), ["hellaswag_local"])
-
-The harness's cache of answers is by the clean request: do not use one file for several noises.
 """
 
 from collections.abc import Callable, Sequence
