@@ -210,7 +210,8 @@ def test_data_inspect_and_calibrate(run, world, tmp_path):
     status, out, _ = run("data", "inspect", world / "scored", "--patches")
     assert re.search(r"text +200 +38,063 +5,311 +\d\.\d\d", out)
     assert "sample" not in out
-    assert run("data", "info", world / "scored", "--verify")[0] == 0
+    status, out, _ = run("data", "info", world / "scored", "--verify")
+    assert status == 0
     assert "text" in out
     assert "all files match their hashes" in out
     status, out, _ = run("data", "calibrate", world / "scored", "--patch-size", "2.5")

@@ -18,26 +18,7 @@ __all__ = ["PAGE", "RECORD", "versions", "write_report"]
 
 PAGE, RECORD = "report.html", "report.json"
 PACKAGES = ("torch", "numpy", "lm_eval", "transformers", "datasets")
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --dim: #59636e; --line: #d8dee4;
-  --ground: #fff; --head: #f3f5f7; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --dim: #9aa4af; --line: #3a424b;
-  --ground: #15181c; --head: #20252b; } }
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink);
-  background: var(--ground); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-p.note, dt { color: var(--dim); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-code { font: .9em ui-monospace, monospace; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
-  white-space: nowrap; }
-th { background: var(--head); } td.number, th.number { text-align: right; }
-figure { margin: 1rem 0; padding: .5rem; background: #fff; border-radius: 6px; overflow-x: auto; }
-figure svg { max-width: 100%; height: auto; display: block; }
-"""
+STYLE = Path(__file__).with_name("report.css")
 
 
 def versions() -> dict[str, str]:
@@ -90,7 +71,7 @@ def write_report(
 def _page(sections: Sequence[Section], title: str, facts: Mapping[str, str]) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>"
+    yield f"<title>{escape(title)}</title>\n<style>{STYLE.read_text()}</style>\n</head>\n<body>"
     yield f"<h1>{escape(title)}</h1>\n<dl>"
     for name, text in facts.items():
         shown = f"<code>{escape(text)}</code>" if name == "command" else escape(text)
