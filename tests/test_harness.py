@@ -1,15 +1,19 @@
 """Models of this package in the evaluation harness: exact likelihoods, greedy flags, generation."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import byte_strings, random_byte_lm, random_patched
 from bytelm.errors import ConfigError
+from bytelm.evaluation import harness
 from bytelm.evaluation.harness import HarnessLM
+from bytelm.evaluation.harness.__main__ import with_local_tasks
 from bytelm.inference import Sampling
 from bytelm.lm import TokenLM
 from bytelm.tokens import train_tokenizer
@@ -162,3 +166,23 @@ def test_the_harness_knows_the_type():
     from lm_eval.api.registry import get_model
 
     assert get_model("bytelm") is HarnessLM
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+@pytest.mark.parametrize("device", ["cuda:0", None])
+def test_the_device_of_the_harness_is_used_where_there_is_one(patched, device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness.adapter, "load", lambda *given: asked.append(given) or patched.lm)
+    options = {"batch_size": 1, "device": device}
+    made = HarnessLM.create_from_arg_obj({"checkpoint": "model"}, options)
+    assert asked == [("model", "auto", "auto")]
+    assert made.get_model_info()["checkpoint"] == "model"
+
+
+def test_the_command_of_the_harness_has_local_tasks():
+    for arguments in (["ls"], ["--tasks", "piqa", "--include_path", "mine"]):
+        assert with_local_tasks(arguments) == arguments
+    *given_, option, folder = with_local_tasks(["--model", "bytelm", "--tasks", "piqa_local"])
+    assert given_ == ["--model", "bytelm", "--tasks", "piqa_local"]
+    assert option == "--include_path"
+    assert (Path(folder) / "piqa_local.yaml").exists()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
@@ -69,7 +70,10 @@ class HarnessLM(LM):
         if isinstance(checkpoint, LanguageModel):
             self.lm = checkpoint
         else:
-            self.lm = load(checkpoint, device or "auto", precision)
+            # The harness asks for "cuda:0" unless it is told otherwise, also where there is none.
+            if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+                device = "auto"
+            self.lm = load(checkpoint, device, precision)
             use_threads(threads, str(self.lm.device))
         self._name = "" if isinstance(checkpoint, LanguageModel) else str(checkpoint)
         self._slots, self._bytes_per_token = slots, bytes_per_token
