@@ -3,7 +3,7 @@
 from bytelm.display.inputs import show_inputs
 from bytelm.display.plan import show_plan
 from bytelm.display.progress import ConsoleProgress, TrainingBar
-from bytelm.display.sections import show_cell, show_section
+from bytelm.display.sections import show_section
 from bytelm.display.tables import (
     cost_shares,
     costs_title,
@@ -27,7 +27,6 @@ __all__ = [
     "costs_title",
     "explaining",
     "patches_record",
-    "show_cell",
     "show_costs",
     "show_data",
     "show_statistics",

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bytelm.evaluation.section import Cell, Section
+from bytelm.evaluation.section import Cell, Section, show_cell
 from bytelm.terminal import escape_line
 
 
@@ -23,15 +23,6 @@ def show_section(console: Console, section: Section) -> None:
     for row in section.rows:
         table.add_row(*(Text(escape_line(show_cell(cell))) for cell in row))
     console.print(table)
-
-
-def show_cell(cell: Cell) -> str:
-    """Return a cell as text: numbers with four digits, ``-`` for none."""
-    if cell is None:
-        return "-"
-    if isinstance(cell, int):
-        return f"{cell:,}"
-    return f"{cell:.4g}" if isinstance(cell, float) else cell
 
 
 def _is_number(cell: Cell) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.errors import ConfigError
-from bytelm.evaluation.section import Cell, Section
+from bytelm.evaluation.section import Section, show_cell
 from bytelm.storage import disk_errors, write_json, write_text
 from bytelm.version import __version__
 
@@ -99,16 +99,10 @@ def _table(section: Section) -> Iterator[str]:
     yield "</tr></thead>\n<tbody>"
     for row in section.rows:
         cells = zip(row, marks, strict=True)
-        yield "<tr>" + "".join(f"<td{m}>{escape(_text(one))}</td>" for one, m in cells) + "</tr>"
+        yield (
+            "<tr>" + "".join(f"<td{m}>{escape(show_cell(one))}</td>" for one, m in cells) + "</tr>"
+        )
     yield "</tbody>\n</table></div>"
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return "-"
-    if isinstance(cell, int):
-        return f"{cell:,}"
-    return f"{cell:.4g}" if isinstance(cell, float) else cell
 
 
 def _figures(section: Section, number: int) -> Iterator[str]:

@@ -39,3 +39,12 @@ def draw_sections(sections: Iterable[Section], folder: Path) -> list[Path]:
             draw(folder / f"{name}.svg")
             paths.append(folder / f"{name}.svg")
     return paths
+
+
+def show_cell(cell: Cell) -> str:
+    """Return a cell as text: numbers with four digits, ``-`` for none."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return f"{cell:.4g}" if isinstance(cell, float) else cell
