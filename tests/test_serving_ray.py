@@ -66,6 +66,12 @@ class Deployed:
         return float(found[1])
 
 
+def unexpected(errors):
+    """What was logged, without Ray's remarks that a busy machine starts replicas slowly."""
+    slow = re.compile(r"readiness check|reported not ready|taken more than 30s|slow __init__")
+    return [line for line in errors.splitlines() if line.strip() and not slow.search(line)]
+
+
 @contextlib.contextmanager
 def deployed(checkpoint, *options, number=signal.SIGTERM):
     """Serve replicas; a signal must end the command and all of its processes, without a word."""
@@ -86,6 +92,7 @@ def deployed(checkpoint, *options, number=signal.SIGTERM):
             line = process.stdout.readline()
             found = re.search(r"http://\S+", line)
             assert found, process.stderr.read()
+            watchdog.cancel()
             server = Deployed(process, found[0])
             yield server
             if number == signal.SIGINT:
@@ -95,7 +102,7 @@ def deployed(checkpoint, *options, number=signal.SIGTERM):
                 process.send_signal(number)
             _, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
-            assert server.was_hurt or not errors
+            assert server.was_hurt or not unexpected(errors)
             assert not psutil.wait_procs(server.everyone, timeout=20)[1]
         finally:
             watchdog.cancel()
