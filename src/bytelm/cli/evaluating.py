@@ -68,8 +68,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="MODEL",
-            help="Hugging Face model to compare with in --tasks: a folder, a repository, or "
-            "arguments such as pretrained=FOLDER,gguf_file=NAME; can be repeated.",
+            help="Hugging Face model to compare with in --tasks: a folder, a GGUF file, a "
+            "repository, or arguments such as pretrained=NAME,dtype=bfloat16; can be repeated.",
         ),
     ] = None,
     characters: Annotated[

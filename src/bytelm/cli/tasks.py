@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,14 +65,13 @@ def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "
     """
     from bytelm.evaluation.harness import HarnessLM
     from bytelm.evaluation.harness.noisy import measure_noisy_tasks, noisy_tasks_section
-    from bytelm.evaluation.harness.running import hugging_face_model, run_tasks
+    from bytelm.evaluation.harness.running import run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
 
     assert options.tasks is not None
     tasks = [name for name in options.tasks.split(",") if name]
     models: dict[str, LM] = {name: HarnessLM(lm) for name, lm in lms.items()}
-    for name in options.hugging_face:
-        models[_short(name)] = hugging_face_model(name, options.device)
+    models |= _hugging_face_models(options)
 
     def run(lm: "LM") -> "Answers":
         return run_tasks(
@@ -105,11 +104,22 @@ def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "
     return sections
 
 
-def _short(model: str) -> str:
-    """Return the name of a Hugging Face model in tables."""
-    parts = [part.partition("=") for part in model.split(",")]
-    arguments = {key: value for key, _, value in parts}
-    return Path(arguments.get("gguf_file") or arguments.get("pretrained", model)).name
+def _hugging_face_models(options: TaskOptions) -> "Iterator[tuple[str, LM]]":
+    """Yield the models of Hugging Face, with their names in tables.
+
+    Raises:
+        ConfigError: a package is missing, or a model cannot be loaded.
+    """
+    if not options.hugging_face:
+        return
+    try:
+        from bytelm.evaluation.harness.hugging_face import hugging_face_model, short_names
+    except ImportError as error:
+        raise ConfigError(
+            f"--hf needs the package {error.name}: pip install 'bytelm[harness]'"
+        ) from None
+    for name, model in zip(short_names(options.hugging_face), options.hugging_face, strict=True):
+        yield name, hugging_face_model(model, options.device)
 
 
 def write_eval_report(

@@ -14,7 +14,7 @@ from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.harness.local import TASKS
 from bytelm.evaluation.scores import AGGREGATIONS, Scores
 
-__all__ = ["Answers", "hugging_face_model", "run_tasks"]
+__all__ = ["Answers", "run_tasks"]
 
 GROUP_KEY = "UID"
 """Field of a document with the part of the task that it belongs to: the paradigms of BLiMP."""
@@ -30,32 +30,6 @@ class Answers(NamedTuple):
     """Examples before each question, by task."""
     results: dict[str, Any]
     """Scores as the harness computes them."""
-
-
-def hugging_face_model(model: str, device: str = "cpu") -> LM:
-    """Return a causal language model of ``transformers``, by the harness's own adapter.
-
-    Args:
-        model: folder or Hub repository; or the arguments of the harness's model type ``hf``, such
-            as ``pretrained=FOLDER,gguf_file=NAME``.
-        device: ``cpu``, ``cuda``, or ``auto`` for CUDA if it is available.
-
-    Raises:
-        ConfigError: the model cannot be loaded.
-    """
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments = model if "=" in model else f"pretrained={model}"
-    try:
-        return HFLM.create_from_arg_string(arguments, {"device": device, "batch_size": 1})
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"cannot load {model}: {error}; without a network, name a folder, or download the "
-            "model before and set HF_HUB_OFFLINE=1"
-        ) from None
 
 
 def run_tasks(
