@@ -1,6 +1,6 @@
 """The command that evaluates a model: eval."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ from bytelm.cli.languages import Wanted, measure_wanted, names_of, parse_thresho
 from bytelm.cli.options import Checkpoint, Device, Precision, Threads
 from bytelm.cli.reading import HeldOutText, with_read_options
 from bytelm.cli.robustness import ask_about_characters, measure_noise
-from bytelm.cli.tasks import TaskOptions, measure_tasks, write_eval_report
+from bytelm.cli.tasks import TaskOptions, measure_with_harness, write_eval_report
 from bytelm.errors import ConfigError, DataError
 from bytelm.storage import to_json
 
@@ -59,7 +59,10 @@ def evaluate(
     ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option(min=0, help="Examples before each question. (default: what the task says)"),
+        typer.Option(
+            min=0,
+            help="Examples before each question or translation. (default: what the task says; 5)",
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder of more tasks, as YAML of the harness.")
@@ -68,8 +71,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="MODEL",
-            help="Hugging Face model to compare with in --tasks: a folder, a GGUF file, a "
-            "repository, or arguments such as pretrained=NAME,dtype=bfloat16; can be repeated.",
+            help="Hugging Face model to compare with in --tasks and --translate: a folder, a GGUF "
+            "file, a repository, or arguments such as pretrained=NAME,dtype=bfloat16; can be "
+            "repeated.",
         ),
     ] = None,
     characters: Annotated[
@@ -106,6 +110,14 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help="With --parallel: also count the tokens of a tokenizer.json; can be repeated.",
+        ),
+    ] = None,
+    translate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PAIRS",
+            help="With --parallel: also translate its sentences (extra harness), such as "
+            "eng_Latn-deu_Latn,en-de; the first --num-fewshot are examples.",
         ),
     ] = None,
     tail: Annotated[
@@ -180,9 +192,7 @@ def evaluate(
     bytelm eval runs/blt-1m --parallel pud --against runs/token-1m --figures figures
     bytelm eval runs/blt-1m held-out/*.txt --tail --drift --thresholds 0.5,1.0,2.0[/]
     """
-    from bytelm.display import show_likelihood, show_section
     from bytelm.evaluation.noise import parse_noises
-    from bytelm.evaluation.section import draw_sections
     from bytelm.figures import check_matplotlib
     from bytelm.language_model import load
     from bytelm.threads import use_threads
@@ -200,7 +210,8 @@ def evaluate(
     wanted.check(has_tasks=tasks is not None)
     noises = parse_noises(noise) if noise else []
     asked = TaskOptions(
-        tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed
+        *(tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed),
+        *(translate, parallel),
     )
     asked.check()
     is_idle = not (characters or parallel or tasks) or (noise and not tasks)
@@ -221,11 +232,39 @@ def evaluate(
         status.print(said, highlight=False, markup=False, soft_wrap=True)
     kept: list[bytes] | None = [] if noises or wanted.needs_text else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
-    sections = measure_tasks(asked, lms) if tasks is not None else []
+    sections = measure_with_harness(asked, lms)
     sections += [measure_noise(lm, kept or [], noises, seed)] if noises and texts else []
     if characters:
         sections += ask_about_characters(lm, data, limit, seed)
     sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)
+    _present(lms, by_source, sections, figures, report, as_json)
+
+
+def _present(
+    lms: "Mapping[str, LanguageModel]",
+    by_source: "dict[str, Likelihood]",
+    sections: "list[Section]",
+    figures: Path | None,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Draw, write and print what was measured.
+
+    Args:
+        lms: models by name; the text was measured with the first.
+        by_source: likelihood of text by source.
+        sections: what else was measured.
+        figures: folder for figures, if they are wanted.
+        report: folder for the report, if one is wanted.
+        as_json: print JSON, not tables.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    from bytelm.display import show_likelihood, show_section
+    from bytelm.evaluation.section import draw_sections
+
+    lm = next(iter(lms.values()))
     if figures is not None:
         draw_sections(sections, figures)
     if report is not None:

@@ -1,4 +1,4 @@
-"""Parts of eval: tasks of the evaluation harness, and reports."""
+"""Parts of eval: tasks of the evaluation harness, translation, and reports."""
 
 import shlex
 import sys
@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from bytelm.cli.app import status
 from bytelm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TaskOptions(NamedTuple):
-    """Options of tasks."""
+    """Options of tasks and of translation."""
 
     tasks: str | None
     """Names, separated by commas."""
@@ -33,45 +34,72 @@ class TaskOptions(NamedTuple):
     """Noises of prompts, completions and both, besides clean requests."""
     seed: int = 0
     """Seed of the noises."""
+    translate: str | None = None
+    """Pairs of languages, separated by commas."""
+    parallel: str | None = None
+    """Folder or glob of the sentences to translate."""
 
     def check(self) -> None:
-        """Check that options which belong to tasks come with them.
+        """Check that options which belong to others come with them.
 
         Raises:
             ConfigError: one does not.
         """
-        if self.tasks is not None:
-            return
-        for option, is_given in (
-            ("--num-fewshot", self.num_fewshot is not None),
-            ("--include-path", self.include_path is not None),
-            ("--hf", bool(self.hugging_face)),
+        has_tasks, translates = self.tasks is not None, self.translate is not None
+        either = "--tasks or --translate"
+        for option, is_given, other, is_other in (
+            ("--num-fewshot", self.num_fewshot is not None, either, has_tasks or translates),
+            ("--include-path", self.include_path is not None, "--tasks", has_tasks),
+            ("--hf", bool(self.hugging_face), either, has_tasks or translates),
+            ("--translate", translates, "--parallel", self.parallel is not None),
         ):
-            if is_given:
-                raise ConfigError(f"{option} belongs to --tasks: add it, or leave {option} out")
+            if is_given and not is_other:
+                raise ConfigError(f"{option} belongs to {other}: add it, or leave {option} out")
 
 
-def measure_tasks(options: TaskOptions, lms: "Mapping[str, LanguageModel]") -> "list[Section]":
+def measure_with_harness(
+    options: TaskOptions, lms: "Mapping[str, LanguageModel]"
+) -> "list[Section]":
+    """Run tasks of the evaluation harness, and translate, with models side by side.
+
+    Args:
+        options: what to do; maybe nothing.
+        lms: models of this package, by name.
+
+    Raises:
+        ConfigError: the extra ``harness`` is missing, a task or language is unknown, or a model of
+            Hugging Face cannot be loaded.
+        DataError: the data of a task is missing, or sentences are not parallel.
+    """
+    if options.tasks is None and options.translate is None:
+        return []
+    from bytelm.evaluation.harness import HarnessLM
+
+    models: dict[str, LM] = {name: HarnessLM(lm) for name, lm in lms.items()}
+    models |= _hugging_face_models(options)
+    sections = measure_tasks(options, models) if options.tasks is not None else []
+    if options.translate is not None:
+        sections.append(measure_translation(options, models))
+    return sections
+
+
+def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Section]":
     """Run tasks of the evaluation harness on models, side by side.
 
     Args:
         options: what to run.
-        lms: models of this package, by name.
+        models: models of the harness, by name.
 
     Raises:
-        ConfigError: the extra ``harness`` is missing, a task is unknown, or a model of Hugging Face
-            cannot be loaded.
+        ConfigError: a task is unknown.
         DataError: the data of a task is missing.
     """
-    from bytelm.evaluation.harness import HarnessLM
     from bytelm.evaluation.harness.noisy import measure_noisy_tasks, noisy_tasks_section
     from bytelm.evaluation.harness.running import run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
 
     assert options.tasks is not None
     tasks = [name for name in options.tasks.split(",") if name]
-    models: dict[str, LM] = {name: HarnessLM(lm) for name, lm in lms.items()}
-    models |= _hugging_face_models(options)
 
     def run(lm: "LM") -> "Answers":
         return run_tasks(
@@ -120,6 +148,42 @@ def _hugging_face_models(options: TaskOptions) -> "Iterator[tuple[str, LM]]":
         ) from None
     for name, model in zip(short_names(options.hugging_face), options.hugging_face, strict=True):
         yield name, hugging_face_model(model, options.device)
+
+
+def measure_translation(options: TaskOptions, models: "Mapping[str, LM]") -> "Section":
+    """Translate parallel sentences with models, side by side.
+
+    Args:
+        options: languages and files.
+        models: models of the harness, by name.
+
+    Raises:
+        ConfigError: a language is unknown.
+        DataError: sentences are not parallel, or too few.
+    """
+    from bytelm.evaluation.harness import translation
+    from bytelm.evaluation.parallel import read_parallel
+
+    assert options.translate is not None
+    assert options.parallel is not None
+    parallel = read_parallel(options.parallel)
+    directions = translation.parse_directions(options.translate, parallel.languages)
+    metrics: dict[str, translation.Metric] = {"chrF++": translation.chrf_plus_plus()}
+    missing = ""
+    try:
+        metrics = {"spBLEU": translation.sp_bleu(), **metrics}
+    except ConfigError as error:
+        missing = f"No spBLEU: {error}."
+        status.print(missing, highlight=False, markup=False, soft_wrap=True)
+    shots = translation.NUM_SHOTS if options.num_fewshot is None else options.num_fewshot
+    found = [
+        translation.translate(models, parallel, one, num_shots=shots, limit=options.limit)
+        for one in directions
+    ]
+    settings = (
+        f"Sentences after the first {shots}, which are the examples of each prompt. {missing}"
+    )
+    return translation.translations_section(found, metrics, settings.strip())
 
 
 def write_eval_report(

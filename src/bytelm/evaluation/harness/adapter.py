@@ -76,7 +76,7 @@ class HarnessLM(LM):
             self.lm = load(checkpoint, device, precision)
             use_threads(threads, str(self.lm.device))
         self._name = "" if isinstance(checkpoint, LanguageModel) else str(checkpoint)
-        self._slots, self._bytes_per_token = slots, bytes_per_token
+        self._slots, self.bytes_per_token = slots, bytes_per_token
         self._show_progress = show_progress
 
     def get_model_info(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class HarnessLM(LM):
             disable_tqdm: show no progress.
         """
         wanted = [
-            _to_request(one.args[0], one.args[1], self._bytes_per_token, seed)
+            _to_request(one.args[0], one.args[1], self.bytes_per_token, seed)
             for seed, one in enumerate(requests)
         ]
         found = [b""] * len(wanted)
