@@ -146,8 +146,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NUMBERS",
-            help="Measure the bits per byte of the text with other patching thresholds, in nats, "
-            "such as 0.5,1.0,2.0.",
+            help="Measure the bits per byte of the text, and the scores of --tasks, with other "
+            "patching thresholds, in nats, such as 0.5,1.0,2.0.",
         ),
     ] = None,
     against: Annotated[
@@ -206,12 +206,13 @@ def evaluate(
         drift,
         parse_thresholds(thresholds),
         against or [],
+        has_tasks=tasks is not None,
     )
-    wanted.check(has_tasks=tasks is not None)
+    wanted.check()
     noises = parse_noises(noise) if noise else []
     asked = TaskOptions(
         *(tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed),
-        *(translate, parallel),
+        *(translate, parallel, wanted.thresholds),
     )
     asked.check()
     is_idle = not (characters or parallel or tasks) or (noise and not tasks)
@@ -230,7 +231,7 @@ def evaluate(
     said = use_threads(threads, device)
     if said:
         status.print(said, highlight=False, markup=False, soft_wrap=True)
-    kept: list[bytes] | None = [] if noises or wanted.needs_text else None
+    kept: list[bytes] | None = [] if noises or drift or tail or thresholds else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
     sections = measure_with_harness(asked, lms)
     sections += [measure_noise(lm, kept or [], noises, seed)] if noises and texts else []

@@ -28,17 +28,16 @@ class Wanted(NamedTuple):
     drift: bool
     thresholds: list[float]
     against: list[Path]
+    has_tasks: bool
+    """Whether tasks are run: models are compared on them, and with other thresholds."""
 
     @property
     def needs_text(self) -> bool:
         """Whether there is something to measure on the given text."""
-        return self.tail or self.drift or bool(self.thresholds)
+        return self.tail or self.drift or (bool(self.thresholds) and not self.has_tasks)
 
-    def check(self, has_tasks: bool) -> None:
+    def check(self) -> None:
         """Check that options which belong to others come with them.
-
-        Args:
-            has_tasks: models are compared on tasks.
 
         Raises:
             ConfigError: one does not.
@@ -51,7 +50,7 @@ class Wanted(NamedTuple):
                 "--against",
                 bool(self.against),
                 "--tasks, --parallel or --tail",
-                has_tasks or self.tail or self.parallel is not None,
+                self.has_tasks or self.tail or self.parallel is not None,
             ),
         ):
             if is_given and not is_other:
@@ -105,7 +104,7 @@ def measure_wanted(
         yield from measure_long_tail(lms, documents, wanted.frequencies, read)
     if wanted.drift:
         yield measure_patch_drift(lm, documents)
-    if wanted.thresholds:
+    if wanted.thresholds and documents:
         yield measure_other_thresholds(lm, documents, wanted.thresholds)
 
 

@@ -38,6 +38,8 @@ class TaskOptions(NamedTuple):
     """Pairs of languages, separated by commas."""
     parallel: str | None = None
     """Folder or glob of the sentences to translate."""
+    thresholds: Sequence[float] = ()
+    """Other patching thresholds, for the first model."""
 
     def check(self) -> None:
         """Check that options which belong to others come with them.
@@ -94,12 +96,20 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
         ConfigError: a task is unknown.
         DataError: the data of a task is missing.
     """
+    from bytelm.evaluation.drift_sections import task_thresholds_section
+    from bytelm.evaluation.harness import HarnessLM
     from bytelm.evaluation.harness.noisy import measure_noisy_tasks, noisy_tasks_section
     from bytelm.evaluation.harness.running import run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
+    from bytelm.evaluation.thresholds import measure_task_thresholds, with_threshold
 
     assert options.tasks is not None
     tasks = [name for name in options.tasks.split(",") if name]
+    first_name, first_lm = next(iter(models.items()))
+    assert isinstance(first_lm, HarnessLM)
+    if options.thresholds:
+        # A model that has no threshold is refused before tasks are run.
+        with_threshold(first_lm.lm, options.thresholds[0])
 
     def run(lm: "LM") -> "Answers":
         return run_tasks(
@@ -129,6 +139,14 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
             lambda one: run(one).scores, lm, scores[name], options.noises, seed=options.seed
         )
         sections.append(noisy_tasks_section(noisy, f"tasks under noise: {name}"))
+    if options.thresholds:
+        by_threshold = measure_task_thresholds(
+            lambda one: run(HarnessLM(one)).scores,
+            first_lm.lm,
+            scores[first_name],
+            options.thresholds,
+        )
+        sections.append(task_thresholds_section(by_threshold))
     return sections
 
 

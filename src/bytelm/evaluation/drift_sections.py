@@ -9,7 +9,7 @@ import numpy as np
 from bytelm.config import PatchingConfig
 from bytelm.evaluation.drift import PERIOD, Curve, Drift
 from bytelm.evaluation.section import Section
-from bytelm.evaluation.thresholds import ThresholdPoint
+from bytelm.evaluation.thresholds import ThresholdPoint, ThresholdScore
 from bytelm.figures import new_figure, save_figure
 
 COLOURS = {
@@ -102,6 +102,45 @@ def draw_drift(drift: Drift, path: Path) -> None:
     save_figure(figure, path)
 
 
+def _threshold(one: ThresholdPoint | ThresholdScore) -> str:
+    return f"{one.threshold:.4g}{' (own)' if one.is_own else ''}"
+
+
+def task_thresholds_section(found: Sequence[ThresholdScore]) -> Section:
+    """Return the scores of tasks by threshold as a table."""
+    return Section(
+        title="tasks by threshold",
+        note="the same weights with other patches; changes are from the model's own threshold, "
+        "paired by document; ± is half of the 95% interval",
+        columns=("task", "metric", "threshold", "score", "change"),
+        rows=tuple(
+            (
+                one.scores.task,
+                one.scores.metric,
+                _threshold(one),
+                one.value.text(4),
+                one.change.estimate.text(4, signed=True),
+            )
+            for one in found
+        ),
+        record={
+            "scores": [
+                {
+                    "task": one.scores.task,
+                    "metric": one.scores.metric,
+                    "threshold": one.threshold,
+                    "own": one.is_own,
+                    "documents": len(one.scores.documents),
+                    **one.value.record(),
+                    "change": {**one.change.estimate.record(), "p": one.change.p},
+                }
+                for one in found
+            ]
+        },
+        figures={},
+    )
+
+
 def thresholds_section(points: Sequence[ThresholdPoint], context_bytes: int) -> Section:
     """Return bits per byte by threshold, and the figure.
 
@@ -113,7 +152,7 @@ def thresholds_section(points: Sequence[ThresholdPoint], context_bytes: int) -> 
     for one in points:
         rows.append(
             (
-                f"{one.threshold:.4g}{' (own)' if one.is_own else ''}",
+                _threshold(one),
                 one.patch_size.text(2),
                 one.bits_per_byte.text(4),
                 one.change.text(4, signed=True),

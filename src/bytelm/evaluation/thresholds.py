@@ -1,4 +1,4 @@
-"""Other thresholds at inference: bits per byte against bytes per patch, weights unchanged.
+"""Other thresholds at inference: bits per byte, bytes per patch and scores, weights unchanged.
 
 The paper's largest model is trained with a threshold of 0.6 and read with 0.1: more patches, more
 steps of the global transformer, better scores (BLT, section 5.2).
@@ -7,7 +7,7 @@ steps of the global transformer, better scores (BLT, section 5.2).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from bytelm.config import CalibratedPatching
 from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.bootstrap import Estimate, Floats, ratio_estimate
 from bytelm.evaluation.languages import document_flops
+from bytelm.evaluation.scores import Difference, Scores, difference, score
 from bytelm.language_model import LanguageModel
 from bytelm.lm import PatchedLM
 from bytelm.patching import build_patcher
@@ -59,6 +60,12 @@ def with_threshold(lm: LanguageModel, threshold: float) -> LanguageModel:
     return LanguageModel(module, lm.config.model_copy(update={"patching": rule}))
 
 
+def _own_threshold(lm: LanguageModel) -> float:
+    """Return the threshold of a model's rule; any number if it has none."""
+    rule: Any = lm.config.patching
+    return getattr(rule, getattr(rule, "threshold_name", ""), 0.0)
+
+
 def measure_thresholds(
     lm: LanguageModel,
     documents: Sequence[bytes],
@@ -83,8 +90,7 @@ def measure_thresholds(
     documents = [data for data in documents if data]
     if not documents:
         raise DataError("there is no text to measure thresholds on: name other files")
-    rule: Any = lm.config.patching
-    own: float = getattr(rule, getattr(rule, "threshold_name", ""), 0.0)
+    own = _own_threshold(lm)
     models = {one: with_threshold(lm, one) for one in sorted({*thresholds, own})}
     num_bytes = np.array([float(len(data)) for data in documents])
     bits: dict[float, Floats] = {}
@@ -113,3 +119,54 @@ def measure_thresholds(
             )
         )
     return sorted(points, key=lambda one: one.threshold)
+
+
+class ThresholdScore(NamedTuple):
+    """Score of a task by a model that reads with some threshold."""
+
+    threshold: float
+    """In nats; the limit of the increase for the monotonic rule."""
+    is_own: bool
+    """Whether it is the threshold of the model's own rule."""
+    scores: Scores
+    value: Estimate
+    change: Difference
+    """The score minus that with the model's own threshold, paired by document."""
+
+
+def measure_task_thresholds(
+    run: Callable[[LanguageModel], Sequence[Scores]],
+    lm: LanguageModel,
+    own: Sequence[Scores],
+    thresholds: Sequence[float],
+) -> list[ThresholdScore]:
+    """Run tasks with other thresholds at inference, weights unchanged.
+
+    Args:
+        run: runs the tasks with a model, such as
+            ``lambda lm: run_tasks(HarnessLM(lm), ["piqa_local"]).scores``.
+        lm: BLT whose rule has a threshold.
+        own: its scores with its own threshold, ``run(lm)``.
+        thresholds: thresholds in nats.
+
+    Returns:
+        Scores by metric of each task, in the order of thresholds.
+
+    Raises:
+        ConfigError: the model has no rule with a threshold.
+        DataError: as ``run``.
+    """
+    threshold = _own_threshold(lm)
+    others = {one: with_threshold(lm, one) for one in thresholds if one != threshold}
+    found = {threshold: own} | {one: run(model) for one, model in others.items()}
+    return [
+        ThresholdScore(
+            threshold=one,
+            is_own=one == threshold,
+            scores=scores[at],
+            value=score(scores[at]),
+            change=difference(scores[at], own[at]),
+        )
+        for at in range(len(own))
+        for one, scores in sorted(found.items())
+    ]
