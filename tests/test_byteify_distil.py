@@ -176,6 +176,14 @@ def test_tokens_that_nothing_extends_have_no_continuation(vocabulary):
     assert not continuations(vocabulary, head, [longest], head[:1]).any()
 
 
+def test_the_donor_reads_the_text_as_the_student_divides_it(made, donor, vocabulary):
+    student = load_model(made.folder)[0]
+    shard = min((made.folder / "readings").glob("shard-*"))
+    lesson = Teacher(donor, vocabulary, student).lesson(read_shard(shard))
+    assert lesson.patch_ends.sum() > len(read_shard(shard))
+    assert torch.equal(lesson.has_state, lesson.patch_ends)
+
+
 def test_every_pass_takes_each_document_once(made):
     shards = sorted((made.folder / "readings").glob("shard-*"))
     known = sorted(one.data for path in shards for one in read_shard(path))

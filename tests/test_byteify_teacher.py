@@ -75,6 +75,29 @@ def test_targets_equal_sums_over_the_vocabulary(case):
     np.testing.assert_allclose(found.next.sum(1), 1, rtol=1e-5)
 
 
+@given(cases(), st.sets(st.integers(0, 16)))
+def test_divided_tokens_spell_the_text_and_end_where_they_are_wanted(case, ends):
+    words, tokens, _ = case
+    vocabulary = Vocabulary(words, [0])
+    sizes = [len(words[token]) for token in tokens]
+    begins = np.cumsum([0, *sizes]).tolist()
+    wanted = {end for end in ends if 0 < end <= begins[-1]}
+    found = vocabulary.divide(tokens, sorted(ends))
+    assert b"".join(words[one] for one in found) == b"".join(words[one] for one in tokens)
+    found_ends = np.cumsum([len(words[one]) for one in found]).tolist()
+    assert {*begins[1:], *wanted} <= {*found_ends}
+    if wanted <= {*begins}:
+        assert found == tokens
+
+
+def test_parts_of_tokens_are_the_longest_ones():
+    vocabulary = Vocabulary([b"", b"a", b"b", b"ab", b"abab", b"ba"], [0])
+    assert vocabulary.divide([4, 3], [3]) == [3, 1, 2, 3]
+    assert vocabulary.spell(b"babab") == [5, 5, 2]
+    with pytest.raises(DataError, match="no token for the byte 0x63"):
+        vocabulary.spell(b"abc")
+
+
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_bytes_and_ends_multiply_to_the_probability_of_the_token(case):

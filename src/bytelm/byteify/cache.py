@@ -54,6 +54,7 @@ def cache_readings(
     documents: Sequence[str],
     folder: Path,
     *,
+    ends: Sequence[Sequence[int]] | None = None,
     kept: int = 32,
     shard_bytes: int = 1_000_000,
     report: Callable[[int], None] = ignore,
@@ -68,6 +69,8 @@ def cache_readings(
         vocabulary: its tokens.
         documents: text of the documents.
         folder: folder of the cache, created if it does not exist.
+        ends: for each document, after which bytes a token has to end (:func:`.read_document`);
+            ``None`` for the donor's own tokens.
         kept: outcomes kept of each distribution.
         shard_bytes: most bytes of text in a shard, unless a document is longer.
         report: called with the number of documents read so far.
@@ -78,10 +81,12 @@ def cache_readings(
     Raises:
         DataError: the folder holds another cache, or the disk has too little room for this one.
     """
-    shards = list(group_by_size(documents, lambda text: len(text.encode()), shard_bytes))
+    divided = list(zip(documents, ends or [()] * len(documents), strict=True))
+    shards = list(group_by_size(divided, lambda one: len(one[0].encode()), shard_bytes))
+    text = "\0".join(documents) + ("" if ends is None else str([list(one) for one in ends]))
     manifest = {
         "donor": donor.name,
-        "text": hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16],
+        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
         "kept": kept,
         "shards": len(shards),
     }
@@ -90,14 +95,15 @@ def cache_readings(
         if (folder / MANIFEST).exists() and read_json(folder / MANIFEST, DataError) != manifest:
             raise DataError(f"{folder} holds a cache of another donor or text: choose another one")
         missing = [n for n in range(len(shards)) if not _path(folder, n).exists()]
-        _check_room(donor, [text for n in missing for text in shards[n]], folder, kept)
+        _check_room(donor, [one for n in missing for one in shards[n]], folder, kept)
         write_json(folder / MANIFEST, manifest)
         done = len(documents) - sum(len(shards[n]) for n in missing)
         for number in missing:
             readings: list[tuple[bytes, Reading]] = []
-            for text in shards[number]:
+            for text, cuts in shards[number]:
                 try:
-                    readings.append((text.encode(), read_document(donor, vocabulary, text)))
+                    reading = read_document(donor, vocabulary, text, cuts)
+                    readings.append((text.encode(), reading))
                 except DataError:
                     continue
                 finally:
@@ -192,10 +198,12 @@ def _packed(readings: list[tuple[bytes, Reading]], kept: int, dim: int) -> dict[
     }
 
 
-def _check_room(donor: Donor, documents: list[str], folder: Path, kept: int) -> None:
+def _check_room(
+    donor: Donor, documents: list[tuple[str, Sequence[int]]], folder: Path, kept: int
+) -> None:
     """Check that the disk has room for the documents that have not been read yet."""
-    num_bytes = sum(len(text.encode()) for text in documents) + len(documents)
-    num_tokens = sum(len(donor.encode(text)) + 1 for text in documents)
+    num_bytes = sum(len(text.encode()) + 1 for text, _ in documents)
+    num_tokens = sum(len(donor.encode(text)) + 1 + len(ends) for text, ends in documents)
     needed = num_bytes * (1 + 2 + 4 * kept) + num_tokens * (4 + 2 * donor.stack.dim)
     disk = shutil.disk_usage(folder)
     room = disk.free - _SPARE * disk.total

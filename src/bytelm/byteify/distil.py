@@ -21,15 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bytelm import codec
 from bytelm.byteify import LocalSizes, byteify
 from bytelm.byteify.cache import cache_readings, find_shards
 from bytelm.byteify.course import Course, Lessons
 from bytelm.byteify.donor import Donor, open_donor
+from bytelm.byteify.lessons import patch_ends
 from bytelm.byteify.patches import sample_text
 from bytelm.byteify.teacher import Vocabulary, read_vocabulary
+from bytelm.checkpoint import load_model
 from bytelm.data import ReadOptions
 from bytelm.errors import CheckpointError, ConfigError
 from bytelm.layout import saved_steps, step_folder
+from bytelm.lm import PatchedLM
 from bytelm.progress import Progress
 from bytelm.stopping import Stopped, Stopping
 from bytelm.storage import at_home, is_vacant, locked, read_json, write_json
@@ -204,17 +208,28 @@ def _prepared(work: _Work) -> Course:
 
 
 def _read(work: _Work, donor: Donor, vocabulary: Vocabulary, readings: Path) -> None:
-    """Let the donor read the text, or the part of it that it has not read yet."""
+    """Let the donor read the text as the student divides it, or the part that it has not read."""
     documents = _documents(work)
+    student = load_model(work.folder)[0]
+    assert isinstance(student, PatchedLM)
+    ends = [_ends(student, text) for text in documents]
     with work.progress.counting("the donor reads", len(documents)) as show:
         cache_readings(
             donor,
             vocabulary,
             documents,
             readings,
+            ends=ends,
             shard_bytes=SHARD_BYTES,
             report=lambda done: show(done, "documents"),
         )
+
+
+def _ends(student: PatchedLM, text: str) -> list[int]:
+    """Return after which bytes of a text the student's patches end."""
+    ids = torch.from_numpy(codec.encode(text.encode()))[None]
+    ends = patch_ends(student, ids, torch.zeros_like(ids))
+    return [at for at in ends[0].nonzero().flatten().tolist() if at]
 
 
 def _documents(work: _Work) -> list[str]:

@@ -31,7 +31,7 @@ from bytelm.byteify.cache import CachedDocument, read_shard
 from bytelm.byteify.donor import Donor
 from bytelm.byteify.teacher import END, Vocabulary, continuations
 from bytelm.lm import PatchedLM
-from bytelm.patching import build_patches
+from bytelm.patching import build_patches, row_positions
 from bytelm.scoring import group_by_size
 
 
@@ -85,7 +85,7 @@ class Teacher:
         lengths = self._vocabulary.tokens
         ends = [token_ends([len(lengths[token]) for token in one.tokens]) for one in group]
         is_token_end = torch.from_numpy(np.concatenate(ends))[None]
-        is_patch_end = self._patch_ends(ids, documents)
+        is_patch_end = patch_ends(self.student, ids, documents)
         first = self._vocabulary.ends[0]
         tokens = [token for one in group for token in (first, *one.tokens)]
         blends = torch.cat([self._blended(one) for one in group])[None]
@@ -104,12 +104,6 @@ class Teacher:
             torch.where(is_taught, targets, actual),
         )
 
-    @torch.no_grad()
-    def _patch_ends(self, ids: Tensor, documents: Tensor) -> Tensor:
-        scorer = self.student.scorer
-        scores = None if scorer is None else scorer.entropies(ids, documents)
-        return self.student.patcher.next_boundary(ids, scores, documents)
-
     def _blended(self, document: CachedDocument) -> Float[Tensor, "ids 257"]:
         """Return ``ends * next + (1 - ends) * longer`` where tokens end, and ``next`` elsewhere."""
         blended = document.next.clone()
@@ -125,6 +119,15 @@ class Teacher:
         blended[at] = share * document.next[at]
         blended[at, :END] += (1 - share) * longer
         return blended
+
+
+@torch.no_grad()
+def patch_ends(
+    student: PatchedLM, ids: Int[Tensor, "1 ids"], documents: Int[Tensor, "1 ids"]
+) -> Bool[Tensor, "1 ids"]:
+    """Return whether one of the student's patches ends with each id of documents; BOS is one."""
+    scores = None if student.scorer is None else student.scorer.entropies(ids, documents)
+    return student.patcher.next_boundary(ids, scores, documents) | (row_positions(documents) == 0)
 
 
 def _over_ids(distributions: Float[Tensor, "1 ids 257"]) -> Float[Tensor, "1 ids vocab"]:

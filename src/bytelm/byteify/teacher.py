@@ -21,6 +21,7 @@ the token ``p`` and the ranges of its extensions by each byte. With the tokens a
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +76,7 @@ class Vocabulary:
         self.ends = sorted(set(ends))
         known = [token for token, data in enumerate(self.tokens) if data]
         order = sorted(known, key=lambda token: self.tokens[token])
+        self._known = {self.tokens[token]: token for token in reversed(order)}
         self._order = np.array(order, np.int64)
         self._sorted = [self.tokens[token] for token in order]
         self._ranges: dict[bytes, _Range] = {}
@@ -87,6 +89,50 @@ class Vocabulary:
         ordered, end = probabilities[self._order], float(probabilities[self.ends].sum())
         total = ordered.sum() + end
         return ordered / total, end / total
+
+    def spell(self, data: bytes) -> list[int]:
+        """Return tokens that spell some bytes: always the longest one that comes next.
+
+        Raises:
+            DataError: a byte is no token.
+        """
+        found: list[int] = []
+        while data:
+            size = len(data)
+            while size and data[:size] not in self._known:
+                size -= 1
+            if not size:
+                raise DataError(f"the donor has no token for the byte {data[0]:#04x}")
+            found.append(self._known[data[:size]])
+            data = data[size:]
+        return found
+
+    def divide(self, tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+        """Return the tokens of a text, of which one ends wherever it is wanted.
+
+        A token that does not end there is spelled in parts.
+
+        Args:
+            tokens: tokens of the text.
+            ends: numbers of bytes of the text after which a token has to end, in order.
+
+        Raises:
+            DataError: a byte is no token.
+        """
+        found: list[int] = []
+        begin, wanted = 0, 0
+        for token in tokens:
+            data = self.tokens[token]
+            cuts = [0]
+            while wanted < len(ends) and ends[wanted] < begin + len(data):
+                cuts.append(ends[wanted] - begin)
+                wanted += 1
+            parts = [data[a:b] for a, b in pairwise([*cuts, len(data)]) if a < b]
+            found += [token] if len(parts) == 1 else chain.from_iterable(map(self.spell, parts))
+            begin += len(data)
+            while wanted < len(ends) and ends[wanted] <= begin:
+                wanted += 1
+        return found
 
     def after(self, prefix: bytes) -> _Range:
         """Return the range of the tokens that begin with some bytes."""
@@ -223,10 +269,19 @@ class Reading(NamedTuple):
 
 
 @torch.inference_mode()
-def read_document(donor: Donor, vocabulary: Vocabulary, text: str) -> Reading:
+def read_document(
+    donor: Donor, vocabulary: Vocabulary, text: str, ends: Sequence[int] = ()
+) -> Reading:
     """Return a document as a donor reads it, in one pass.
 
     The document follows a token that ends documents, the first one of the vocabulary.
+
+    Args:
+        donor: the donor.
+        vocabulary: its tokens.
+        text: the document.
+        ends: numbers of bytes after which a token has to end, in order, as
+            :meth:`Vocabulary.divide` takes them.
 
     Raises:
         DataError: the donor's tokens do not spell the text, or are more than it can read.
@@ -237,6 +292,7 @@ def read_document(donor: Donor, vocabulary: Vocabulary, text: str) -> Reading:
             f"the tokens of {donor.name} do not spell the text: it holds special tokens, or the "
             "tokenizer changes characters; leave the document out"
         )
+    tokens = vocabulary.divide(tokens, ends)
     room = int(donor.model.config.max_position_embeddings)
     if len(tokens) >= room:
         raise DataError(f"{len(tokens):,} tokens exceed the donor's {room:,}: cut the document")

@@ -1,8 +1,8 @@
 """Losses of a student that a donor teaches, in parts and together.
 
 **Parts**: the global transformer is the donor's and needs no teaching, so it is not run at all.
-The encoder learns to make each token's embedding ``e`` of its bytes, and the decoder to predict the
-next byte from the donor's own states::
+The encoder learns to make of the bytes of a patch the embedding ``e`` of the token that ends with
+it, and the decoder to predict the next byte from the donor's own states::
 
     loss = sum |vector - e|^2 / sum |e|^2  +  mean over bytes of -sum_b target[b] ln p[b]
 
@@ -31,7 +31,7 @@ class Losses(NamedTuple):
 
 
 def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) -> Losses:
-    """Return the losses of encoder and decoder, with the donor's tokens as patches.
+    """Return the losses of encoder and decoder, where patches and the donor's tokens end together.
 
     Args:
         teacher: the donor, and the student.
@@ -39,10 +39,12 @@ def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) 
         lesson: a row.
     """
     blt = teacher.student.blt
-    patches = build_patches(lesson.token_ends, lesson.documents)
+    patches = build_patches(lesson.patch_ends, lesson.documents)
     states, context = blt.encode(lesson.ids, patches.documents, patches.positions)
     vectors = blt.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
-    wanted = teacher.embeddings[lesson.tokens]
+    vectors = vectors[0, patches.encoder_ids[lesson.has_state]]
+    token_ids = lesson.token_ends.cumsum(1)[lesson.has_state] - 1
+    wanted = teacher.embeddings[lesson.tokens[0, token_ids]]
     error = (vectors - wanted).square().sum() / wanted.square().sum()
     latents, reads = parts_latents(lesson, norm)
     logits = blt.decoder(states[-1], blt.decoder.read_latents(latents), reads, context)
