@@ -154,7 +154,8 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Checkpoint to compare with in --tasks, --parallel and --tail; can be repeated.",
+            help="Checkpoint to compare with in all but the bits per byte of text, --drift and "
+            "--thresholds; can be repeated.",
         ),
     ] = None,
     figures: Annotated[
@@ -207,6 +208,7 @@ def evaluate(
         parse_thresholds(thresholds),
         against or [],
         has_tasks=tasks is not None,
+        has_questions=characters or noise is not None,
     )
     wanted.check()
     noises = parse_noises(noise) if noise else []
@@ -234,9 +236,8 @@ def evaluate(
     kept: list[bytes] | None = [] if noises or drift or tail or thresholds else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
     sections = measure_with_harness(asked, lms)
-    sections += [measure_noise(lm, kept or [], noises, seed)] if noises and texts else []
-    if characters:
-        sections += ask_about_characters(lm, data, limit, seed)
+    sections += measure_noise(lms, kept or [], noises, seed) if noises and texts else []
+    sections += ask_about_characters(lms, data, limit, seed) if characters else []
     sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)
     _present(lms, by_source, sections, figures, report, as_json)
 

@@ -30,6 +30,8 @@ class Wanted(NamedTuple):
     against: list[Path]
     has_tasks: bool
     """Whether tasks are run: models are compared on them, and with other thresholds."""
+    has_questions: bool
+    """Whether noise or characters are measured, on which models are compared too."""
 
     @property
     def needs_text(self) -> bool:
@@ -49,8 +51,8 @@ class Wanted(NamedTuple):
             (
                 "--against",
                 bool(self.against),
-                "--tasks, --parallel or --tail",
-                self.has_tasks or self.tail or self.parallel is not None,
+                "--tasks, --parallel, --tail, --noise or --characters",
+                self.has_tasks or self.has_questions or self.tail or self.parallel is not None,
             ),
         ):
             if is_given and not is_other:

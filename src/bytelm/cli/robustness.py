@@ -1,7 +1,6 @@
 """Parts of eval: noise in text, and questions about characters."""
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,17 +8,21 @@ from bytelm.cli.app import status
 
 if TYPE_CHECKING:
     from bytelm.evaluation.noise import Noise
+    from bytelm.evaluation.questions import SetScore
     from bytelm.evaluation.section import Section
     from bytelm.language_model import LanguageModel
 
 
 def measure_noise(
-    lm: "LanguageModel", documents: Sequence[bytes], noises: "Sequence[Noise]", seed: int
-) -> "Section":
+    lms: "Mapping[str, LanguageModel]",
+    documents: Sequence[bytes],
+    noises: "Sequence[Noise]",
+    seed: int,
+) -> "list[Section]":
     """Measure robustness to noise.
 
     Args:
-        lm: the model.
+        lms: models by name.
         documents: the text.
         noises: noises to measure besides clean text.
         seed: seed of the noises.
@@ -32,24 +35,26 @@ def measure_noise(
         cut_pieces,
         measure_robustness,
         num_texts,
-        robustness_section,
+        robustness_sections,
     )
 
     pieces = list(cut_pieces(documents))
-    with ConsoleProgress(status).counting("noise", num_texts(pieces, noises)) as show:
-        found = measure_robustness(
-            lm, pieces, noises, seed=seed, report=lambda done: show(done, "texts")
-        )
-    return robustness_section(found)
+    found = {}
+    for name, lm in lms.items():
+        with ConsoleProgress(status).counting(f"noise: {name}", num_texts(pieces, noises)) as show:
+            found[name] = measure_robustness(
+                lm, pieces, noises, seed=seed, report=lambda done, show=show: show(done, "texts")
+            )
+    return robustness_sections(found)
 
 
 def ask_about_characters(
-    lm: "LanguageModel", data: Path | None, limit: int | None, seed: int
+    lms: "Mapping[str, LanguageModel]", data: Path | None, limit: int | None, seed: int
 ) -> "list[Section]":
     """Ask generated questions, and those of CUTE and CMUdict if their files are there.
 
     Args:
-        lm: the model.
+        lms: models by name.
         data: folder with ``cute`` and ``cmudict.dict`` or ``cmudict.dict.xz``, or one of the two.
         limit: questions of each kind; ``None`` for the usual number.
         seed: seed of the questions.
@@ -60,7 +65,7 @@ def ask_about_characters(
     from bytelm.display import ConsoleProgress
     from bytelm.errors import DataError
     from bytelm.evaluation import characters, cute
-    from bytelm.evaluation.questions import measure_questions, questions_section
+    from bytelm.evaluation.questions import measure_questions, questions_sections
 
     generated = characters.character_questions(
         num_questions=limit or characters.NUM_QUESTIONS, seed=seed
@@ -81,11 +86,15 @@ def ask_about_characters(
             raise DataError(f"{data} has neither a folder cute nor a file cmudict.dict[.xz]")
     every = [one for sets, _ in asked.values() for one in sets]
     total = sum(len(one.questions) for one in every)
-    with ConsoleProgress(status).counting("characters", total) as show:
-        scores = iter(
-            measure_questions(lm, every, seed=seed, report=lambda done: show(done, "questions"))
-        )
-    return [
-        questions_section(list(islice(scores, len(sets))), title, note)
-        for title, (sets, note) in asked.items()
-    ]
+    scores: dict[str, Sequence[SetScore]] = {}
+    for name, lm in lms.items():
+        with ConsoleProgress(status).counting(f"characters: {name}", total) as show:
+            scores[name] = measure_questions(
+                lm, every, seed=seed, report=lambda done, show=show: show(done, "questions")
+            )
+    sections, begin = [], 0
+    for title, (sets, note) in asked.items():
+        own = {name: some[begin : begin + len(sets)] for name, some in scores.items()}
+        sections += questions_sections(own, title, note)
+        begin += len(sets)
+    return sections

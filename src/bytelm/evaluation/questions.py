@@ -12,13 +12,15 @@ first two, 0 that of the third.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bytelm.errors import ConfigError
 from bytelm.evaluation.bootstrap import Estimate, Floats, interval, resample
+from bytelm.evaluation.score_sections import scores_section
+from bytelm.evaluation.scores import Scores
 from bytelm.evaluation.section import Section
 from bytelm.language_model import LanguageModel
 from bytelm.progress import ignore
@@ -29,6 +31,7 @@ __all__ = [
     "SetScore",
     "measure_questions",
     "questions_section",
+    "questions_sections",
     "wrong_answers",
 ]
 
@@ -79,6 +82,8 @@ class SetScore(NamedTuple):
     exact: Estimate
     bits_per_byte: Estimate
     """Of the right answers."""
+    values: Floats
+    """Share, accuracy and exact of each question, ``[3, question]``."""
 
 
 def wrong_answers(
@@ -151,7 +156,8 @@ def _measure_set(lm: LanguageModel, one: QuestionSet, seed: int) -> SetScore:
     ones = np.ones(len(each))
     share, accuracy, exact = (estimate(row, ones) for row in measured[:3])
     bits_per_byte = estimate(measured[3], measured[4])
-    return SetScore(one.name, len(each), one.chance, share, accuracy, exact, bits_per_byte)
+    scores = share, accuracy, exact, bits_per_byte
+    return SetScore(one.name, len(each), one.chance, *scores, values=measured[:3])
 
 
 def _share(nats: Floats) -> float:
@@ -203,7 +209,7 @@ def questions_section(scores: Sequence[SetScore], title: str, note: str) -> Sect
         one.name: {
             name: value._asdict() if isinstance(value, Estimate) else value
             for name, value in one._asdict().items()
-            if name != "name"
+            if name not in ("name", "values")
         }
         for one in scores
     }
@@ -214,3 +220,40 @@ def questions_section(scores: Sequence[SetScore], title: str, note: str) -> Sect
     )
     columns = ("questions", "number", "chance", "share", "accuracy", "exact", "bits/byte")
     return Section(title, note, columns, rows, record, figures={})
+
+
+def questions_sections(
+    models: Mapping[str, Sequence[SetScore]], title: str, note: str
+) -> list[Section]:
+    """Return the scores of each model, and of several models their differences from the first.
+
+    Args:
+        models: scores of the same sets of questions, by name of the model.
+        title: what was asked, in a few words.
+        note: what was asked.
+    """
+    if len(models) == 1:
+        return [questions_section(scores, title, note) for scores in models.values()]
+    sections = [
+        questions_section(scores, f"{title}: {name}", note) for name, scores in models.items()
+    ]
+    compared = scores_section(
+        {name: [x for one in some for x in _by_metric(one)] for name, some in models.items()},
+        "",
+        {},
+    )
+    note = (
+        "Differences are paired, on the same questions: bootstrap intervals, and p of McNemar's "
+        "exact test where answers are right or wrong."
+    )
+    return [*sections, compared._replace(title=f"{title}: compared", note=note, figures={})]
+
+
+def _by_metric(one: SetScore) -> list[Scores]:
+    """Return the shares, accuracies and exact answers of a set, by question."""
+    questions = tuple(map(str, range(one.num_questions)))
+    ones = np.ones(one.num_questions)
+    return [
+        Scores(one.name, metric, "mean", values, ones, questions)
+        for metric, values in zip(("share", "accuracy", "exact"), one.values, strict=True)
+    ]

@@ -9,7 +9,7 @@ documents drawn with replacement.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.bootstrap import Estimate, Floats, interval, resample
 from bytelm.evaluation.noise import Noise
-from bytelm.evaluation.section import Section
+from bytelm.evaluation.section import Cell, Section
 from bytelm.figures import new_figure, save_figure
 from bytelm.language_model import LanguageModel
 from bytelm.progress import ignore
@@ -31,6 +31,7 @@ __all__ = [
     "measure_robustness",
     "num_texts",
     "robustness_section",
+    "robustness_sections",
 ]
 
 CONTEXT_BYTES, CONTINUATION_BYTES = 512, 128
@@ -332,7 +333,7 @@ def robustness_section(found: Robustness, title: str = "noise") -> Section:
                 for one in found.scores
             },
         },
-        figures={"noise": lambda path: draw_robustness(found, path)},
+        figures={"noise": lambda path: draw_robustness({"": found}, path)},
     )
 
 
@@ -340,21 +341,71 @@ def _signed(change: Estimate) -> str:
     return f"{change.value:+.4f} ±{change.margin:.4f}"
 
 
-def draw_robustness(found: Robustness, path: Path) -> None:
+def robustness_sections(models: Mapping[str, Robustness]) -> list[Section]:
+    """Return the scores of each model, and of several models how their changes differ.
+
+    Args:
+        models: results on the same text with the same noises and seed, by name of the model.
+    """
+    if len(models) == 1:
+        return [robustness_section(found) for found in models.values()]
+    sections = [
+        robustness_section(found, f"noise: {name}")._replace(figures={})
+        for name, found in models.items()
+    ]
+    first, base = next(iter(models.items()))
+    rows: list[tuple[Cell, ...]] = []
+    records = []
+    for at, noise in enumerate(one.noise for one in base.scores):
+        for name, found in models.items():
+            one = found.scores[at]
+            less = found.difference(base, noise) if at and name != first else None
+            cells = (noise, name, f"{one.bits_per_byte.value:.4f}", _signed(one.change))
+            rows.append((*cells, None if less is None else _signed(less)))
+            records.append(
+                {
+                    "noise": noise,
+                    "model": name,
+                    "change": one.change._asdict(),
+                    "difference": None if less is None else less._asdict(),
+                }
+            )
+    compared = Section(
+        title="noise: compared",
+        note=f"how much more bits per byte change than those of {first}, on the same text with the "
+        f"same noise; ± is half of the paired 95% interval over {base.drawn}",
+        columns=("noise", "model", "bits/byte after it", "change", f"minus {first}"),
+        rows=tuple(rows),
+        record={"changes": records},
+        figures={"noise": lambda path: draw_robustness(models, path)},
+    )
+    return [*sections, compared]
+
+
+def draw_robustness(models: Mapping[str, Robustness], path: Path) -> None:
     """Draw the change in bits per byte after each noise, with its 95% interval.
+
+    Args:
+        models: results with the same noises, by name of the model.
+        path: file to draw into.
 
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    shown = found.scores[1:]
-    figure = new_figure(5.5, 1.0 + 0.28 * len(shown))
+    names = [one.noise for one in next(iter(models.values())).scores[1:]]
+    figure = new_figure(5.5, 1.0 + (0.2 + 0.08 * len(models)) * len(names))
     axis = figure.subplots()
-    change = np.array([one.change for one in shown]).reshape(-1, 3)
-    errors = np.abs(change[:, 1:].T - change[:, 0])
-    axis.errorbar(change[:, 0], range(len(shown)), xerr=errors, fmt="o", ms=4, lw=1)
+    step = 0.5 / len(models)
+    for number, (name, found) in enumerate(models.items()):
+        change = np.array([one.change for one in found.scores[1:]]).reshape(-1, 3)
+        errors = np.abs(change[:, 1:].T - change[:, 0])
+        places = np.arange(len(names)) + step * (number - (len(models) - 1) / 2)
+        axis.errorbar(change[:, 0], places, xerr=errors, fmt="o", ms=4, lw=1, label=name)
     axis.axvline(0, color="0.6", lw=0.8, ls=":")
-    axis.set_yticks(range(len(shown)), [one.noise for one in shown])
+    axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel("change in bits per byte of clean text after noised context")
     axis.spines[["top", "right"]].set_visible(False)
+    if len(models) > 1:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save_figure(figure, path)
