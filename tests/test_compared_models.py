@@ -1,4 +1,4 @@
-"""Noise and questions about characters, of several models side by side."""
+"""Noise and questions about characters: several models side by side, and missing data."""
 
 import json
 import math
@@ -78,3 +78,12 @@ def test_the_command_measures_noise_of_all_models(checkpoints: Path, tmp_path: P
     clean, noised = (found["noise: other"]["noises"][name] for name in ("clean", "uppercase"))
     change = noised["bits_per_byte"]["value"] - clean["bits_per_byte"]["value"]
     assert found["noise: compared"]["changes"][-1]["change"]["value"] == pytest.approx(change)
+
+
+def test_a_folder_without_questions_is_refused_before_a_model_is_loaded(tmp_path: Path, run: Run):
+    asked = ["--characters", "--data", tmp_path]
+    status, _, errors = run("eval", tmp_path / "no-model", *asked)
+    assert (status, "has neither a folder cute nor a file cmudict.dict" in errors) == (1, True)
+    (tmp_path / "cmudict.dict.xz").write_bytes(b"")
+    status, _, errors = run("eval", tmp_path / "no-model", *asked)
+    assert (status, "no-model" in errors) == (1, True)

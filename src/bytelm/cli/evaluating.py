@@ -10,7 +10,7 @@ from bytelm.cli.app import app, console, status
 from bytelm.cli.languages import Wanted, measure_wanted, names_of, parse_thresholds
 from bytelm.cli.options import Checkpoint, Device, Precision, Threads
 from bytelm.cli.reading import HeldOutText, with_read_options
-from bytelm.cli.robustness import ask_about_characters, measure_noise
+from bytelm.cli.robustness import ask_about_characters, find_character_data, measure_noise
 from bytelm.cli.tasks import TaskOptions, measure_with_harness, write_eval_report
 from bytelm.errors import ConfigError, DataError
 from bytelm.storage import to_json
@@ -224,6 +224,8 @@ def evaluate(
         )
     if figures is not None or report is not None:
         check_matplotlib()
+    if characters:
+        find_character_data(data)
     paths = [checkpoint, *wanted.against]
     lms = {
         name: load(path, device, precision)

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bytelm.cli.app import status
+from bytelm.errors import DataError
 
 if TYPE_CHECKING:
     from bytelm.evaluation.noise import Noise
     from bytelm.evaluation.questions import SetScore
     from bytelm.evaluation.section import Section
     from bytelm.language_model import LanguageModel
+
+CMUDICT = ("cmudict.dict", "cmudict.dict.xz")
+"""Names that the file of pronunciations may have."""
 
 
 def measure_noise(
@@ -48,6 +52,21 @@ def measure_noise(
     return robustness_sections(found)
 
 
+def find_character_data(data: Path | None) -> tuple[Path | None, Path | None]:
+    """Return the folder of CUTE and the file of CMUdict in a folder, where it has them.
+
+    Raises:
+        DataError: the folder has neither.
+    """
+    if data is None:
+        return None, None
+    tables = data / "cute"
+    words = next((path for path in map(data.joinpath, CMUDICT) if path.exists()), None)
+    if not tables.is_dir() and words is None:
+        raise DataError(f"{data} has neither a folder cute nor a file cmudict.dict[.xz]")
+    return tables if tables.is_dir() else None, words
+
+
 def ask_about_characters(
     lms: "Mapping[str, LanguageModel]", data: Path | None, limit: int | None, seed: int
 ) -> "list[Section]":
@@ -63,7 +82,6 @@ def ask_about_characters(
         DataError: the folder has neither, or a file is damaged.
     """
     from bytelm.display import ConsoleProgress
-    from bytelm.errors import DataError
     from bytelm.evaluation import characters, cute
     from bytelm.evaluation.questions import measure_questions, questions_sections
 
@@ -72,18 +90,14 @@ def ask_about_characters(
     )
     asked = {"characters: generated words": (generated, "name and length of words.")}
     limit = limit or cute.NUM_QUESTIONS
-    if data is not None:
-        paths = [data / "cmudict.dict", data / "cmudict.dict.xz"]
-        known = next((path for path in paths if path.exists()), None)
-        if (data / "cute").is_dir():
-            sets = cute.cute_questions(data / "cute", limit=limit, seed=seed)
-            asked["characters: CUTE"] = (sets, f"{cute.CUTE_SHOTS}-shot, wording of bytelm.")
-        if known is not None:
-            one = cute.pronunciation_questions(known, limit=limit, seed=seed)
-            note = f"held-out words of CMUdict, {cute.CMUDICT_SHOTS}-shot."
-            asked["characters: pronunciation"] = ([one], note)
-        if len(asked) == 1:
-            raise DataError(f"{data} has neither a folder cute nor a file cmudict.dict[.xz]")
+    tables, words = find_character_data(data)
+    if tables is not None:
+        sets = cute.cute_questions(tables, limit=limit, seed=seed)
+        asked["characters: CUTE"] = (sets, f"{cute.CUTE_SHOTS}-shot, wording of bytelm.")
+    if words is not None:
+        one = cute.pronunciation_questions(words, limit=limit, seed=seed)
+        note = f"held-out words of CMUdict, {cute.CMUDICT_SHOTS}-shot."
+        asked["characters: pronunciation"] = ([one], note)
     every = [one for sets, _ in asked.values() for one in sets]
     total = sum(len(one.questions) for one in every)
     scores: dict[str, Sequence[SetScore]] = {}
