@@ -14,7 +14,7 @@ from bytelm.byteify.course import Lessons
 from bytelm.byteify.distil import distil
 from bytelm.byteify.donor import open_donor
 from bytelm.byteify.lessons import Teacher, groups, parts_latents
-from bytelm.byteify.teacher import continuations, read_document, read_vocabulary
+from bytelm.byteify.teacher import read_document, read_vocabulary
 from bytelm.byteify.transplant import transplant
 from bytelm.checkpoint import load_model
 from bytelm.config import StaticPatching
@@ -74,6 +74,7 @@ def first_tokens(vocabulary, document, count):
         states=document.states[: len(tokens) + 1],
         next=document.next[: size + 1],
         ends=document.ends[:size],
+        blends=document.blends[: len(tokens)],
     )
 
 
@@ -168,12 +169,6 @@ def weights_of(vocabulary, probabilities):
         if data:
             weights[data] = weights.get(data, 0.0) + weight
     return weights
-
-
-def test_tokens_that_nothing_extends_have_no_continuation(vocabulary):
-    head = torch.eye(len(vocabulary.tokens))
-    longest = max(range(len(vocabulary.tokens)), key=lambda n: len(vocabulary.tokens[n]))
-    assert not continuations(vocabulary, head, [longest], head[:1]).any()
 
 
 def test_the_donor_reads_the_text_as_the_student_divides_it(made, donor, vocabulary):

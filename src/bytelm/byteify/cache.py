@@ -14,7 +14,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from bytelm.scoring import group_by_size
 from bytelm.storage import atomic_file, locked, read_json, write_json
 
 MANIFEST = "cache.json"
+_TENSORS = {
+    *("data", "tokens", "num_bytes", "num_tokens", "states", "ends"),
+    *("outcomes", "probabilities", "blend_outcomes", "blend_probabilities"),
+}
 _SPARE = 0.02
 """Share of the disk that is left free."""
 
@@ -46,6 +50,8 @@ class CachedDocument(NamedTuple):
     """Distributions of the next byte, in fp32."""
     ends: Float[Tensor, " bytes"]
     """Probability that a token ends with each byte, in fp32."""
+    blends: Float[Tensor, "tokens 257"]
+    """Distributions after each token, if it is not known whether it ends, in fp32."""
 
 
 def cache_readings(
@@ -145,6 +151,9 @@ def read_shard(path: Path) -> list[CachedDocument]:
     """
     try:
         shard = load_file(path)
+        missing = _TENSORS - shard.keys()
+        if missing:
+            raise ValueError(f"it has no {min(missing)}")
     except Exception as error:
         raise DataError(f"{path} is damaged ({error}): remove it and cache it again") from None
     sizes, counts = shard["num_bytes"].tolist(), shard["num_tokens"].tolist()
@@ -154,11 +163,12 @@ def read_shard(path: Path) -> list[CachedDocument]:
         shard["states"].split([count + 1 for count in counts]),
         spread(shard["outcomes"], shard["probabilities"]).split([size + 1 for size in sizes]),
         shard["ends"].float().split(sizes),
+        spread(shard["blend_outcomes"], shard["blend_probabilities"]).split(counts),
         strict=True,
     )
     return [
-        CachedDocument(data.numpy().tobytes(), tokens.tolist(), states, following, ends)
-        for data, tokens, states, following, ends in parts
+        CachedDocument(data.numpy().tobytes(), tokens.tolist(), *others)
+        for data, tokens, *others in parts
     ]
 
 
@@ -181,8 +191,8 @@ def _path(folder: Path, number: int) -> Path:
 def _packed(readings: list[tuple[bytes, Reading]], kept: int, dim: int) -> dict[str, Tensor]:
     """Return the tensors of a shard."""
     empty = np.zeros((0, NUM_OUTCOMES), np.float32)
-    following = np.concatenate([empty, *(one.targets.next for _, one in readings)])
-    top = torch.from_numpy(following).topk(min(kept, NUM_OUTCOMES), 1)
+    top = _most_probable([empty, *(one.targets.next for _, one in readings)], kept)
+    blends = _most_probable([empty, *(one.targets.blends for _, one in readings)], kept)
     ends = np.concatenate([empty[:, 0], *(one.targets.ends for _, one in readings)])
     data = np.frombuffer(b"".join(text for text, _ in readings), np.uint8).copy()
     tokens = [token for _, one in readings for token in one.tokens]
@@ -192,10 +202,18 @@ def _packed(readings: list[tuple[bytes, Reading]], kept: int, dim: int) -> dict[
         "num_bytes": torch.tensor([len(text) for text, _ in readings], dtype=torch.int64),
         "num_tokens": torch.tensor([len(one.tokens) for _, one in readings], dtype=torch.int64),
         "states": torch.cat([torch.zeros(0, dim), *(one.states for _, one in readings)]).half(),
-        "outcomes": top.indices.to(torch.int16),
-        "probabilities": top.values.half(),
+        "outcomes": top[0],
+        "probabilities": top[1],
         "ends": torch.from_numpy(ends).half(),
+        "blend_outcomes": blends[0],
+        "blend_probabilities": blends[1],
     }
+
+
+def _most_probable(distributions: list[Any], kept: int) -> tuple[Tensor, Tensor]:
+    """Return the most probable outcomes of distributions, and their probabilities."""
+    top = torch.from_numpy(np.concatenate(distributions)).topk(min(kept, NUM_OUTCOMES), 1)
+    return top.indices.to(torch.int16), top.values.half()
 
 
 def _check_room(
@@ -204,7 +222,7 @@ def _check_room(
     """Check that the disk has room for the documents that have not been read yet."""
     num_bytes = sum(len(text.encode()) + 1 for text, _ in documents)
     num_tokens = sum(len(donor.encode(text)) + 1 + len(ends) for text, ends in documents)
-    needed = num_bytes * (1 + 2 + 4 * kept) + num_tokens * (4 + 2 * donor.stack.dim)
+    needed = num_bytes * (1 + 2 + 4 * kept) + num_tokens * (4 + 2 * donor.stack.dim + 4 * kept)
     disk = shutil.disk_usage(folder)
     room = disk.free - _SPARE * disk.total
     if needed > room:

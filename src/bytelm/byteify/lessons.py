@@ -29,7 +29,7 @@ from bytelm import codec
 from bytelm.byteify.boundaries import token_ends
 from bytelm.byteify.cache import CachedDocument, read_shard
 from bytelm.byteify.donor import Donor
-from bytelm.byteify.teacher import END, Vocabulary, continuations
+from bytelm.byteify.teacher import END, Vocabulary
 from bytelm.lm import PatchedLM
 from bytelm.patching import build_patches, row_positions
 from bytelm.scoring import group_by_size
@@ -74,7 +74,6 @@ class Teacher:
     def __init__(self, donor: Donor, vocabulary: Vocabulary, student: PatchedLM) -> None:
         self.student = student
         self.embeddings: Tensor = donor.model.get_input_embeddings().weight
-        self._head: Tensor = donor.model.get_output_embeddings().weight
         self._vocabulary = vocabulary
 
     def lesson(self, group: Sequence[CachedDocument]) -> Lesson:
@@ -88,8 +87,11 @@ class Teacher:
         is_patch_end = patch_ends(self.student, ids, documents)
         first = self._vocabulary.ends[0]
         tokens = [token for one in group for token in (first, *one.tokens)]
-        blends = torch.cat([self._blended(one) for one in group])[None]
         following = torch.cat([one.next for one in group])[None]
+        after_tokens = is_token_end & (row_positions(documents) > 0)
+        blends = following.masked_scatter(
+            after_tokens[..., None], torch.cat([one.blends for one in group])
+        )
         has_state = (is_token_end & is_patch_end)[..., None]
         targets = _over_ids(torch.where(has_state, blends, following))
         actual = torch.nn.functional.one_hot(ids.roll(-1, 1), codec.VOCAB_SIZE).float()
@@ -103,22 +105,6 @@ class Teacher:
             torch.cat([one.states for one in group])[None].float(),
             torch.where(is_taught, targets, actual),
         )
-
-    def _blended(self, document: CachedDocument) -> Float[Tensor, "ids 257"]:
-        """Return ``ends * next + (1 - ends) * longer`` where tokens end, and ``next`` elsewhere."""
-        blended = document.next.clone()
-        sizes = [len(self._vocabulary.tokens[token]) for token in document.tokens]
-        at = torch.tensor(sizes).cumsum(0)
-        longer = torch.from_numpy(
-            continuations(
-                self._vocabulary, self._head, document.tokens, document.states[:-1].float()
-            )
-        )
-        # Where no token is longer, one ends for certain, whatever fp16 makes of the probability.
-        share = torch.where(longer.any(1), document.ends[at - 1], 1.0)[:, None]
-        blended[at] = share * document.next[at]
-        blended[at, :END] += (1 - share) * longer
-        return blended
 
 
 @torch.no_grad()

@@ -12,6 +12,10 @@ left out, so a token's probability is relative to all others and the end. The ch
 
     P(token b1 .. bn) = next[b1] (1 - ends) next[b2] (1 - ends) .. next[bn] ends
 
+After a token ``p`` that may go on, whether it has ended is known from later bytes only. Without
+them the next byte has the distribution ``ends next[b] + M(p b) / M(p)``, with ``next`` of the next
+token: the *blend*.
+
 Tokens are sorted by their bytes, so those that begin with ``p`` are a range, which is divided into
 the token ``p`` and the ranges of its extensions by each byte. With the tokens a, an, and, at::
 
@@ -51,6 +55,8 @@ class ByteTargets(NamedTuple):
     """Probability that a token ends with each byte, given the bytes of the token so far."""
     is_end: NDArray[np.bool_]
     """Whether a token does end with each byte."""
+    blends: Float[np.ndarray, "tokens 257"]
+    """Distribution of the byte after each token, if it is not known whether the token ends."""
 
 
 class _Range(NamedTuple):
@@ -150,17 +156,6 @@ class Vocabulary:
             self._ranges[prefix] = found
         return found
 
-    def longer(
-        self, prefix: bytes
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the tokens that begin with some bytes and are longer, sorted by their bytes.
-
-        Also returns where those of each next byte begin, and these bytes.
-        """
-        found = self.after(prefix)
-        first, cuts = found.cuts[0], found.cuts
-        return self._order[first : cuts[-1]], cuts[:-1] - first, found.extensions
-
 
 def byte_targets(
     vocabulary: Vocabulary, tokens: Sequence[int], logits: Float[np.ndarray, "steps vocab"]
@@ -179,6 +174,7 @@ def byte_targets(
     size = sum(len(vocabulary.tokens[token]) for token in tokens)
     following = np.zeros((size + 1, NUM_OUTCOMES), np.float32)
     ends, is_end = np.zeros(size, np.float32), np.zeros(size, bool)
+    blends = np.zeros((len(tokens), NUM_OUTCOMES), np.float32)
     at = 0
     for step, token in enumerate([*tokens, None]):
         data = b"" if token is None else vocabulary.tokens[token]
@@ -187,10 +183,8 @@ def byte_targets(
         masses, end = vocabulary.masses(logits[step])
         for length in range(max(len(data), 1)):
             found = vocabulary.after(data[:length])
-            # Sums within the ranges: differences of prefix sums would lose small probabilities.
-            sums = np.add.reduceat(np.append(masses[: found.cuts[-1]], 0.0), found.cuts)[:-1]
             row = np.zeros(NUM_OUTCOMES)
-            row[found.extensions] = sums
+            row[found.extensions] = _sums(masses, found)
             row[END] = 0.0 if length else end
             following[at + length] = row / row.sum()
         for length in range(1, len(data) + 1):
@@ -200,35 +194,17 @@ def byte_targets(
         at += len(data)
         if data:
             is_end[at - 1] = True
-    return ByteTargets(following, ends, is_end)
+            found = vocabulary.after(data)
+            total = masses[found.first : found.cuts[-1]].sum()
+            blends[step, found.extensions] = _sums(masses, found) / total
+    blends += ends[is_end, None] * following[1:][is_end]
+    return ByteTargets(following, ends, is_end, blends)
 
 
-def continuations(
-    vocabulary: Vocabulary,
-    head: Float[Tensor, "vocab dim"],
-    tokens: Sequence[int],
-    states: Float[Tensor, "tokens dim"],
-) -> Float[np.ndarray, "tokens 256"]:
-    """Return the distribution of the byte after each token's bytes, if the token were longer.
-
-    It is ``next`` after the last byte ``p`` of a token, given that no token ends there:
-    ``M(p b) / (M(p) - m(p))``; all zeros if no longer token begins with these bytes.
-
-    Args:
-        vocabulary: the donor's tokens.
-        head: weights of its head.
-        tokens: tokens of a text.
-        states: what the head reads before each of them.
-    """
-    found = np.zeros((len(tokens), 256), np.float32)
-    for row, (token, state) in enumerate(zip(tokens, states, strict=True)):
-        longer, cuts, extensions = vocabulary.longer(vocabulary.tokens[token])
-        if len(longer):
-            logits = head[longer] @ state
-            masses = (logits - logits.max()).exp().numpy()
-            sums = np.add.reduceat(masses, cuts)
-            found[row, extensions] = sums / sums.sum()
-    return found
+def _sums(masses: Float[np.ndarray, " tokens"], found: _Range) -> Float[np.ndarray, " extensions"]:
+    """Return the probability of the tokens of each extension."""
+    # Sums within the ranges: differences of prefix sums would lose small probabilities.
+    return np.add.reduceat(np.append(masses[: found.cuts[-1]], 0.0), found.cuts)[:-1]
 
 
 def read_vocabulary(donor: Donor) -> Vocabulary:
