@@ -216,11 +216,13 @@ def test_only_the_stage_together_moves_the_global_model(made, folder, text, dono
 class Interrupted(Progress):
     """Ends the program when some steps are done."""
 
-    def __init__(self, at):
-        self.at = at
+    def __init__(self, at=None):
+        self.at, self.first = at, None
 
     @contextmanager
-    def counting(self, title, total):
+    def counting(self, title, total, done=0):
+        self.first = done
+
         def show(done, what):
             if title == "distilling" and done == self.at:
                 raise RuntimeError("killed")
@@ -234,8 +236,10 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(at, made, folder, text, 
     arguments = {"lessons": LESSONS, "sizes": SMALL, "readings": readings}
     with pytest.raises(RuntimeError):
         distil(folder, [text], tmp_path / "run", progress=Interrupted(at), **arguments)
-    result = distil(folder, [text], tmp_path / "run", **arguments)
+    resumed = Interrupted()
+    result = distil(folder, [text], tmp_path / "run", progress=resumed, **arguments)
     assert result.finished
+    assert resumed.first == at // LESSONS.save_every * LESSONS.save_every
     assert made.finished
     for path in saved_steps(made.folder)[-1].iterdir():
         if path.name not in ("files.json", "trainer.json", "config.json", "train.yaml"):

@@ -108,8 +108,16 @@ class Progress:
         yield lambda done, total: None
 
     @contextmanager
-    def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Yield a function to call with the amount of ``total`` done, and a short description."""
+    def counting(
+        self, title: str, total: int, done: int = 0
+    ) -> Iterator[Callable[[int, str], None]]:
+        """Yield a function to call with the amount of ``total`` done, and a short description.
+
+        Args:
+            title: what is counted.
+            total: the amount of work.
+            done: the part of it that an earlier run has done.
+        """
         yield lambda done, what: None
 
     @contextmanager

@@ -143,7 +143,7 @@ def _run(work: _Work, stop: Stopping) -> Distilled:
     try:
         with stop.interruptible():
             course = _prepared(work)
-        with work.progress.counting("distilling", work.lessons.steps) as show:
+        with work.progress.counting("distilling", work.lessons.steps, course.step) as show:
             while not course.finished and not stop.reason:
                 with stop.interruptible():
                     course.learn()

@@ -74,9 +74,11 @@ class ConsoleProgress(Progress):
             yield lambda done, total: show(title, done, total)
 
     @contextmanager
-    def counting(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Show a progress bar of ``total`` steps."""
-        bar = Bar(self._console, title, total)
+    def counting(
+        self, title: str, total: int, done: int = 0
+    ) -> Iterator[Callable[[int, str], None]]:
+        """Show a progress bar of ``total`` steps, of which some may be done."""
+        bar = Bar(self._console, title, total, done)
         try:
             yield bar.update
         finally:
