@@ -158,6 +158,14 @@ def evaluate(
             "--thresholds; can be repeated.",
         ),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder in which answers of --tasks and --translate are kept, and read again by "
+            "the same model.",
+        ),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Folder to draw the figures of what is measured into.")
     ] = None,
@@ -214,7 +222,7 @@ def evaluate(
     noises = parse_noises(noise) if noise else []
     asked = TaskOptions(
         *(tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed),
-        *(translate, parallel, wanted.thresholds),
+        *(translate, parallel, wanted.thresholds, cache),
     )
     asked.check()
     is_idle = not (characters or parallel or tasks) or (noise and not tasks)

@@ -40,6 +40,8 @@ class TaskOptions(NamedTuple):
     """Folder or glob of the sentences to translate."""
     thresholds: Sequence[float] = ()
     """Other patching thresholds, for the first model."""
+    cache: Path | None = None
+    """Folder of answers that are kept."""
 
     def check(self) -> None:
         """Check that options which belong to others come with them.
@@ -53,6 +55,7 @@ class TaskOptions(NamedTuple):
             ("--num-fewshot", self.num_fewshot is not None, either, has_tasks or translates),
             ("--include-path", self.include_path is not None, "--tasks", has_tasks),
             ("--hf", bool(self.hugging_face), either, has_tasks or translates),
+            ("--cache", self.cache is not None, either, has_tasks or translates),
             ("--translate", translates, "--parallel", self.parallel is not None),
         ):
             if is_given and not is_other:
@@ -77,7 +80,7 @@ def measure_with_harness(
         return []
     from bytelm.evaluation.harness import HarnessLM
 
-    models: dict[str, LM] = {name: HarnessLM(lm) for name, lm in lms.items()}
+    models = {name: _cached(HarnessLM(lm), options) for name, lm in lms.items()}
     models |= _hugging_face_models(options)
     sections = measure_tasks(options, models) if options.tasks is not None else []
     if options.translate is not None:
@@ -98,6 +101,7 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
     """
     from bytelm.evaluation.drift_sections import task_thresholds_section
     from bytelm.evaluation.harness import HarnessLM
+    from bytelm.evaluation.harness.caching import unwrapped
     from bytelm.evaluation.harness.noisy import measure_noisy_tasks, noisy_tasks_section
     from bytelm.evaluation.harness.running import run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
@@ -105,7 +109,8 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
 
     assert options.tasks is not None
     tasks = [name for name in options.tasks.split(",") if name]
-    first_name, first_lm = next(iter(models.items()))
+    first_name, first = next(iter(models.items()))
+    first_lm = unwrapped(first)
     assert isinstance(first_lm, HarnessLM)
     if options.thresholds:
         # A model that has no threshold is refused before tasks are run.
@@ -141,7 +146,7 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
         sections.append(noisy_tasks_section(noisy, f"tasks under noise: {name}"))
     if options.thresholds:
         by_threshold = measure_task_thresholds(
-            lambda one: run(HarnessLM(one)).scores,
+            lambda one: run(_cached(HarnessLM(one), options)).scores,
             first_lm.lm,
             scores[first_name],
             options.thresholds,
@@ -165,7 +170,18 @@ def _hugging_face_models(options: TaskOptions) -> "Iterator[tuple[str, LM]]":
             f"--hf needs the package {error.name}: pip install 'bytelm[harness]'"
         ) from None
     for name, model in zip(short_names(options.hugging_face), options.hugging_face, strict=True):
-        yield name, hugging_face_model(model, options.device)
+        yield name, _cached(hugging_face_model(model, options.device), options, model)
+
+
+def _cached(lm: "LM", options: TaskOptions, described: str = "") -> "LM":
+    """Return a model whose answers are kept on disk, if they shall be.
+
+    Raises:
+        ConfigError: they cannot be kept there.
+    """
+    from bytelm.evaluation.harness.caching import CachedLM
+
+    return lm if options.cache is None else CachedLM(lm, options.cache, described)
 
 
 def measure_translation(options: TaskOptions, models: "Mapping[str, LM]") -> "Section":

@@ -16,6 +16,7 @@ from lm_eval.api.model import LM
 
 from bytelm.evaluation.bootstrap import Estimate
 from bytelm.evaluation.harness.adapter import HarnessLM
+from bytelm.evaluation.harness.caching import WrappedLM, unwrapped
 from bytelm.evaluation.noise import Noise
 from bytelm.evaluation.scores import Difference, Scores, difference, score
 from bytelm.evaluation.section import Section
@@ -29,7 +30,7 @@ MEAN = "mean"
 """Name of the mean over the noised parts."""
 
 
-class NoisyLM(LM):
+class NoisyLM(WrappedLM):
     """A model of the harness that is asked noised requests.
 
     Text that is generated or measured as a whole has no completion: only its prompt, or the whole
@@ -44,27 +45,9 @@ class NoisyLM(LM):
     """
 
     def __init__(self, lm: LM, noise: Noise, part: Part = "both", seed: int = 0) -> None:
-        super().__init__()
-        self.lm, self.noise, self.part, self.seed = lm, noise, part, seed
-        self._rank, self._world_size = lm.rank, lm.world_size
-        self._errors = "surrogateescape" if isinstance(lm, HarnessLM) else "replace"
-
-    def __getattr__(self, name: str) -> Any:
-        # What the harness asks of some models only, such as their description.
-        if name == "lm":
-            raise AttributeError(name)
-        return getattr(self.lm, name)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Name of the wrapped model's tokenizer."""
-        return self.lm.tokenizer_name
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Return the prompt of a conversation, as the wrapped model writes it."""
-        return self.lm.apply_chat_template(chat_history, add_generation_prompt)
+        super().__init__(lm)
+        self.noise, self.part, self.seed = noise, part, seed
+        self._errors = "surrogateescape" if isinstance(unwrapped(lm), HarnessLM) else "replace"
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the log-likelihood of noised continuations after noised contexts."""

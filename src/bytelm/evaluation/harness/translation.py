@@ -30,6 +30,7 @@ from sacrebleu.utils import SACREBLEU_DIR
 
 from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.harness.adapter import HarnessLM
+from bytelm.evaluation.harness.caching import unwrapped
 from bytelm.evaluation.parallel import Parallel
 from bytelm.evaluation.section import Cell, Section
 
@@ -166,7 +167,8 @@ def _continue(lm: LM, prompts: Sequence[str], limits: Sequence[int]) -> list[str
     """Return the lines that a model writes after prompts, of at most some bytes or tokens each."""
     # A limit of tokens is taken as several bytes each by models of this package. Tokens of other
     # models are of a byte at least.
-    size = lm.bytes_per_token if isinstance(lm, HarnessLM) else 1
+    own = unwrapped(lm)
+    size = own.bytes_per_token if isinstance(own, HarnessLM) else 1
     requests = []
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         options = {"until": ["\n"], "max_gen_toks": math.ceil(limit / size), "do_sample": False}
