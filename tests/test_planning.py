@@ -7,13 +7,13 @@ from torch.nn import functional
 from builders import BASE_BLT, BLT_VARIANTS, SPACE_BLT, merged
 from bytelm.accounting import GPUS, RunPlan, plan_run
 from bytelm.accounting.parts import model_parts
-from bytelm.accounting.plan import kept_elements
+from bytelm.accounting.plan import kept_elements, kept_in_chunks
 from bytelm.config import BLTConfig, Recipe, TransformerConfig, load_recipe, parse
 from bytelm.data import PrepareOptions, prepare
 from bytelm.errors import ConfigError
 from bytelm.layout import saved_steps
 from bytelm.model.blt import BLT
-from bytelm.model.transformer import Transformer
+from bytelm.model.transformer import Transformer, chunk_positions
 from bytelm.patching import build_patches
 from bytelm.training import train
 
@@ -67,6 +67,34 @@ def test_activations_of_a_transformer_are_those_that_backward_keeps(changes):
     ids = torch.randint(4, 200, (ROWS, LENGTH))
     saved = saved_elements(model, lambda: nats(model(ids), ids))
     assert planned_elements(config) == pytest.approx(saved, rel=0.08)
+
+
+def test_activations_of_a_large_vocabulary_are_one_chunk_of_logits_and_all_states(monkeypatch):
+    monkeypatch.setattr("bytelm.model.transformer.CHUNK_LOGITS", 2**19)
+    config = TransformerConfig(dim=64, num_layers=2, num_heads=2, ffn_dim=176, vocab_size=5000)
+    chunk = chunk_positions(64, 5000)
+    assert chunk == 104
+    model = Transformer(config)
+    model.init_weights()
+    ids, states = torch.randint(4, 200, (ROWS, LENGTH)), torch.randn(1, chunk, 64)
+    # Hooks see nothing inside a checkpoint, nor its arguments.
+    saved = saved_elements(model, lambda: model(ids, targets=ids).mean()) + ids.numel() * 64
+    saved += saved_elements(model, lambda: nats(model.logits(states), ids.view(1, -1)[:, :chunk]))
+    parts = model_parts(config)
+    (output,) = parts.pop("output").matrices
+    positions = {"byte": LENGTH, "patch": 0}
+    planned = ROWS * sum(kept_elements(part, positions) for part in parts.values())
+    assert planned + kept_in_chunks(output, ROWS * LENGTH, chunk) == pytest.approx(saved, rel=0.08)
+
+
+def test_a_plan_counts_the_chunks_of_a_large_vocabulary():
+    recipe = load_recipe("token-1m", ["model.vocab_size=16383", "train.precision=float32"])
+    larger = load_recipe("token-1m", ["model.vocab_size=16384", "train.precision=float32"])
+    before, after = (plan_run(one, 1, H100, 0.3, patch_size=1.0) for one in (recipe, larger))
+    positions = before.micro_rows * recipe.data.row_bytes
+    assert before.parts["output"].activations > 4 * positions * 16_383
+    dim, chunk = larger.model.dim, 1024
+    assert after.parts["output"].activations == 4 * (positions * dim + chunk * (dim + 16_384))
 
 
 def nats(logits, ids):

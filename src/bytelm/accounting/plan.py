@@ -8,14 +8,16 @@ Memory of a GPU, for a model of P parameters that S ranks share, with e bytes pe
                                   it is applied to
 
 The factor 1.2 is for norms, rotations and activation functions: measured, what the backward pass of
-small models keeps is 1.14 to 1.24 times the inputs and outputs (tests/test_planning.py).
+small models keeps is 1.14 to 1.24 times the inputs and outputs (tests/test_planning.py). Of a large
+vocabulary, whose cross-entropy is computed in chunks, only the states before the output matrix are
+kept, and the logits of one chunk exist at a time (:mod:`bytelm.kernels.cross_entropy`).
 """
 
 from typing import NamedTuple
 
 from bytelm.accounting.breakdown import break_down_recipe
 from bytelm.accounting.exact import TRAINING_BYTES
-from bytelm.accounting.parts import Part, model_parts
+from bytelm.accounting.parts import Matrix, Part, model_parts
 from bytelm.config import Recipe
 from bytelm.errors import ConfigError
 
@@ -158,6 +160,19 @@ def plan_run(
         positions["byte"] = costs.num_patches
     element = 4 if train.precision == "float32" else 2
     found = model_parts(recipe.model)
+    kept = {
+        name: micro_rows * kept_elements(part, positions, train.activation_checkpointing)
+        for name, part in found.items()
+    }
+    if costs.unit == "tokens":
+        # Importing torch takes longer than other plans.
+        from bytelm.lm.kinds import CHUNKED_VOCAB
+        from bytelm.model.transformer import chunk_positions
+
+        (output,) = found["output"].matrices
+        if output.outputs >= CHUNKED_VOCAB:
+            chunk = chunk_positions(output.inputs, output.outputs)
+            kept["output"] = kept_in_chunks(output, micro_rows * positions["byte"], chunk)
     step_bytes = data.rows_per_step * data.row_bytes
     return RunPlan(
         num_gpus=num_gpus,
@@ -168,9 +183,7 @@ def plan_run(
         parts={
             name: PartMemory(
                 state=TRAINING_BYTES * part.parameters / shared,
-                activations=micro_rows
-                * element
-                * kept_elements(part, positions, train.activation_checkpointing),
+                activations=element * kept[name],
             )
             for name, part in found.items()
         },
@@ -206,6 +219,19 @@ def kept_elements(part: Part, positions: dict[str, int], checkpointing: str = "n
     inputs = stack.num_layers * part.matrices[0].inputs * positions[stack.per]
     one = everything / stack.num_layers
     return inputs + one + (total(inputs=False) if checkpointing == "selective" else 0.0)
+
+
+def kept_in_chunks(output: Matrix, positions: int, chunk: int) -> int:
+    """Return the elements that are kept for logits whose cross-entropy is computed in chunks.
+
+    All states are kept, and while a chunk is repeated, its normalised states and log-probabilities.
+
+    Args:
+        output: the matrix that makes the logits.
+        positions: positions in a forward pass, of all its rows.
+        chunk: positions in a chunk.
+    """
+    return output.inputs * positions + (output.inputs + output.outputs) * min(chunk, positions)
 
 
 def _gathered(parts: dict[str, Part], element: int, num_gpus: int, *, reshards: bool) -> float:

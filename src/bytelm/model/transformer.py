@@ -15,6 +15,15 @@ CHUNK_LOGITS = 2**24
 """Logits in memory at once where all positions' would be too many: 64 MiB in fp32."""
 
 
+def chunk_positions(dim: int, vocab_size: int) -> int:
+    """Return the positions whose logits are in memory at once.
+
+    There are at least as many as the matrix of the logits has columns, so that its gradients cost
+    no more memory traffic than the logits.
+    """
+    return max(CHUNK_LOGITS // vocab_size, dim)
+
+
 class Transformer(nn.Module):
     """Decoder-only transformer: ids in, logits of the next id out."""
 
@@ -57,9 +66,7 @@ class Transformer(nn.Module):
         x, context = self.embedding(ids, positions), self.spec.over_rows(documents, positions)
         if targets is None:
             return self.run(x, context)
-        # As many positions as the matrix has columns, so that its gradients cost no more memory
-        # traffic than the logits.
-        chunk = max(CHUNK_LOGITS // self.output.out_features, self.output.in_features)
+        chunk = chunk_positions(self.output.in_features, self.output.out_features)
         states = self._states(x, context)
         return kernels.target_nats(self.logits, states, targets, chunk=chunk)
 
