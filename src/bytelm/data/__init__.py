@@ -8,7 +8,8 @@ from bytelm.data.calibration import (
 )
 from bytelm.data.corpus import Reader
 from bytelm.data.dataset import Dataset, InputRecord, Manifest, read_manifest
-from bytelm.data.inputs import Input, ReadOptions, find_inputs
+from bytelm.data.finding import find_inputs
+from bytelm.data.inputs import Input, ReadOptions
 from bytelm.data.loader import OPEN_SPANS, Loader, LoaderState, SpanOrder
 from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.data.preparation import PreparationState, PrepareOptions, prepare

@@ -41,7 +41,8 @@ from bytelm.data.dataset import (
     write_manifest,
 )
 from bytelm.data.engines import Device, Engine, Work, local_engine
-from bytelm.data.inputs import Input, ReadOptions, find_inputs
+from bytelm.data.finding import find_inputs
+from bytelm.data.inputs import Input, ReadOptions
 from bytelm.data.journal import BlockRecord, Journal, SectionRecord
 from bytelm.data.sections import Outline, Section, divide
 from bytelm.data.splitting import Seen, Splitter, document_digest
