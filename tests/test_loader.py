@@ -269,6 +269,24 @@ def test_balanced_rows_are_hardly_padded(mixed, whole_samples):
     assert max(padded["balanced"]) < 0.02
 
 
+@pytest.mark.parametrize("packing", ["in-order", "balanced"])
+def test_spans_that_are_patched_together_make_the_rows_of_spans_patched_alone(
+    mixed, packing, monkeypatch
+):
+    monkeypatch.setattr("bytelm.data.loader.PATCHED_TOGETHER", 150)
+    patcher = Patcher(SpaceRule(), max_length=5)
+    ours, alone = (loader(mixed, packing=packing, units=PatchUnits(patcher)) for _ in "ab")
+    alone._patch_ahead = lambda: None
+    for _ in range(8):
+        assert equal(ours.next_batch(), alone.next_batch())
+    in_progress = {rest for state in ours._streams.values() for rest in state.open}
+    assert ours._spans.keys() | ours._boundaries.keys() <= in_progress
+    streams = json.loads(json.dumps(ours.state().streams))
+    ours = loader(mixed, packing=packing, units=PatchUnits(patcher))
+    ours.restore(LoaderState(8, streams))
+    assert equal(ours.next_batch(), alone.next_batch())
+
+
 def test_targets_are_the_next_ids_of_the_same_document(dataset):
     batch = loader(dataset).next_batch()
     inside = batch.documents[:, 1:] == batch.documents[:, :-1]

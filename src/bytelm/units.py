@@ -7,7 +7,8 @@ evaluation and generation deal with the three kinds of unit through the protocol
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol, runtime_checkable
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -66,6 +67,8 @@ class Span(NamedTuple):
     entropies: NDArray[np.float32] | None
     targets: Ids | None = None
     """Target of each position; ``None`` for the id after it."""
+    next_boundary: NDArray[np.bool_] | None = None
+    """Whether the byte after each position starts a patch, if that is known already."""
 
     @property
     def num_positions(self) -> int:
@@ -78,7 +81,8 @@ class Span(NamedTuple):
             return self
         entropies = None if self.entropies is None else self.entropies[:length]
         targets = None if self.targets is None else self.targets[:length]
-        return self._replace(ids=self.ids[: length + 1], entropies=entropies, targets=targets)
+        boundary = None if self.next_boundary is None else self.next_boundary[:length]
+        return Span(self.document, self.begin, self.ids[: length + 1], entropies, targets, boundary)
 
 
 class Segment(NamedTuple):
@@ -211,21 +215,35 @@ class PatchUnits(ByteUnits):
 
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Return as many whole patches as there is room for; the span is patched as a document."""
-        boundary = self._boundaries(span)
-        starts = np.flatnonzero(boundary[:-1]) + 1
-        if room is not None and len(starts) >= room:
-            span = span.head(int(starts[room - 1]))
+        boundary = span.next_boundary
+        if boundary is None:
+            (boundary,) = self.next_boundaries([span])
+        if room is not None:
+            starts = boundary[:-1].nonzero()[0]
+            if len(starts) >= room:
+                span = span.head(int(starts[room - 1]) + 1)
         whole = super().segment(span)
         return whole._replace(next_boundary=boundary[: span.num_positions])
 
-    def _boundaries(self, span: Span) -> NDArray[np.bool_]:
-        ids = torch.from_numpy(span.ids[:-1])[None]
+    def next_boundaries(self, spans: Sequence[Span]) -> list[NDArray[np.bool_]]:
+        """Return, for each of some spans, whether the byte after each position starts a patch.
+
+        Each is patched as a document, but all in the operations for one, as a packed row. With
+        short spans these cost more than their bytes.
+        """
+        lengths = [span.num_positions for span in spans]
+        ends = list(accumulate(lengths))
+        positions = np.arange(ends[-1])
+        for begin, end in pairwise(ends):
+            positions[begin:end] -= begin
         entropies = None
         if self.needs_entropies:
-            assert span.entropies is not None
-            _check_entropies(span)
-            entropies = torch.from_numpy(span.entropies)[None]
-        return self.patcher.next_boundary(ids, entropies)[0].numpy()
+            entropies = _row([_entropies(span) for span in spans])
+            if not entropies.isfinite().all():
+                raise _not_finite(spans)
+        ids = _row([span.ids[:-1] for span in spans])
+        boundary = self.patcher.next_boundary_at(_row([positions]), ids, entropies)[0].numpy()
+        return [boundary[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
     def count(self, segment: Segment, seen: int = 0) -> int:
         """Return the number of patches that begin after the first ``seen`` targets."""
@@ -237,16 +255,23 @@ class PatchUnits(ByteUnits):
         return patch_statistics(self.patcher, PatchSample.join(documents)).mean_size
 
 
-def _check_entropies(span: Span) -> None:
-    """Check the entropies of a span, which earlier versions stored even if they were not finite."""
+def _row(parts: list[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))[None]
+
+
+def _entropies(span: Span) -> NDArray[np.float32]:
     assert span.entropies is not None
-    is_finite = np.isfinite(span.entropies)
-    if not is_finite.all():
-        index = int(np.argmin(is_finite))
-        raise NumericalError(
-            f"the entropy of byte {span.begin + index:,} of document {span.document:,} is "
-            f"{span.entropies[index]}: the scorer was damaged; prepare the data again with another"
-        )
+    return span.entropies
+
+
+def _not_finite(spans: Sequence[Span]) -> NumericalError:
+    """Return the error for entropies that are not finite, which earlier versions stored as well."""
+    span = next(span for span in spans if not np.isfinite(_entropies(span)).all())
+    index = int(np.argmin(np.isfinite(_entropies(span))))
+    return NumericalError(
+        f"the entropy of byte {span.begin + index:,} of document {span.document:,} is "
+        f"{_entropies(span)[index]}: the scorer was damaged; prepare the data again with another"
+    )
 
 
 class TokenUnits:

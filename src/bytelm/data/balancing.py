@@ -51,12 +51,16 @@ def best_cut(counts: Sequence[Counts], room_bytes: int, room_units: int) -> Cut 
         longest = min(len(first) - 1, room_bytes - 1)
         if shortest > longest:
             continue
-        cuts = np.arange(shortest, longest + 1)
-        misfits = np.abs(first[cuts] + other[room_bytes - cuts] - room_units)
-        smallest = misfits.min()
-        cuts = cuts[misfits == smallest]
-        length = int(cuts[np.maximum(cuts, room_bytes - cuts).argmax()])
-        cut = Cut(partner, length, int(smallest))
+        # Views: the numbers of the partner from the last to the first.
+        others = other[room_bytes - longest : room_bytes - shortest + 1][::-1]
+        misfits = np.abs(first[shortest : longest + 1] + others - room_units)
+        smallest = int(misfits.min())
+        if best is not None and smallest > best.misfit:
+            continue
+        cuts = (misfits == smallest).nonzero()[0] + shortest
+        # The first or last cut leaves the longest stretch.
+        length = int(max((cuts[0], cuts[-1]), key=lambda k: max(k, room_bytes - k)))
+        cut = Cut(partner, length, smallest)
         if best is None or _rank(cut, room_bytes) < _rank(best, room_bytes):
             best = cut
     return best

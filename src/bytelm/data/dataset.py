@@ -303,6 +303,7 @@ class Dataset:
             lengths.append(np.diff(shard.begins))
             order = {name: i for i, name in enumerate(self.source_names)}
             sources.append(np.array([order[s] for s in table["source"].to_pylist()], np.int32))
+        self._has_ranges = any(shard.trained is not None for shard in self._shards)
         empty = np.zeros(0, np.int64)
         self.lengths: NDArray[np.int64] = np.concatenate([empty, *lengths])
         """Bytes of each document."""
@@ -350,6 +351,8 @@ class Dataset:
 
     def trained(self, index: int) -> Ranges | None:
         """Return the ranges of a document's bytes that are trained on; ``None`` for all."""
+        if not self._has_ranges:
+            return None
         shard, row = self._locate(index)
         if shard.trained is None or shard.trained_begins is None:
             return None

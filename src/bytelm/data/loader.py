@@ -14,7 +14,7 @@ end of a row but begins a new one, since the rest would be trained on without it
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,8 +26,10 @@ from bytelm.data.balancing import Counts, best_cut
 from bytelm.data.dataset import Dataset
 from bytelm.data.packing import Batch, Row, make_batch
 from bytelm.errors import DataError
-from bytelm.units import Span, Units
+from bytelm.units import PatchUnits, Span, Units
 
+PATCHED_TOGETHER = 2**15
+"""Positions of short spans that are patched together: what a processor's cache holds."""
 OPEN_SPANS = 16
 """Spans in progress in each stream whose rows are balanced; fewer leave more padding."""
 
@@ -83,6 +85,11 @@ class _Rest(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return self.end - self.begin
+
 
 @dataclass
 class _StreamState:
@@ -91,7 +98,8 @@ class _StreamState:
     draws: list[int]
     """Spans taken from each component of the mixture."""
     open: list[_Rest] = field(default_factory=list)
-    """Spans in progress, the oldest first."""
+    """Spans in progress, the oldest first. Rows take the first; if they are balanced, any of the
+    first :data:`OPEN_SPANS`."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "_StreamState":
@@ -178,6 +186,10 @@ class Loader:
             self._max_bytes = math.ceil(units.byte_room * row_bytes)
         has_two_budgets = self._row_units is not None and units.byte_room == 1.0
         self._is_balanced = packing == "balanced" and has_two_budgets
+        self._spans: dict[_Rest, Span] = {}
+        """Spans in progress that were patched together, in order."""
+        self._boundaries: dict[_Rest, NDArray[np.bool_]] = {}
+        """The same if rows are balanced: of many more spans, which are read again."""
         self._counts: dict[_Rest, Counts | None] = {}
         self._seed = seed
         self._num_streams = rows_per_step
@@ -188,6 +200,7 @@ class Loader:
 
     def next_batch(self) -> Batch:
         """Return this rank's rows of the next step."""
+        self._patch_ahead()
         rows = [self._fill(r) for r in self._rows]
         self.step += 1
         return make_batch(rows)
@@ -230,6 +243,44 @@ class Loader:
         drawn = sum(sum(s.draws) - len(s.open[1:]) for s in self._streams.values())
         return drawn / sum(map(len, self._components))
 
+    def _patch_ahead(self) -> None:
+        """Patch the spans that the next rows may take, many at once: alone, short ones cost more.
+
+        Without it the rows are the same: what is not known is patched when it is taken.
+        """
+        if not isinstance(self._units, PatchUnits):
+            return
+        some, num_positions = list[tuple[_Rest, Span]](), 0
+        for rest in self._upcoming():
+            some.append((rest, self._span(rest, self._max_bytes)))
+            num_positions += rest.size
+            if num_positions >= PATCHED_TOGETHER:
+                self._patch(some)
+                some, num_positions = [], 0
+        self._patch(some)
+
+    def _patch(self, some: Sequence[tuple[_Rest, Span]]) -> None:
+        """Patch some spans in one call."""
+        assert isinstance(self._units, PatchUnits)
+        if some:
+            found = self._units.next_boundaries([span for _, span in some])
+            for (rest, span), boundary in zip(some, found, strict=True):
+                if self._is_balanced:
+                    self._boundaries[rest] = boundary
+                else:
+                    self._spans[rest] = span._replace(next_boundary=boundary)
+
+    def _upcoming(self) -> Iterator[_Rest]:
+        """Draw spans until there are enough to fill a row of each stream; yield the new ones."""
+        known = self._boundaries if self._is_balanced else self._spans
+        wanted = OPEN_SPANS if self._is_balanced else 0
+        for number, state in self._streams.items():
+            size = sum(rest.size for rest in state.open[wanted:])
+            while len(state.open) < wanted or size < self._max_bytes:
+                self._draw(number, state)
+                size += state.open[-1].size if len(state.open) > wanted else 0
+            yield from (rest for rest in state.open if rest not in known)
+
     def _fill(self, number: int) -> Row:
         row = Row(self._max_bytes, self._row_units, self._units)
         state = self._streams[number]
@@ -245,7 +296,9 @@ class Loader:
         """Add as much as fits of the oldest span; return whether anything was added."""
         rest = state.open[0]
         is_masked = self._is_masked(rest)
-        span = self._span(rest, self._max_bytes - (0 if is_masked else row.num_bytes))
+        limit = self._max_bytes - (0 if is_masked else row.num_bytes)
+        known = self._spans.pop(rest, None)
+        span = self._span(rest, limit) if known is None else known.head(limit)
         if is_masked and row.spans and not row.has_room(span):
             return False
         state.advance(0, row.add(span))
@@ -256,7 +309,7 @@ class Loader:
 
         If both are too short, or do not fit well, the oldest is added as a whole.
         """
-        known = [self._count(rest) for rest in state.open]
+        known = [self._count(rest) for rest in state.open[:OPEN_SPANS]]
         if known[0] is None:
             return self._add_whole(row, state)
         assert row.budget is not None
@@ -274,7 +327,7 @@ class Loader:
 
     def _add_whole(self, row: Row, state: _StreamState) -> bool:
         """Add the first span of which only some bytes are trained on and which fits as a whole."""
-        for index, rest in enumerate(state.open):
+        for index, rest in enumerate(state.open[:OPEN_SPANS]):
             if self._count(rest) is None and row.has_room(self._span(rest, self._max_bytes)):
                 return self._add_part(row, state, index, self._max_bytes)
         return not row.spans and self._add_part(row, state, 0, self._max_bytes)
@@ -282,8 +335,9 @@ class Loader:
     def _add_part(self, row: Row, state: _StreamState, index: int, limit: int) -> bool:
         """Add as much as fits of the beginning of a span in progress."""
         rest = state.open[index]
-        self._counts.pop(rest, None)
         state.advance(index, row.add(self._span(rest, limit)))
+        self._counts.pop(rest, None)
+        self._boundaries.pop(rest, None)
         return True
 
     def _is_masked(self, rest: _Rest) -> bool:
@@ -308,11 +362,14 @@ class Loader:
         document, begin = rest.document, rest.begin
         end = min(rest.end, begin + limit)
         entropies = None
-        if self._units.needs_entropies:
+        if self._units.needs_entropies and rest not in self._boundaries:
             entropies = self._dataset.entropies(document, begin, end)
         ids = self._dataset.ids(document, begin, end + 1)
         targets = self._dataset.targets(document, begin, ids)
-        return Span(document, begin, ids, entropies, targets)
+        boundary = self._boundaries.get(rest)
+        if boundary is not None:
+            boundary = boundary[: end - begin]
+        return Span(document, begin, ids, entropies, targets, boundary)
 
     def _draw(self, number: int, state: _StreamState) -> None:
         """Draw the stream's next span."""

@@ -78,6 +78,16 @@ class Patcher:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         else:
             positions = row_positions(documents)
+        return self.next_boundary_at(positions, ids, entropies, states)
+
+    def next_boundary_at(
+        self,
+        positions: Int[Tensor, "batch bytes"],
+        ids: Int[Tensor, "batch bytes"],
+        entropies: Float[Tensor, "batch bytes"] | None = None,
+        states: Float[Tensor, "batch bytes dim"] | None = None,
+    ) -> Bool[Tensor, "batch bytes"]:
+        """Decide the same, from the position of each byte in its document."""
         previous = None if entropies is None else entropies.roll(1, 1)
         seen = Seen(positions, ids, ids.roll(1, 1), entropies, previous, states)
         rule: Any = self.rule
