@@ -15,6 +15,7 @@ from bytelm.byteify.distil import distil
 from bytelm.byteify.donor import open_donor
 from bytelm.byteify.lessons import Teacher, groups, parts_latents
 from bytelm.byteify.teacher import read_document, read_vocabulary
+from bytelm.byteify.teaching import parts_losses
 from bytelm.byteify.transplant import transplant
 from bytelm.checkpoint import load_model
 from bytelm.config import StaticPatching
@@ -177,6 +178,24 @@ def test_the_donor_reads_the_text_as_the_student_divides_it(made, donor, vocabul
     lesson = Teacher(donor, vocabulary, student).lesson(read_shard(shard))
     assert lesson.patch_ends.sum() > len(read_shard(shard))
     assert torch.equal(lesson.has_state, lesson.patch_ends)
+
+
+def test_hash_embeddings_do_not_learn_the_text_by_heart(made, donor, vocabulary, lesson):
+    student = load_model(made.folder)[0]
+    student.blt.requires_grad_(True)
+    named = dict(student.blt.named_parameters())
+    used = {name: one for name, one in named.items() if not name.startswith("global_model")}
+    norm = donor.model.model.norm.weight
+    teacher = Teacher(donor, vocabulary, student)
+    losses = parts_losses(teacher, norm, lesson)
+    error, total = (
+        torch.autograd.grad(loss, list(used.values()), retain_graph=True, allow_unused=True)
+        for loss in (losses.embedding_error, losses.total)
+    )
+    parts_losses(teacher, norm, lesson).backward(student.blt)
+    for at, (name, one) in enumerate(used.items()):
+        is_table = name == "encoder.embedding.ngrams.weight"
+        torch.testing.assert_close(one.grad, (error if is_table else total)[at], msg=name)
 
 
 def test_every_pass_takes_each_document_once(made):

@@ -152,7 +152,7 @@ class Course:
             losses = parts_losses(self._teacher, self._norm, lesson)
         else:
             losses = together_losses(self._lm.blt, lesson)
-        losses.loss.backward()
+        losses.backward(self._lm.blt)
         self._losses, self._num_bytes = losses, lesson.ids.numel()
 
     def update(self) -> str:
@@ -161,7 +161,7 @@ class Course:
         Raises:
             TrainingError: the loss is not finite; the parameters are unchanged.
         """
-        loss = float(self._losses.loss.detach())
+        loss = float(self._losses.total.detach())
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.step + 1} is {loss}: lower the learning rates, and resume "
@@ -189,7 +189,7 @@ class Course:
         record: dict[str, float] = {"step": self.step, "divergence": divergence}
         text = f"{divergence:.3f} bits/byte from the donor"
         if losses.embedding_error is not None:
-            record["embedding_error"] = float(losses.embedding_error)
+            record["embedding_error"] = float(losses.embedding_error.detach())
             text += f"  embeddings {record['embedding_error']:.3f}"
         append_line(self._folder / METRICS, to_json(record))
         return f"{text}  {self._num_bytes / (time.monotonic() - self._began):,.0f} B/s"

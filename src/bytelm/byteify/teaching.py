@@ -23,11 +23,32 @@ from bytelm.patching import build_patches
 class Losses(NamedTuple):
     """What a lesson is minimised for, and figures of it."""
 
-    loss: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]
+    """Mean cross-entropy of the student's distributions, in nats per byte."""
     divergence: Float[Tensor, ""]
-    """Of the student's distributions from the targets, in nats per byte."""
+    """Of the student's distributions from the targets, in nats per byte; without gradients."""
     embedding_error: Float[Tensor, ""] | None
     """Squared error of patch vectors, relative to the embeddings, of parts."""
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """What is minimised."""
+        return self.entropy if self.embedding_error is None else self.entropy + self.embedding_error
+
+    def backward(self, blt: BLT) -> None:
+        """Add the gradients of the total.
+
+        While parts are taught, hash embeddings learn from the embedding error alone: an n-gram of 8
+        bytes occurs once in most texts, so tables that learn to predict learn the text by heart.
+        """
+        if self.embedding_error is not None:
+            self.embedding_error.backward(retain_graph=True)
+            ngrams = blt.encoder.embedding.ngrams
+            table = None if ngrams is None else ngrams.weight
+            others = [one for one in blt.parameters() if one.requires_grad and one is not table]
+            self.entropy.backward(inputs=others)
+        else:
+            self.entropy.backward()
 
 
 def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) -> Losses:
@@ -49,7 +70,7 @@ def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) 
     latents, reads = parts_latents(lesson, norm)
     logits = blt.decoder(states[-1], blt.decoder.read_latents(latents), reads, context)
     entropy, divergence = _compared(logits, lesson.targets, lesson.is_taught)
-    return Losses(error + entropy, divergence, error.detach())
+    return Losses(entropy, divergence, error)
 
 
 def together_losses(blt: BLT, lesson: Lesson) -> Losses:
