@@ -1,4 +1,4 @@
-"""The course of a student: steps of lessons, first in parts and then together, in a run's folder.
+"""The course of a student: lessons of the encoder, of both parts, and of all together, in a run.
 
 Rows are a function of the seed and the step, and nothing else is random, so a course that resumes
 from a checkpoint goes on to the same bits.
@@ -10,17 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from bytelm import cpu
-from bytelm.byteify.cache import CachedDocument
+from bytelm.byteify.boundaries import Divided
 from bytelm.byteify.donor import Donor
-from bytelm.byteify.lessons import Teacher, groups
+from bytelm.byteify.lessons import Lesson, Teacher, TokenLesson, groups, text_groups
 from bytelm.byteify.teacher import Vocabulary
-from bytelm.byteify.teaching import Losses, parts_losses, together_losses
+from bytelm.byteify.teaching import encoder_loss, parts_losses, together_losses
 from bytelm.checkpoint import load_scorer, load_tensors, read_config, save_tensors, write_model
 from bytelm.config import OptimizerConfig
 from bytelm.errors import TrainingError
@@ -45,20 +44,56 @@ class Lessons(NamedTuple):
 
     read_bytes: int = 2_000_000
     """Most bytes of text that the donor reads."""
+    encoder_steps: int = 2000
     parts_steps: int = 4000
     together_steps: int = 500
     row_bytes: int = 4096
     """Bytes of text in a step, unless a document is longer."""
     parts_rate: float = 2e-3
-    """Learning rate while parts are taught; embeddings learn at three times the rate."""
+    """Learning rate of encoder and decoder; embeddings learn at three times the rate."""
     together_rate: float = 5e-4
     """Learning rate together; the global transformer learns at a tenth of it."""
     save_every: int = 250
 
     @property
     def steps(self) -> int:
-        """Steps of both."""
-        return self.parts_steps + self.together_steps
+        """Steps of all stages."""
+        return self.encoder_steps + self.parts_steps + self.together_steps
+
+
+class Stage(NamedTuple):
+    """A part of a course, with its own optimiser and schedule."""
+
+    name: str
+    begin: int
+    """Step of the course at which it begins."""
+    steps: int
+    rate: float
+    multipliers: dict[str, float]
+    trained: tuple[str, ...]
+    """Parts of the BLT that learn."""
+
+    @property
+    def end(self) -> int:
+        """Step at which it ends."""
+        return self.begin + self.steps
+
+
+_TABLES = {"embeddings": 3.0}
+_ALL = ("encoder", "global_model", "decoder")
+
+
+def stages(lessons: Lessons) -> list[Stage]:
+    """Return the stages of a course, without those of no steps."""
+    parts, whole = lessons.parts_rate, lessons.together_rate
+    first = lessons.encoder_steps
+    second = first + lessons.parts_steps
+    every = (
+        Stage("encoder", 0, first, parts, _TABLES, ("encoder",)),
+        Stage("parts", first, lessons.parts_steps, parts, _TABLES, ("encoder", "decoder")),
+        Stage("together", second, lessons.together_steps, whole, {"global": 0.1}, _ALL),
+    )
+    return [one for one in every if one.steps]
 
 
 class Course:
@@ -71,6 +106,7 @@ class Course:
         donor: the donor.
         vocabulary: its tokens.
         shards: its readings.
+        text: text for the encoder, which needs no readings.
         lessons: how long, and with which rates.
         seed: seed of the order of the text.
 
@@ -84,10 +120,12 @@ class Course:
         donor: Donor,
         vocabulary: Vocabulary,
         shards: Sequence[Path],
+        text: Sequence[Divided],
         lessons: Lessons,
         seed: int,
     ) -> None:
-        self._folder, self._shards, self._lessons, self._seed = folder, shards, lessons, seed
+        self._folder, self._lessons, self._seed = folder, lessons, seed
+        self._shards, self._text = shards, text
         checkpoint = saved_steps(folder)[-1]
         check_checkpoint(checkpoint)
         self.step = self._saved = step_number(checkpoint)
@@ -98,9 +136,8 @@ class Course:
         lm.blt.load_state_dict(load_tensors(checkpoint / MODEL, lm.blt))
         cpu.fuse(lm.blt)
         self._lm, self._teacher = lm, Teacher(donor, vocabulary, lm)
-        self._norm: Tensor = donor.model.model.norm.weight
         self._begin_stage()
-        if self._step_of_stage:
+        if self.step > self._stage.begin:
             set_moments(lm.blt, self._optimizer, load_tensors(checkpoint / OPTIMIZER, lm.blt))
         if (folder / METRICS).exists():
             known = (checkpoint / TRAINER).exists()
@@ -112,48 +149,51 @@ class Course:
         """Whether all steps are taken."""
         return self.step >= self._lessons.steps
 
-    @property
-    def _is_in_parts(self) -> bool:
-        return self.step < self._lessons.parts_steps
-
-    @property
-    def _step_of_stage(self) -> int:
-        return self.step if self._is_in_parts else self.step - self._lessons.parts_steps
-
     def _begin_stage(self) -> None:
-        """Begin a stage, or go on with it: optimiser, schedule and rows."""
-        lessons, blt = self._lessons, self._lm.blt
-        blt.requires_grad_(True)
-        if self._is_in_parts:
-            blt.global_model.requires_grad_(False)
-            self._steps, rate, multipliers = lessons.parts_steps, lessons.parts_rate, _PARTS
-        else:
-            self._steps, rate, multipliers = lessons.together_steps, lessons.together_rate, _WHOLE
+        """Begin a stage, or go on with it: optimiser, schedule and lessons."""
+        every = stages(self._lessons)
+        self._stage = next((one for one in every if self.step < one.end), every[-1])
+        for name, part in self._lm.blt.named_children():
+            part.requires_grad_(name in self._stage.trained)
         self._config = OptimizerConfig(
-            learning_rate=rate,
-            warmup_steps=min(100, self._steps // 10),
+            learning_rate=self._stage.rate,
+            warmup_steps=min(100, self._stage.steps // 10),
             weight_decay=0.01,
-            lr_multipliers=multipliers,
+            lr_multipliers=self._stage.multipliers,
         )
-        self._optimizer = build_optimizer(blt, self._config)
-        rows = groups(self._shards, lessons.row_bytes, 2 * self._seed + self._is_in_parts)
-        self._rows: Iterator[list[CachedDocument]] = islice(rows, self._step_of_stage, None)
-        self._next: list[CachedDocument] | None = None
+        self._optimizer = build_optimizer(self._lm.blt, self._config)
+        self._lesson: Lesson | TokenLesson | None = None
+        self._rows = islice(self._groups(), self.step - self._stage.begin, None)
         self._began = time.monotonic()
+
+    def _groups(self) -> Iterator[Any]:
+        """Yield the documents of every step of the stage."""
+        row_bytes, seed = self._lessons.row_bytes, 3 * self._seed + len(self._stage.trained)
+        if self._stage.name == "encoder":
+            return text_groups(self._text, row_bytes, seed)
+        return groups(self._shards, row_bytes, seed)
+
+    def _next_lesson(self) -> Lesson | TokenLesson:
+        group = next(self._rows)
+        if self._stage.name == "encoder":
+            return self._teacher.token_lesson(group)
+        return self._teacher.lesson(group)
 
     def learn(self) -> None:
         """Compute the gradients of a step; if it is abandoned, everything is as before."""
         self._began = time.monotonic()
-        if self._next is None:
-            self._next = next(self._rows)
+        if self._lesson is None:
+            self._lesson = self._next_lesson()
         self._optimizer.zero_grad(set_to_none=True)
-        lesson = self._teacher.lesson(self._next)
-        if self._is_in_parts:
-            losses = parts_losses(self._teacher, self._norm, lesson)
+        lesson = self._lesson
+        if isinstance(lesson, TokenLesson):
+            self._loss, self._figure = encoder_loss(self._teacher, lesson), "embedding_error"
+            self._value = float(self._loss.detach())
         else:
-            losses = together_losses(self._lm.blt, lesson)
-        losses.backward(self._lm.blt)
-        self._losses, self._num_bytes = losses, lesson.ids.numel()
+            learn = parts_losses if self._stage.name == "parts" else together_losses
+            self._loss, divergence = learn(self._teacher, lesson)
+            self._figure, self._value = "divergence", float(divergence) / math.log(2)
+        self._loss.backward()
 
     def update(self) -> str:
         """Complete the step, save as often as the lessons say, and return figures of it.
@@ -161,7 +201,7 @@ class Course:
         Raises:
             TrainingError: the loss is not finite; the parameters are unchanged.
         """
-        loss = float(self._losses.total.detach())
+        loss = float(self._loss.detach())
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.step + 1} is {loss}: lower the learning rates, and resume "
@@ -169,14 +209,14 @@ class Course:
             )
         trained = [one for one in self._lm.blt.parameters() if one.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, self._config.clip_norm)
-        rate = learning_rate(self._step_of_stage, self._steps, self._config)
+        rate = learning_rate(self.step - self._stage.begin, self._stage.steps, self._config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         self._optimizer.step()
-        self._next = None
         self.step += 1
         figures = self._record()
-        if self.step == self._lessons.parts_steps and not self.finished:
+        self._lesson = None
+        if self.step == self._stage.end and not self.finished:
             self._begin_stage()
             self.save()
         elif self.step % self._lessons.save_every == 0:
@@ -184,15 +224,12 @@ class Course:
         return figures
 
     def _record(self) -> str:
-        losses: Losses = self._losses
-        divergence = float(losses.divergence) / math.log(2)
-        record: dict[str, float] = {"step": self.step, "divergence": divergence}
-        text = f"{divergence:.3f} bits/byte from the donor"
-        if losses.embedding_error is not None:
-            record["embedding_error"] = float(losses.embedding_error.detach())
-            text += f"  embeddings {record['embedding_error']:.3f}"
+        record = {"step": self.step, self._figure: self._value}
         append_line(self._folder / METRICS, to_json(record))
-        return f"{text}  {self._num_bytes / (time.monotonic() - self._began):,.0f} B/s"
+        assert self._lesson is not None
+        rate = self._lesson.ids.numel() / (time.monotonic() - self._began)
+        unit = "of the embeddings missed" if self._figure == "embedding_error" else "bits/byte off"
+        return f"{self._stage.name}: {self._value:.3f} {unit}  {rate:,.0f} B/s"
 
     def save(self) -> None:
         """Save a checkpoint, unless there is one of this step, and remove the one before.
@@ -219,7 +256,3 @@ class Course:
             if older != folder:
                 shutil.rmtree(older)
         self._saved = self.step
-
-
-_PARTS = {"embeddings": 3.0}
-_WHOLE = {"global": 0.1}

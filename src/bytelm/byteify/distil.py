@@ -9,7 +9,7 @@
         optimizer.safetensors           moments by parameter name
         trainer.json                    step, threads, size of the metrics
 
-First encoder and decoder are taught in parts, without the global transformer; then the whole model
+First the encoder is taught, then the decoder as well, without the global transformer; then all
 (:mod:`bytelm.byteify.teaching`). A stopped run resumes to the same bits: rows are a function of the
 seed and the step.
 """
@@ -23,11 +23,12 @@ import torch
 
 from bytelm import codec
 from bytelm.byteify import LocalSizes, byteify
+from bytelm.byteify.boundaries import divide
 from bytelm.byteify.cache import cache_readings, find_shards
 from bytelm.byteify.course import Course, Lessons
 from bytelm.byteify.donor import Donor, open_donor
 from bytelm.byteify.lessons import patch_ends
-from bytelm.byteify.patches import sample_text
+from bytelm.byteify.patches import SAMPLE_BYTES, sample_text
 from bytelm.byteify.teacher import Vocabulary, read_vocabulary
 from bytelm.checkpoint import load_model
 from bytelm.data import ReadOptions
@@ -203,13 +204,14 @@ def _prepared(work: _Work) -> Course:
         readings = work.folder / READINGS
         _read(work, donor, vocabulary, readings)
     shards = find_shards(donor, readings)
-    with progress.waiting("loading the model"):
-        return Course(work.folder, donor, vocabulary, shards, work.lessons, work.seed)
+    with progress.waiting("loading the model and the text"):
+        text = divide(donor, vocabulary, [one.encode() for one in _documents(work, SAMPLE_BYTES)])
+        return Course(work.folder, donor, vocabulary, shards, text, work.lessons, work.seed)
 
 
 def _read(work: _Work, donor: Donor, vocabulary: Vocabulary, readings: Path) -> None:
     """Let the donor read the text as the student divides it, or the part that it has not read."""
-    documents = _documents(work)
+    documents = _documents(work, work.lessons.read_bytes)
     student = load_model(work.folder)[0]
     assert isinstance(student, PatchedLM)
     ends = [_ends(student, text) for text in documents]
@@ -232,9 +234,9 @@ def _ends(student: PatchedLM, text: str) -> list[int]:
     return [at for at in ends[0].nonzero().flatten().tolist() if at]
 
 
-def _documents(work: _Work) -> list[str]:
-    """Return parts of the text in random order, as many as the donor shall read."""
-    text = sample_text(work.inputs, work.read, max_bytes=work.lessons.read_bytes)
+def _documents(work: _Work, max_bytes: int) -> list[str]:
+    """Return parts of the text in random order."""
+    text = sample_text(work.inputs, work.read, max_bytes=max_bytes)
     whole = [part.decode("utf-8", "ignore") for part in (*text.counted, *text.calibration)]
     parts = [
         part[at : at + PART_CHARACTERS]

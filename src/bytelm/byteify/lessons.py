@@ -16,7 +16,7 @@ below are samples of it, since the student cannot tell these bytes apart. At the
 has no state, since no token ends there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm import codec
-from bytelm.byteify.boundaries import token_ends
+from bytelm.byteify.boundaries import Divided, token_ends
 from bytelm.byteify.cache import CachedDocument, read_shard
 from bytelm.byteify.donor import Donor
 from bytelm.byteify.teacher import END, Vocabulary
@@ -62,6 +62,17 @@ class Lesson(NamedTuple):
         return self.token_ends | ~self.patch_ends
 
 
+class TokenLesson(NamedTuple):
+    """A row of documents, and the donor's token that ends with each patch."""
+
+    ids: Int[Tensor, "1 ids"]
+    documents: Int[Tensor, "1 ids"]
+    patch_ends: Bool[Tensor, "1 ids"]
+    """Whether one of the student's patches ends with each id; one does with BOS."""
+    tokens: Int[Tensor, " patches"]
+    """The last token of every patch that ends, if tokens end where patches do."""
+
+
 class Teacher:
     """Maker of lessons for a student.
 
@@ -74,13 +85,29 @@ class Teacher:
     def __init__(self, donor: Donor, vocabulary: Vocabulary, student: PatchedLM) -> None:
         self.student = student
         self.embeddings: Tensor = donor.model.get_input_embeddings().weight
+        self.norm: Tensor = donor.model.model.norm.weight
         self._vocabulary = vocabulary
+
+    def token_lesson(self, group: Sequence[Divided]) -> TokenLesson:
+        """Return a lesson for the encoder."""
+        ids, documents = _joined([one.ids for one in group])
+        ends = patch_ends(self.student, ids, documents)
+        cuts = np.flatnonzero(ends[0].numpy() | np.concatenate([one.is_end for one in group]))
+        places = np.flatnonzero(ends[0].numpy())
+        before = cuts[np.maximum(np.searchsorted(cuts, places) - 1, 0)]
+        values = ids[0].numpy() - codec.OFFSET
+        tokens = [
+            # With BOS ends what the donor reads before a document.
+            self._vocabulary.spell(bytes(values[begin + 1 : end + 1].tolist()))[-1]
+            if values[end] >= 0
+            else self._vocabulary.ends[0]
+            for begin, end in zip(before.tolist(), places.tolist(), strict=True)
+        ]
+        return TokenLesson(ids, documents, ends, torch.tensor(tokens))
 
     def lesson(self, group: Sequence[CachedDocument]) -> Lesson:
         """Return the lesson of some documents."""
-        ids = torch.cat([torch.from_numpy(codec.encode(one.data)) for one in group])[None]
-        sizes = torch.tensor([1 + len(one.data) for one in group])
-        documents = torch.arange(len(group)).repeat_interleave(sizes)[None]
+        ids, documents = _joined([torch.from_numpy(codec.encode(one.data)) for one in group])
         lengths = self._vocabulary.tokens
         ends = [token_ends([len(lengths[token]) for token in one.tokens]) for one in group]
         is_token_end = torch.from_numpy(np.concatenate(ends))[None]
@@ -105,6 +132,12 @@ class Teacher:
             torch.cat([one.states for one in group])[None].float(),
             torch.where(is_taught, targets, actual),
         )
+
+
+def _joined(documents: Sequence[Tensor]) -> tuple[Int[Tensor, "1 ids"], Int[Tensor, "1 ids"]]:
+    """Return documents as a row, and the number of the document of each id."""
+    sizes = torch.tensor([len(ids) for ids in documents])
+    return torch.cat(list(documents))[None], torch.arange(len(sizes)).repeat_interleave(sizes)[None]
 
 
 @torch.no_grad()
@@ -132,11 +165,7 @@ def groups(shards: Sequence[Path], row_bytes: int, seed: int) -> Iterator[list[C
         row_bytes: most bytes of a row, unless a document is longer.
         seed: seed of the order.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def shuffled(size: int) -> list[int]:
-        return torch.randperm(size, generator=generator).tolist()
-
+    shuffled = _shuffler(seed)
     while True:
         for number in shuffled(len(shards)):
             documents = read_shard(shards[number])
@@ -144,7 +173,20 @@ def groups(shards: Sequence[Path], row_bytes: int, seed: int) -> Iterator[list[C
             yield from group_by_size(order, lambda one: 1 + len(one.data), row_bytes)
 
 
-def parts_latents(
+def text_groups(text: Sequence[Divided], row_bytes: int, seed: int) -> Iterator[list[Divided]]:
+    """Yield documents of rows without readings, as :func:`groups` does."""
+    shuffled = _shuffler(seed)
+    while True:
+        order = [text[n] for n in shuffled(len(text))]
+        yield from group_by_size(order, lambda one: len(one.ids), row_bytes)
+
+
+def _shuffler(seed: int) -> Callable[[int], list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda size: torch.randperm(size, generator=generator).tolist()
+
+
+def donor_latents(
     lesson: Lesson, norm: Float[Tensor, " dim"]
 ) -> tuple[Float[Tensor, "1 tokens dim"], Int[Tensor, "1 ids"]]:
     """Return the donor's states as latents, and which of them each byte reads.

@@ -1,92 +1,82 @@
-"""Losses of a student that a donor teaches, in parts and together.
+"""Losses of a student that a donor teaches: of its encoder, of both parts, and of the whole.
 
-**Parts**: the global transformer is the donor's and needs no teaching, so it is not run at all.
-The encoder learns to make of the bytes of a patch the embedding ``e`` of the token that ends with
-it, and the decoder to predict the next byte from the donor's own states::
+The global transformer is the donor's and needs no teaching, so at first it is not run at all.
 
-    loss = sum |vector - e|^2 / sum |e|^2  +  mean over bytes of -sum_b target[b] ln p[b]
+**Encoder**: it learns to make of the bytes of a patch the embedding ``e`` of the token that ends
+with it::
+
+    loss = sum |vector - e|^2 / sum |e|^2
+
+**Parts**: the encoder goes on, and the decoder learns to predict the next byte from the donor's own
+states::
+
+    loss = the encoder's  +  mean over bytes of -sum_b target[b] ln p[b]
 
 **Together**: the whole model reads its own patches, and learns the same targets.
 """
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bytelm.byteify.lessons import Lesson, Teacher, parts_latents
-from bytelm.model.blt import BLT
+from bytelm.byteify.lessons import Lesson, Teacher, TokenLesson, donor_latents
 from bytelm.patching import build_patches
 
-
-class Losses(NamedTuple):
-    """What a lesson is minimised for, and figures of it."""
-
-    entropy: Float[Tensor, ""]
-    """Mean cross-entropy of the student's distributions, in nats per byte."""
-    divergence: Float[Tensor, ""]
-    """Of the student's distributions from the targets, in nats per byte; without gradients."""
-    embedding_error: Float[Tensor, ""] | None
-    """Squared error of patch vectors, relative to the embeddings, of parts."""
-
-    @property
-    def total(self) -> Float[Tensor, ""]:
-        """What is minimised."""
-        return self.entropy if self.embedding_error is None else self.entropy + self.embedding_error
-
-    def backward(self, blt: BLT) -> None:
-        """Add the gradients of the total.
-
-        While parts are taught, hash embeddings learn from the embedding error alone: an n-gram of 8
-        bytes occurs once in most texts, so tables that learn to predict learn the text by heart.
-        """
-        if self.embedding_error is not None:
-            self.embedding_error.backward(retain_graph=True)
-            ngrams = blt.encoder.embedding.ngrams
-            table = None if ngrams is None else ngrams.weight
-            others = [one for one in blt.parameters() if one.requires_grad and one is not table]
-            self.entropy.backward(inputs=others)
-        else:
-            self.entropy.backward()
+Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
+"""What is minimised, and the divergence of the student's distributions from the targets, without
+gradients; in nats per byte."""
 
 
-def parts_losses(teacher: Teacher, norm: Float[Tensor, " dim"], lesson: Lesson) -> Losses:
+def encoder_loss(teacher: Teacher, lesson: TokenLesson) -> Float[Tensor, ""]:
+    """Return the squared error of patch vectors, relative to the embeddings."""
+    blt = teacher.student.blt
+    patches = build_patches(lesson.patch_ends, lesson.documents)
+    states, _ = blt.encode(lesson.ids, patches.documents, patches.positions)
+    vectors = blt.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
+    vectors = vectors[0, patches.encoder_ids[lesson.patch_ends]]
+    return _error(vectors, teacher.embeddings[lesson.tokens])
+
+
+def parts_losses(teacher: Teacher, lesson: Lesson) -> Losses:
     """Return the losses of encoder and decoder, where patches and the donor's tokens end together.
 
     Args:
         teacher: the donor, and the student.
-        norm: weights of the donor's final norm.
         lesson: a row.
     """
     blt = teacher.student.blt
     patches = build_patches(lesson.patch_ends, lesson.documents)
     states, context = blt.encode(lesson.ids, patches.documents, patches.positions)
     vectors = blt.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
-    vectors = vectors[0, patches.encoder_ids[lesson.has_state]]
     token_ids = lesson.token_ends.cumsum(1)[lesson.has_state] - 1
-    wanted = teacher.embeddings[lesson.tokens[0, token_ids]]
-    error = (vectors - wanted).square().sum() / wanted.square().sum()
-    latents, reads = parts_latents(lesson, norm)
+    error = _error(
+        vectors[0, patches.encoder_ids[lesson.has_state]],
+        teacher.embeddings[lesson.tokens[0, token_ids]],
+    )
+    latents, reads = donor_latents(lesson, teacher.norm)
     logits = blt.decoder(states[-1], blt.decoder.read_latents(latents), reads, context)
     entropy, divergence = _compared(logits, lesson.targets, lesson.is_taught)
-    return Losses(entropy, divergence, error)
+    return error + entropy, divergence
 
 
-def together_losses(blt: BLT, lesson: Lesson) -> Losses:
-    """Return the losses of the whole model with its own patches."""
-    logits = blt(lesson.ids, build_patches(lesson.patch_ends, lesson.documents))
-    last = torch.ones_like(lesson.token_ends)
-    entropy, divergence = _compared(logits, lesson.targets, last)
-    return Losses(entropy, divergence, None)
+def together_losses(teacher: Teacher, lesson: Lesson) -> Losses:
+    """Return the losses of the whole model with its own patches; see :func:`parts_losses`."""
+    logits = teacher.student.blt(lesson.ids, build_patches(lesson.patch_ends, lesson.documents))
+    return _compared(logits, lesson.targets, torch.ones_like(lesson.token_ends))
+
+
+def _error(
+    vectors: Float[Tensor, "patches dim"], wanted: Float[Tensor, "patches dim"]
+) -> Float[Tensor, ""]:
+    return (vectors - wanted).square().sum() / wanted.square().sum()
 
 
 def _compared(
     logits: Float[Tensor, "1 ids vocab"],
     targets: Float[Tensor, "1 ids vocab"],
     counted: Bool[Tensor, "1 ids"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return mean cross-entropy and divergence from targets, in nats, where they count."""
+) -> Losses:
+    """Return mean cross-entropy and divergence from targets, where they count."""
     logits, targets = logits[counted], targets[counted]
     entropy = -(targets * logits.log_softmax(-1)).sum(-1).mean()
     own = torch.special.entr(targets).sum(-1).mean()

@@ -36,6 +36,7 @@ def distil(
         Path | None,
         typer.Option(help="Readings of the same donor from another run, RUN/readings."),
     ] = None,
+    encoder_steps: Annotated[int, typer.Option(min=0, help="Steps of the encoder alone.")] = 2000,
     parts_steps: Annotated[
         int, typer.Option(min=0, help="Steps of encoder and decoder, without the global model.")
     ] = 4000,
@@ -70,9 +71,9 @@ def distil(
 ) -> None:
     """Let a token model teach a byte model made of its blocks; or resume the run in the folder.
 
-    The donor reads the text once. Then encoder and decoder learn in parts what it reads and
-    predicts, without its blocks, and last the whole model together (docs/byteify.md). The folder is
-    a run like any other: generate, patch, eval and export take it.
+    The donor reads the text once. Then the encoder learns to make its embeddings and the decoder to
+    predict what it predicts, without its blocks, and last the whole model together
+    (docs/byteify.md). The folder is a run like any other: generate, patch, eval and export take it.
 
     [dim]bytelm distil HuggingFaceTB/SmolLM2-135M books.jsonl --out runs/smol-bytes
     bytelm generate runs/smol-bytes "The moon"[/]
@@ -95,6 +96,7 @@ def distil(
             out,
             lessons=Lessons(
                 read_bytes=read_bytes,
+                encoder_steps=encoder_steps,
                 parts_steps=parts_steps,
                 together_steps=together_steps,
                 row_bytes=row_bytes,
