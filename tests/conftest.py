@@ -17,6 +17,8 @@ jaxtyping.jaxtyped = shape_checks.checked
 
 
 def pytest_configure(config):
+    # Workers of Ray would give way to the other tests, and those who wait for them would wait long.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Each xdist worker on a small machine gets one thread; otherwise they fight over the cores.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)

@@ -542,7 +542,7 @@ def test_ranks_that_hang_are_named():
     ],
 )
 def test_a_rank_that_hangs_or_is_stopped_is_named(data, tmp_path, how, size, rank):
-    settings = recipe(data, hang_seconds=15.0)
+    settings = recipe(data, hang_seconds=8.0)
     everyone = list(range(size))
     on_ranks(size, train_and_hang, settings, tmp_path, how, rank, may_die=everyone)
     said = (tmp_path / "said").read_text().splitlines()

@@ -191,27 +191,29 @@ def test_streams_are_refused_by_ray_early(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-@pytest.fixture
-def scored(tmp_path):
-    """Inputs that take some seconds to score, and the scorer."""
-    paths = []
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Inputs that take seconds to score, the scorer, and what one engine makes of them."""
+    folder, paths = tmp_path_factory.mktemp("scored"), []
     for name in range(3):
-        path = tmp_path / f"long{name}.jsonl"
-        texts = [f"{name} {i}: {'word ' * (i % 50)}\n" * 60 for i in range(100)]
+        path = folder / f"long{name}.jsonl"
+        texts = [f"{name} {i}: {'word ' * (i % 50)}\n" * 60 for i in range(40)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         paths.append(str(path))
     save_model(
-        tmp_path / "scorer",
+        folder / "scorer",
         random_byte_lm(**SMALL),
         ModelDescription(model=TransformerConfig(**SMALL)),
     )
-    return paths, tmp_path / "scorer"
+    whole = folder / "whole"
+    subprocess.run(command(paths, folder / "scorer", whole, "local"), check=True)
+    return paths, folder / "scorer", whole
 
 
 def command(inputs, scorer, out, engine):
     return [
         *(sys.executable, "-m", "bytelm", "data", "prepare", *inputs, "--scorer", str(scorer)),
-        *("--out", str(out), "--shard-mb", "0.05", "--workers", "2", "--engine", engine),
+        *("--out", str(out), "--shard-mb", "0.015", "--workers", "2", "--engine", engine),
         *("--validation-share", "0.1"),
     ]
 
@@ -240,15 +242,47 @@ def num_blocks(out):
     return journal.read_text().count('{"block"') if journal.exists() else 0
 
 
+def begin_and_kill(inputs, scorer, out, engine):
+    """Kill a command that has written some blocks; its workers end too."""
+    process = subprocess.Popen(command(inputs, scorer, out, engine), stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: num_blocks(out) >= 4, process)
+        assert num_blocks(out) < 20
+        left = processes_of_ray(process, "_Writing") + processes_of_ray(process, "_read")
+    finally:
+        process.kill()
+    process.wait()
+    assert bool(left) == (engine == "ray")
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert not alive, "workers outlived the command"
+
+
+def assert_same(out, whole):
+    assert shard_hashes(out) == shard_hashes(whole)
+    assert read_manifest(out) == read_manifest(whole)
+
+
 @pytest.mark.slow
-def test_ray_and_local_agree_with_workers_killed(scored, tmp_path):
-    inputs, scorer = scored
-    subprocess.run(command(inputs, scorer, tmp_path / "local", "local"), check=True)
-    out = tmp_path / "ray"
+def test_what_ray_began_is_finished_after_a_kill_by_the_local_engine(scored, tmp_path):
+    inputs, scorer, whole = scored
+    out = tmp_path / "d"
+    begin_and_kill(inputs, scorer, out, "ray")
+    subprocess.run(command(inputs, scorer, out, "local"), check=True, timeout=START_SECONDS)
+    assert_same(out, whole)
+
+
+@pytest.mark.slow
+def test_what_the_local_engine_began_is_finished_by_ray_though_its_workers_are_killed(
+    scored, tmp_path
+):
+    inputs, scorer, whole = scored
+    out = tmp_path / "d"
+    begin_and_kill(inputs, scorer, out, "local")
     process = subprocess.Popen(command(inputs, scorer, out, "ray"), stdout=subprocess.DEVNULL)
+    done = num_blocks(out)
     try:
         for blocks, name in ((2, "_Writing"), (5, "_read"), (9, "_Writing")):
-            wait_for(lambda blocks=blocks: num_blocks(out) >= blocks, process)
+            wait_for(lambda blocks=blocks: num_blocks(out) >= done + blocks, process)
             wait_for(lambda name=name: processes_of_ray(process, name), process)
             processes_of_ray(process, name)[0].send_signal(signal.SIGKILL)
         process.wait(START_SECONDS)
@@ -256,28 +290,7 @@ def test_ray_and_local_agree_with_workers_killed(scored, tmp_path):
         process.kill()
         process.wait()
     assert process.returncode == 0
-    assert shard_hashes(out) == shard_hashes(tmp_path / "local")
-    assert read_manifest(out) == read_manifest(tmp_path / "local")
-
-
-@pytest.mark.slow
-def test_what_an_engine_began_is_finished_after_a_kill_by_the_other(scored, tmp_path):
-    inputs, scorer = scored
-    subprocess.run(command(inputs, scorer, tmp_path / "whole", "local"), check=True)
-    for engine, other in (("ray", "local"), ("local", "ray")):
-        out = tmp_path / engine
-        process = subprocess.Popen(command(inputs, scorer, out, engine), stdout=subprocess.DEVNULL)
-        try:
-            wait_for(lambda out=out: num_blocks(out) >= 4, process)
-            assert num_blocks(out) < 40
-            left = processes_of_ray(process, "_Writing") + processes_of_ray(process, "_read")
-        finally:
-            process.kill()
-        process.wait()
-        _, alive = psutil.wait_procs(left, timeout=60)
-        assert not alive, "workers outlived the command"
-        subprocess.run(command(inputs, scorer, out, other), check=True, timeout=START_SECONDS)
-        assert shard_hashes(out) == shard_hashes(tmp_path / "whole")
+    assert_same(out, whole)
 
 
 @pytest.mark.slow
