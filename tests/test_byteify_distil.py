@@ -19,7 +19,7 @@ from bytelm.byteify.teacher import read_document, read_vocabulary
 from bytelm.byteify.transplant import transplant
 from bytelm.checkpoint import load_model
 from bytelm.config import StaticPatching
-from bytelm.errors import ConfigError, DataError
+from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps
 from bytelm.patching import build_patcher, build_patches
 from bytelm.progress import Progress
@@ -271,6 +271,13 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(at, made, folder, text, 
             assert path.read_bytes() == other.read_bytes(), path.name
     metrics = [(run / "metrics.jsonl").read_text() for run in (made.folder, tmp_path / "run")]
     assert metrics[0] == metrics[1]
+
+
+def test_a_mistyped_donor_can_be_corrected(folder, text, tmp_path):
+    short = LESSONS._replace(encoder_steps=1, parts_steps=0, together_steps=0)
+    with pytest.raises(CheckpointError, match="no donor at"):
+        distil(tmp_path / "none", [text], tmp_path / "run", lessons=short, sizes=SMALL)
+    assert distil(folder, [text], tmp_path / "run", lessons=short, sizes=SMALL).finished
 
 
 def test_a_time_limit_stops_with_a_checkpoint(folder, text, tmp_path):

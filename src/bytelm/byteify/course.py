@@ -168,6 +168,7 @@ class Course:
 
     def _groups(self) -> Iterator[Any]:
         """Yield the documents of every step of the stage."""
+        # Each stage trains another number of parts, and so has an order of its own.
         row_bytes, seed = self._lessons.row_bytes, 3 * self._seed + len(self._stage.trained)
         if self._stage.name == "encoder":
             return text_groups(self._text, row_bytes, seed)

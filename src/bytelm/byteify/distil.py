@@ -167,7 +167,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         ConfigError: it holds something else.
     """
     path = folder / RUN
-    if path.exists():
+    # Settings of a run that made nothing, such as one whose donor was mistyped, bind nobody.
+    if path.exists() and saved_steps(folder):
         known = read_json(path, CheckpointError)
         changed = [name for name, value in settings.items() if known.get(name) != value]
         if changed:
@@ -175,7 +176,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds a run with other settings ({', '.join(changed)}): use another "
                 "folder, or the same settings to resume it"
             )
-    elif not is_vacant(folder):
+    elif not path.exists() and not is_vacant(folder):
         raise ConfigError(f"{folder} is not empty and holds no run: choose another folder")
     else:
         write_json(path, settings)
