@@ -280,6 +280,13 @@ def test_a_mistyped_donor_can_be_corrected(folder, text, tmp_path):
     assert distil(folder, [text], tmp_path / "run", lessons=short, sizes=SMALL).finished
 
 
+def test_no_steps_leave_the_byteified_model(folder, text, made, tmp_path):
+    none = LESSONS._replace(encoder_steps=0, parts_steps=0, together_steps=0)
+    readings = made.folder / "readings"
+    result = distil(folder, [text], tmp_path / "run", lessons=none, sizes=SMALL, readings=readings)
+    assert (result.step, result.finished) == (0, True)
+
+
 def test_a_time_limit_stops_with_a_checkpoint(folder, text, tmp_path):
     result = distil(
         folder, [text], tmp_path / "run", lessons=LESSONS, sizes=SMALL, time_limit=0.001

@@ -84,7 +84,7 @@ _ALL = ("encoder", "global_model", "decoder")
 
 
 def stages(lessons: Lessons) -> list[Stage]:
-    """Return the stages of a course, without those of no steps."""
+    """Return the stages of a course that have steps; the last one if none has."""
     parts, whole = lessons.parts_rate, lessons.together_rate
     first = lessons.encoder_steps
     second = first + lessons.parts_steps
@@ -93,7 +93,7 @@ def stages(lessons: Lessons) -> list[Stage]:
         Stage("parts", first, lessons.parts_steps, parts, _TABLES, ("encoder", "decoder")),
         Stage("together", second, lessons.together_steps, whole, {"global": 0.1}, _ALL),
     )
-    return [one for one in every if one.steps]
+    return [one for one in every if one.steps] or [every[-1]]
 
 
 class Course:
