@@ -103,4 +103,4 @@ def test_the_command_keeps_answers(checkpoints: Path, folder: Path, tmp_path: Pa
     assert json.loads(found[0][1]) == json.loads(found[1][1])
     assert len(list((tmp_path / "kept").glob("*.db"))) == 1
     status, _, errors = run("eval", checkpoints / "one", folder, *asked[-2:])
-    assert (status, "--cache belongs to --tasks or --translate" in errors) == (1, True)
+    assert (status, "--cache belongs to --tasks, --translate, --characters," in errors) == (1, True)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("lm_eval")
 from builders import random_patched
+from bytelm.evaluation.harness import HarnessLM
+from bytelm.evaluation.harness.hugging_face import hugging_face_model
+from bytelm.evaluation.harness.text import HarnessText
 from bytelm.evaluation.noise import parse_noises
 from bytelm.evaluation.questions import (
     Question,
@@ -17,6 +21,7 @@ from bytelm.evaluation.questions import (
 )
 from bytelm.evaluation.robustness import cut_pieces, measure_robustness, robustness_sections
 from bytelm.language_model import LanguageModel
+from test_byteify import save_donor
 from test_characters import Toy
 from test_report import checkpoints
 from test_robustness import DOCUMENTS, bigram_model
@@ -87,3 +92,32 @@ def test_a_folder_without_questions_is_refused_before_a_model_is_loaded(tmp_path
     (tmp_path / "cmudict.dict.xz").write_bytes(b"")
     status, _, errors = run("eval", tmp_path / "no-model", *asked)
     assert (status, "no-model" in errors) == (1, True)
+
+
+def test_models_of_hugging_face_are_asked_too(checkpoints: Path, tmp_path: Path, run: Run):
+    donor = save_donor(tmp_path / "donor", "llama 3.1", {})
+    text = tmp_path / "text.txt"
+    text.write_text("the patch of bytes " * 9)
+    asked = [text, "--noise", "uppercase", "--characters", "--hf", donor, "--limit", 1, "--json"]
+    status, output, errors = run("eval", checkpoints / "one", *asked, "--cache", tmp_path / "kept")
+    assert status == 0, errors
+    found = json.loads(output)
+    assert {"noise: donor", "characters: generated words: donor"} <= found.keys()
+    noises, [piece] = found["noise: donor"]["noises"], cut_pieces([text.read_bytes()])
+    lm = HarnessText(hugging_face_model(str(donor)))
+    [nats] = lm.log_likelihood([piece.context], [piece.continuation])
+    bits = -nats / math.log(2) / len(piece.continuation)
+    assert noises["clean"]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-5)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_models_of_the_harness_answer_as_language_models_do():
+    (lm, _), prompts = bigram_model(), ["the cat", "a b", ""]
+    one = HarnessText(HarnessLM(lm))
+    rests = [b" sat.", b" on the mat", b" x"]
+    assert one.log_likelihood(prompts, rests) == pytest.approx(lm.log_likelihood(prompts, rests))
+    asked = {"max_bytes": 12, "stop": ["e"]}
+    written = lm.generate(prompts, **asked)
+    # The harness has text, which invalid bytes are not.
+    texts = [data.decode("utf-8", "replace").encode()[:12] for data in written]
+    assert one.generate(prompts, **asked) == texts

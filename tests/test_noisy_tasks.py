@@ -9,6 +9,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from bytelm.cli.tasks import parse_parts
+from bytelm.errors import ConfigError
 from bytelm.evaluation.harness.noisy import NoisyLM, measure_noisy_tasks, noisy_tasks_section
 from bytelm.evaluation.noise import parse_noise
 from bytelm.evaluation.scores import Scores
@@ -99,3 +101,10 @@ def test_scores_and_changes_by_hand():
     drop = [parse_noise("drop")]
     (_, prompt) = measure_noisy_tasks(choose, toy, choose(toy), drop, parts=["prompt"])
     assert prompt.part == "prompt"
+
+
+def test_parts_to_noise_are_named():
+    assert parse_parts(None) == ()
+    assert parse_parts("both, prompt") == ("prompt", "both")
+    with pytest.raises(ConfigError, match="must be some of prompt,completion,both"):
+        parse_parts("prompts")

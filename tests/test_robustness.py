@@ -47,6 +47,18 @@ def test_pieces_follow_each_other_and_split_no_character(documents, size):
         assert pieces
 
 
+def test_pieces_are_cut_before_white_space_where_it_is_near():
+    data = b"one  word after another\n\nand so on, " * 20
+    pieces = list(cut_pieces([data], 120, 32))
+    assert len(pieces) > 2
+    for piece in pieces[:-1]:
+        assert piece.continuation[:1].isspace()
+        assert not piece.context[-1:].isspace()
+        assert not piece.continuation[-1:].isspace()
+    # Without white space nearby the sizes are those that are asked for.
+    assert [p.num_bytes for p in cut_pieces([b"x" * 304], 120, 32)] == [152, 152]
+
+
 def bigram_model():
     """A model that sees one byte, and the table of its logarithms of probabilities."""
     module = random_byte_lm(window=1)

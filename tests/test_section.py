@@ -27,3 +27,10 @@ def test_a_section_is_a_table_with_a_title_and_a_note():
 
 def test_a_section_without_rows_shows_its_columns():
     assert shown(Section("t", "", ("a", "b"), (), {}, {}))[0] == "t"
+
+
+def test_a_wide_table_is_not_cut_on_a_narrow_terminal():
+    columns = ("a long name of a column", *"bcd")
+    row = ("x" * 50, "one two", "+0.1234 ±0.0123", "z" * 30)
+    _, _, line = shown(Section("t", "", columns, (row,), {}, {}))
+    assert line.split("  ") == list(row)

@@ -10,8 +10,19 @@ from bytelm.cli.app import app, console, status
 from bytelm.cli.languages import Wanted, measure_wanted, names_of, parse_thresholds
 from bytelm.cli.options import Checkpoint, Device, Precision, Threads
 from bytelm.cli.reading import HeldOutText, with_read_options
-from bytelm.cli.robustness import ask_about_characters, find_character_data, measure_noise
-from bytelm.cli.tasks import TaskOptions, measure_with_harness, write_eval_report
+from bytelm.cli.robustness import (
+    ask_about_characters,
+    find_character_data,
+    measure_noise,
+    text_models,
+)
+from bytelm.cli.tasks import (
+    TaskOptions,
+    hugging_face_models,
+    measure_with_harness,
+    parse_parts,
+    write_eval_report,
+)
 from bytelm.errors import ConfigError, DataError
 from bytelm.storage import to_json
 
@@ -49,6 +60,14 @@ def evaluate(
             "antspeak,drop:0.2,drop+uppercase.",
         ),
     ] = None,
+    noise_parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PARTS",
+            help="With --tasks and --noise: what is noised, of prompt,completion,both. "
+            "(default: each in turn, and their mean)",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -71,9 +90,9 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="MODEL",
-            help="Hugging Face model to compare with in --tasks and --translate: a folder, a GGUF "
-            "file, a repository, or arguments such as pretrained=NAME,dtype=bfloat16; can be "
-            "repeated.",
+            help="Hugging Face model to compare with in --tasks, --translate, --noise and "
+            "--characters: a folder, a GGUF file, a repository, or arguments such as "
+            "pretrained=NAME,dtype=bfloat16; can be repeated.",
         ),
     ] = None,
     characters: Annotated[
@@ -162,8 +181,8 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder in which answers of --tasks and --translate are kept, and read again by "
-            "the same model.",
+            help="Folder in which answers of --tasks and --translate, and all of --hf, are kept, "
+            "and read again by the same model.",
         ),
     ] = None,
     figures: Annotated[
@@ -222,7 +241,8 @@ def evaluate(
     noises = parse_noises(noise) if noise else []
     asked = TaskOptions(
         *(tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed),
-        *(translate, parallel, wanted.thresholds, cache),
+        *(translate, parallel, wanted.thresholds, cache, parse_parts(noise_parts)),
+        asks=characters or bool(noise and texts),
     )
     asked.check()
     is_idle = not (characters or parallel or tasks) or (noise and not tasks)
@@ -245,9 +265,11 @@ def evaluate(
         status.print(said, highlight=False, markup=False, soft_wrap=True)
     kept: list[bytes] | None = [] if noises or drift or tail or thresholds else None
     by_source = _measure_text(lm, texts, read, stride, kept) if texts else {}
-    sections = measure_with_harness(asked, lms)
-    sections += measure_noise(lms, kept or [], noises, seed) if noises and texts else []
-    sections += ask_about_characters(lms, data, limit, seed) if characters else []
+    others = hugging_face_models(asked)
+    sections = measure_with_harness(asked, lms, others)
+    everyone = {**lms, **text_models(others)}
+    sections += measure_noise(everyone, kept or [], noises, seed) if noises and texts else []
+    sections += ask_about_characters(everyone, data, limit, seed) if characters else []
     sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)
     _present(lms, by_source, sections, figures, report, as_json)
 

@@ -8,17 +8,19 @@ from bytelm.cli.app import status
 from bytelm.errors import DataError
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
     from bytelm.evaluation.noise import Noise
     from bytelm.evaluation.questions import SetScore
     from bytelm.evaluation.section import Section
-    from bytelm.language_model import LanguageModel
+    from bytelm.evaluation.text_model import TextModel
 
 CMUDICT = ("cmudict.dict", "cmudict.dict.xz")
 """Names that the file of pronunciations may have."""
 
 
 def measure_noise(
-    lms: "Mapping[str, LanguageModel]",
+    lms: "Mapping[str, TextModel]",
     documents: Sequence[bytes],
     noises: "Sequence[Noise]",
     seed: int,
@@ -52,6 +54,15 @@ def measure_noise(
     return robustness_sections(found)
 
 
+def text_models(others: "Mapping[str, LM]") -> "dict[str, TextModel]":
+    """Return models of the harness as noise and questions ask them, by name."""
+    if not others:
+        return {}
+    from bytelm.evaluation.harness.text import HarnessText
+
+    return {name: HarnessText(lm) for name, lm in others.items()}
+
+
 def find_character_data(data: Path | None) -> tuple[Path | None, Path | None]:
     """Return the folder of CUTE and the file of CMUdict in a folder, where it has them.
 
@@ -68,7 +79,7 @@ def find_character_data(data: Path | None) -> tuple[Path | None, Path | None]:
 
 
 def ask_about_characters(
-    lms: "Mapping[str, LanguageModel]", data: Path | None, limit: int | None, seed: int
+    lms: "Mapping[str, TextModel]", data: Path | None, limit: int | None, seed: int
 ) -> "list[Section]":
     """Ask generated questions, and those of CUTE and CMUdict if their files are there.
 

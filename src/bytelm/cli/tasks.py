@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +13,7 @@ from bytelm.errors import ConfigError
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from bytelm.evaluation.harness.noisy import Part
     from bytelm.evaluation.harness.running import Answers
     from bytelm.evaluation.noise import Noise
     from bytelm.evaluation.section import Section
@@ -42,6 +43,10 @@ class TaskOptions(NamedTuple):
     """Other patching thresholds, for the first model."""
     cache: Path | None = None
     """Folder of answers that are kept."""
+    parts: "Sequence[Part]" = ()
+    """Parts of requests that are noised; none for all."""
+    asks: bool = False
+    """Whether noise in text or questions about characters are measured, of ``--hf`` models too."""
 
     def check(self) -> None:
         """Check that options which belong to others come with them.
@@ -51,11 +56,19 @@ class TaskOptions(NamedTuple):
         """
         has_tasks, translates = self.tasks is not None, self.translate is not None
         either = "--tasks or --translate"
+        asking = "--tasks, --translate, --characters, or --noise and text"
+        is_asking = has_tasks or translates or self.asks
         for option, is_given, other, is_other in (
             ("--num-fewshot", self.num_fewshot is not None, either, has_tasks or translates),
             ("--include-path", self.include_path is not None, "--tasks", has_tasks),
-            ("--hf", bool(self.hugging_face), either, has_tasks or translates),
-            ("--cache", self.cache is not None, either, has_tasks or translates),
+            (
+                "--noise-parts",
+                bool(self.parts),
+                "--tasks and --noise",
+                bool(self.noises) and has_tasks,
+            ),
+            ("--hf", bool(self.hugging_face), asking, is_asking),
+            ("--cache", self.cache is not None, asking, is_asking),
             ("--translate", translates, "--parallel", self.parallel is not None),
         ):
             if is_given and not is_other:
@@ -63,17 +76,17 @@ class TaskOptions(NamedTuple):
 
 
 def measure_with_harness(
-    options: TaskOptions, lms: "Mapping[str, LanguageModel]"
+    options: TaskOptions, lms: "Mapping[str, LanguageModel]", others: "Mapping[str, LM]"
 ) -> "list[Section]":
     """Run tasks of the evaluation harness, and translate, with models side by side.
 
     Args:
         options: what to do; maybe nothing.
         lms: models of this package, by name.
+        others: models of Hugging Face, by name.
 
     Raises:
-        ConfigError: the extra ``harness`` is missing, a task or language is unknown, or a model of
-            Hugging Face cannot be loaded.
+        ConfigError: the extra ``harness`` is missing, or a task or language is unknown.
         DataError: the data of a task is missing, or sentences are not parallel.
     """
     if options.tasks is None and options.translate is None:
@@ -81,7 +94,7 @@ def measure_with_harness(
     from bytelm.evaluation.harness import HarnessLM
 
     models = {name: _cached(HarnessLM(lm), options) for name, lm in lms.items()}
-    models |= _hugging_face_models(options)
+    models |= others
     sections = measure_tasks(options, models) if options.tasks is not None else []
     if options.translate is not None:
         sections.append(measure_translation(options, models))
@@ -102,7 +115,7 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
     from bytelm.evaluation.drift_sections import task_thresholds_section
     from bytelm.evaluation.harness import HarnessLM
     from bytelm.evaluation.harness.caching import unwrapped
-    from bytelm.evaluation.harness.noisy import measure_noisy_tasks, noisy_tasks_section
+    from bytelm.evaluation.harness.noisy import PARTS, measure_noisy_tasks, noisy_tasks_section
     from bytelm.evaluation.harness.running import run_tasks
     from bytelm.evaluation.score_sections import group_sections, scores_section
     from bytelm.evaluation.thresholds import measure_task_thresholds, with_threshold
@@ -141,7 +154,9 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
     sections = [scores_section(scores, settings, record), *group_sections(scores)]
     for name, lm in models.items() if options.noises else ():
         noisy = measure_noisy_tasks(
-            lambda one: run(one).scores, lm, scores[name], options.noises, seed=options.seed
+            *(lambda one: run(one).scores, lm, scores[name], options.noises),
+            parts=options.parts or PARTS,
+            seed=options.seed,
         )
         sections.append(noisy_tasks_section(noisy, f"tasks under noise: {name}"))
     if options.thresholds:
@@ -155,22 +170,41 @@ def measure_tasks(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Sec
     return sections
 
 
-def _hugging_face_models(options: TaskOptions) -> "Iterator[tuple[str, LM]]":
-    """Yield the models of Hugging Face, with their names in tables.
+def hugging_face_models(options: TaskOptions) -> "dict[str, LM]":
+    """Return the models of Hugging Face, by their names in tables.
 
     Raises:
         ConfigError: a package is missing, or a model cannot be loaded.
     """
     if not options.hugging_face:
-        return
+        return {}
     try:
         from bytelm.evaluation.harness.hugging_face import hugging_face_model, short_names
     except ImportError as error:
         raise ConfigError(
             f"--hf needs the package {error.name}: pip install 'bytelm[harness]'"
         ) from None
-    for name, model in zip(short_names(options.hugging_face), options.hugging_face, strict=True):
-        yield name, _cached(hugging_face_model(model, options.device), options, model)
+    names = short_names(options.hugging_face)
+    return {
+        name: _cached(hugging_face_model(model, options.device), options, model)
+        for name, model in zip(names, options.hugging_face, strict=True)
+    }
+
+
+def parse_parts(text: str | None) -> "tuple[Part, ...]":
+    """Return the parts of requests in a text such as ``prompt,both``.
+
+    Raises:
+        ConfigError: one is no part.
+    """
+    if text is None:
+        return ()
+    from bytelm.evaluation.harness.noisy import PARTS
+
+    wanted = [one.strip() for one in text.split(",")]
+    if not set(wanted) <= set(PARTS):
+        raise ConfigError(f"--noise-parts {text!r} must be some of {','.join(PARTS)}")
+    return tuple(part for part in PARTS if part in wanted)
 
 
 def _cached(lm: "LM", options: TaskOptions, described: str = "") -> "LM":

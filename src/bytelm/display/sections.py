@@ -1,11 +1,14 @@
 """Sections of an evaluation as tables in the terminal."""
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from bytelm.evaluation.section import Cell, Section, show_cell
-from bytelm.terminal import escape_line
+from bytelm.terminal import Terminal, escape_line
+
+MOST_WIDE = 10_000
 
 
 def show_section(console: Console, section: Section) -> None:
@@ -22,7 +25,11 @@ def show_section(console: Console, section: Section) -> None:
         table.add_column(Text(escape_line(name)), justify="right" if is_number else "left")
     for row in section.rows:
         table.add_row(*(Text(escape_line(show_cell(cell))) for cell in row))
-    console.print(table)
+    # On a narrow terminal, wrap lines rather than cut numbers off.
+    unlimited = console.options.update(max_width=MOST_WIDE)
+    width = Measurement.get(console, unlimited, table).maximum
+    wide = console if width <= console.width else Terminal(file=console.file, width=width)
+    wide.print(table)
 
 
 def _is_number(cell: Cell) -> bool:

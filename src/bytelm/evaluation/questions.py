@@ -22,7 +22,7 @@ from bytelm.evaluation.bootstrap import Estimate, Floats, interval, resample
 from bytelm.evaluation.score_sections import scores_section
 from bytelm.evaluation.scores import Scores
 from bytelm.evaluation.section import Section
-from bytelm.language_model import LanguageModel
+from bytelm.evaluation.text_model import TextModel
 from bytelm.progress import ignore
 
 __all__ = [
@@ -100,7 +100,7 @@ def wrong_answers(
 
 
 def measure_questions(
-    lm: LanguageModel,
+    lm: TextModel,
     sets: Sequence[QuestionSet],
     *,
     seed: int = 0,
@@ -127,7 +127,7 @@ def measure_questions(
     return tuple(scores)
 
 
-def _measure_set(lm: LanguageModel, one: QuestionSet, seed: int) -> SetScore:
+def _measure_set(lm: TextModel, one: QuestionSet, seed: int) -> SetScore:
     offered = [
         (number, question.prompt, one.before + answer + one.after)
         for number, question in enumerate(one.questions)
@@ -171,7 +171,7 @@ def _is_best(nats: Floats) -> float:
     return float(best[0] / best.sum())
 
 
-def _exact(lm: LanguageModel, one: QuestionSet) -> list[float]:
+def _exact(lm: TextModel, one: QuestionSet) -> list[float]:
     """Return 1 for each question whose right answer is generated, or 0."""
 
     def same(text: str) -> str:

@@ -19,8 +19,8 @@ from bytelm.errors import ConfigError, DataError
 from bytelm.evaluation.bootstrap import Estimate, Floats, interval, resample
 from bytelm.evaluation.noise import Noise
 from bytelm.evaluation.section import Cell, Section
+from bytelm.evaluation.text_model import TextModel
 from bytelm.figures import new_figure, save_figure
-from bytelm.language_model import LanguageModel
 from bytelm.progress import ignore
 
 __all__ = [
@@ -36,7 +36,8 @@ __all__ = [
 
 CONTEXT_BYTES, CONTINUATION_BYTES = 512, 128
 LEAST_BYTES = 8
-"""Fewest bytes of each: the ends of a context may move by three to where a character ends."""
+"""Fewest bytes of each: the ends of a context move back by up to three of them, or a quarter of the
+continuation."""
 SCORED_TOGETHER = 256
 """Pieces between two reports of progress."""
 
@@ -130,8 +131,9 @@ def cut_pieces(
     context_bytes: int = CONTEXT_BYTES,
     continuation_bytes: int = CONTINUATION_BYTES,
 ) -> Iterator[Piece]:
-    """Cut documents into pieces without overlap, between characters where the text is UTF-8.
+    """Cut documents into pieces without overlap, before white space or at least between characters.
 
+    A token model would find it harder to continue a word that is cut than a byte model does.
     The last piece of a document may have a shorter context; a rest without context is left out.
 
     Args:
@@ -147,21 +149,31 @@ def cut_pieces(
             f"a context of {context_bytes} and a continuation of {continuation_bytes} bytes: both "
             f"need at least {LEAST_BYTES}"
         )
+    furthest = continuation_bytes // 4
     for number, data in enumerate(documents):
         begin = 0
         while True:
-            end = _between_characters(data, begin + context_bytes + continuation_bytes)
-            cut = _between_characters(data, end - continuation_bytes)
+            end = _place_to_cut(data, begin + context_bytes + continuation_bytes, furthest)
+            cut = _place_to_cut(data, end - continuation_bytes, furthest)
             if cut <= begin:
                 break
             yield Piece(number, data[begin:cut], data[cut:end])
             begin = end
 
 
-def _between_characters(data: bytes, at: int) -> int:
-    """Return the place at or just before ``at`` where no character of UTF-8 is cut."""
+def _place_to_cut(data: bytes, at: int, furthest: int) -> int:
+    """Return the last place up to ``at`` where white space begins, or else a character of UTF-8.
+
+    Args:
+        data: a document.
+        at: last place that is considered.
+        furthest: bytes before it where white space may begin.
+    """
     if at >= len(data):
         return len(data)
+    for place in range(at, max(at - furthest, 0), -1):
+        if data[place : place + 1].isspace() and not data[place - 1 : place].isspace():
+            return place
     for back in range(min(4, at + 1)):
         if data[at - back] & 0xC0 != 0x80:
             return at - back
@@ -169,7 +181,7 @@ def _between_characters(data: bytes, at: int) -> int:
 
 
 def measure_robustness(
-    lm: LanguageModel,
+    lm: TextModel,
     pieces: Sequence[Piece],
     noises: Sequence[Noise],
     *,
@@ -241,7 +253,7 @@ def _measure(scorer: "_Scorer", pieces: Sequence[Piece], noise: Noise, seed: int
 class _Scorer:
     """Bits of continuations; those that were measured before are not measured again."""
 
-    def __init__(self, lm: LanguageModel, report: Callable[[int], None]) -> None:
+    def __init__(self, lm: TextModel, report: Callable[[int], None]) -> None:
         self._lm, self._report, self._done = lm, report, 0
         self._known: dict[tuple[bytes, bytes], float] = {}
 

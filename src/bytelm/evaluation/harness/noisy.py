@@ -21,7 +21,7 @@ from bytelm.evaluation.noise import Noise
 from bytelm.evaluation.scores import Difference, Scores, difference, score
 from bytelm.evaluation.section import Section
 
-__all__ = ["NoisyLM", "NoisyScore", "Part", "measure_noisy_tasks", "noisy_tasks_section"]
+__all__ = ["PARTS", "NoisyLM", "NoisyScore", "Part", "measure_noisy_tasks", "noisy_tasks_section"]
 
 Part = Literal["prompt", "completion", "both"]
 """The part of a request that is noised."""
