@@ -1,5 +1,6 @@
 """Questions about characters: what is asked, and how answers are scored."""
 
+import json
 import lzma
 import math
 import re
@@ -10,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytelm.errors import ConfigError, DataError
-from bytelm.evaluation.characters import OPERATIONS, character_questions
+from bytelm.evaluation.characters import (
+    OPERATIONS,
+    character_questions,
+    training_questions,
+)
 from bytelm.evaluation.cute import (
     WORDINGS,
     cute_questions,
@@ -58,6 +63,8 @@ def is_right(question, answer):
 def test_questions_have_one_right_answer(operation, length, letters, shots, seed):
     alphabet = "abcdefghijklmnopqrstuvwxyz"[:letters]
     options = {"alphabet": alphabet, "shots": shots, "num_questions": 4, "seed": seed}
+    # Few letters make too few words for one in ten of them.
+    options["split"] = "train" if length < 4 else "test"
     (found,) = character_questions([operation], lengths=[length], **options)
     assert found.name == f"{operation} {length}"
     assert (
@@ -77,6 +84,38 @@ def test_questions_have_one_right_answer(operation, length, letters, shots, seed
         assert not any(is_right(question, wrong) for wrong in one.wrong)
         assert len({one.answer, *one.wrong}) == 1 + len(one.wrong) == round(1 / found.chance)
         assert set("".join(one.wrong).replace(" ", "")) <= set(alphabet) | set("yesno")
+
+
+def word_asked_about(question):
+    """The word that a question shows."""
+    kind, *rest = re.split(r",? ", question)
+    if kind == "join":
+        return "".join(rest)
+    return rest[0] if kind in ("spell", "like") else rest[-1]
+
+
+def test_words_of_training_are_none_of_the_tests():
+    records = training_questions(240, lengths=[3, 5], seed=1)
+    asked = [record["prompt"].removesuffix(" =") for record in records]
+    assert not any(is_held_out(word_asked_about(one)) for one in asked)
+    for question, record in zip(asked, records, strict=True):
+        assert is_right(question, record["response"].removeprefix(" ").removesuffix("\n"))
+    kinds = [question.split(" ")[0] for question in asked]
+    assert {kinds.count(one) for one in set(kinds)} == {30}
+    assert len(set(kinds[:24])) > 4  # in random order
+    tests = character_questions(lengths=[3, 5], num_questions=5)
+    for one in (question for found in tests for question in found.questions):
+        lines = one.prompt.removesuffix(" =").split("\n")
+        assert all(is_held_out(word_asked_about(line.split(" = ")[0])) for line in lines)
+    (shown,) = training_questions(1, shots=2)
+    assert shown["prompt"].count("\n") == 2
+
+
+def test_the_command_writes_questions_to_train_on(tmp_path, run):
+    status, output, errors = run("data", "characters", "--out", tmp_path / "q.jsonl", "--number", 9)
+    assert (status, "9 questions" in output) == (0, True), errors
+    lines = (tmp_path / "q.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == training_questions(9)
 
 
 def test_right_answers_cannot_be_told_from_their_form():

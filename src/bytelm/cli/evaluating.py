@@ -80,7 +80,8 @@ def evaluate(
         int | None,
         typer.Option(
             min=0,
-            help="Examples before each question or translation. (default: what the task says; 5)",
+            help="Examples before each question or translation. (default: what the task says; 4 or "
+            "5 of --characters and --translate)",
         ),
     ] = None,
     include_path: Annotated[
@@ -243,6 +244,7 @@ def evaluate(
         *(tasks, limit, num_fewshot, data, include_path, hf or [], device, noises, seed),
         *(translate, parallel, wanted.thresholds, cache, parse_parts(noise_parts)),
         asks=characters or bool(noise and texts),
+        asks_questions=characters,
     )
     asked.check()
     is_idle = not (characters or parallel or tasks) or (noise and not tasks)
@@ -269,7 +271,9 @@ def evaluate(
     sections = measure_with_harness(asked, lms, others)
     everyone = {**lms, **text_models(others)}
     sections += measure_noise(everyone, kept or [], noises, seed) if noises and texts else []
-    sections += ask_about_characters(everyone, data, limit, seed) if characters else []
+    sections += (
+        ask_about_characters(*(everyone, data, limit, seed, num_fewshot)) if characters else []
+    )
     sections += measure_wanted(wanted, lms, kept or [], read, limit, seed)
     _present(lms, by_source, sections, figures, report, as_json)
 

@@ -79,7 +79,11 @@ def find_character_data(data: Path | None) -> tuple[Path | None, Path | None]:
 
 
 def ask_about_characters(
-    lms: "Mapping[str, TextModel]", data: Path | None, limit: int | None, seed: int
+    lms: "Mapping[str, TextModel]",
+    data: Path | None,
+    limit: int | None,
+    seed: int,
+    num_fewshot: int | None = None,
 ) -> "list[Section]":
     """Ask generated questions, and those of CUTE and CMUdict if their files are there.
 
@@ -88,6 +92,7 @@ def ask_about_characters(
         data: folder with ``cute`` and ``cmudict.dict`` or ``cmudict.dict.xz``, or one of the two.
         limit: questions of each kind; ``None`` for the usual number.
         seed: seed of the questions.
+        num_fewshot: solved examples before each question; ``None`` for the usual number.
 
     Raises:
         DataError: the folder has neither, or a file is damaged.
@@ -96,18 +101,25 @@ def ask_about_characters(
     from bytelm.evaluation import characters, cute
     from bytelm.evaluation.questions import measure_questions, questions_sections
 
+    def count(usual: int) -> int:
+        return usual if num_fewshot is None else num_fewshot
+
+    shots = count(characters.SHOTS)
     generated = characters.character_questions(
-        num_questions=limit or characters.NUM_QUESTIONS, seed=seed
+        shots=shots, num_questions=limit or characters.NUM_QUESTIONS, seed=seed
     )
-    asked = {"characters: generated words": (generated, "name and length of words.")}
+    note = f"name and length of words, {shots}-shot."
+    asked = {"characters: generated words": (generated, note)}
     limit = limit or cute.NUM_QUESTIONS
     tables, words = find_character_data(data)
     if tables is not None:
-        sets = cute.cute_questions(tables, limit=limit, seed=seed)
-        asked["characters: CUTE"] = (sets, f"{cute.CUTE_SHOTS}-shot, wording of bytelm.")
+        shots = count(cute.CUTE_SHOTS)
+        sets = cute.cute_questions(tables, shots=shots, limit=limit, seed=seed)
+        asked["characters: CUTE"] = (sets, f"{shots}-shot, wording of bytelm.")
     if words is not None:
-        one = cute.pronunciation_questions(words, limit=limit, seed=seed)
-        note = f"held-out words of CMUdict, {cute.CMUDICT_SHOTS}-shot."
+        shots = count(cute.CMUDICT_SHOTS)
+        one = cute.pronunciation_questions(words, shots=shots, limit=limit, seed=seed)
+        note = f"held-out words of CMUdict, {shots}-shot."
         asked["characters: pronunciation"] = ([one], note)
     every = [one for sets, _ in asked.values() for one in sets]
     total = sum(len(one.questions) for one in every)

@@ -45,6 +45,8 @@ class TaskOptions(NamedTuple):
     """Folder of answers that are kept."""
     parts: "Sequence[Part]" = ()
     """Parts of requests that are noised; none for all."""
+    asks_questions: bool = False
+    """Whether questions about characters are asked."""
     asks: bool = False
     """Whether noise in text or questions about characters are measured, of ``--hf`` models too."""
 
@@ -55,11 +57,12 @@ class TaskOptions(NamedTuple):
             ConfigError: one does not.
         """
         has_tasks, translates = self.tasks is not None, self.translate is not None
-        either = "--tasks or --translate"
+        questions = "--tasks, --translate or --characters"
+        is_asked_questions = has_tasks or translates or self.asks_questions
         asking = "--tasks, --translate, --characters, or --noise and text"
         is_asking = has_tasks or translates or self.asks
         for option, is_given, other, is_other in (
-            ("--num-fewshot", self.num_fewshot is not None, either, has_tasks or translates),
+            ("--num-fewshot", self.num_fewshot is not None, questions, is_asked_questions),
             ("--include-path", self.include_path is not None, "--tasks", has_tasks),
             (
                 "--noise-parts",

@@ -4,7 +4,8 @@ The operations are those of CUTE (Edman et al., 2024): spelling, joining what is
 letter occurs, which of two words is spelled alike, inserting, deleting, replacing and swapping
 letters. Words are random, so that nothing can be known by heart, and the difficulty is chosen:
 the length of words, the letters they are made of, and the number of solved examples. The prompt is
-short, for small models::
+short, for small models. Words of the tests are of those that a hash holds out, one in ten, so a
+model can be trained on questions about the others::
 
     swap e and n in pxen = pxne
     swap q and b in bqa = qba
@@ -14,12 +15,16 @@ short, for small models::
 import string
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bytelm.errors import ConfigError
+from bytelm.evaluation.cute import is_held_out
 from bytelm.evaluation.questions import Question, QuestionSet, wrong_answers
 
-__all__ = ["OPERATIONS", "character_questions"]
+__all__ = ["OPERATIONS", "Split", "character_questions", "training_questions"]
+
+Split = Literal["test", "train"]
+"""Words that a hash holds out, or the others."""
 
 LENGTHS = (3, 5, 8)
 SHOTS = 4
@@ -35,17 +40,23 @@ class _Example(NamedTuple):
 
 
 class _Words:
-    """Random words of one length over an alphabet."""
+    """Random words of one length over an alphabet, of one part of all words."""
 
-    def __init__(self, length: int, alphabet: str, random: Random) -> None:
+    def __init__(self, length: int, alphabet: str, random: Random, split: Split) -> None:
         self.length, self.alphabet, self.random = length, alphabet, random
+        self.is_test = split == "test"
 
     def word(self) -> str:
-        """Return a word with at least two different letters."""
-        while True:
+        """Return a word with at least two different letters.
+
+        Raises:
+            ConfigError: none is found.
+        """
+        for _ in range(MOST_DRAWS):
             word = "".join(self.random.choices(self.alphabet, k=self.length))
-            if len(set(word)) > 1:
+            if len(set(word)) > 1 and is_held_out(word) == self.is_test:
                 return word
+        raise _too_few(self, "the words asked about, of which one in ten is held out")
 
     def two(self, letters: str) -> list[str]:
         """Return two different letters of some."""
@@ -66,6 +77,14 @@ class _Words:
             at = self.random.randrange(len(word))
             exchanged = word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
             yield self.replaced(word) if self.random.random() < 0.5 else exchanged
+
+
+def _too_few(words: _Words, wanted: str) -> ConfigError:
+    """Return the error that there are too few words."""
+    return ConfigError(
+        f"there are too few words of {words.length} letters out of {len(words.alphabet)} for "
+        f"{wanted}: use longer words, more letters or fewer shots"
+    )
 
 
 def _spell(words: _Words) -> _Example:
@@ -168,6 +187,7 @@ def character_questions(
     shots: int = SHOTS,
     num_questions: int = NUM_QUESTIONS,
     seed: int = 0,
+    split: Split = "test",
 ) -> list[QuestionSet]:
     """Return a set of questions for each operation and length of words.
 
@@ -180,6 +200,7 @@ def character_questions(
         shots: solved examples before each question, different ones for each.
         num_questions: questions of each set.
         seed: seed of words and letters.
+        split: part of all words that the words are of.
 
     Raises:
         ConfigError: an operation is unknown, a length or the alphabet is too small, or there are
@@ -197,7 +218,7 @@ def character_questions(
     for name in operations:
         for length in lengths:
             random = Random(f"{seed} {name} {length} {alphabet} {shots}")
-            words = _Words(length, alphabet, random)
+            words = _Words(length, alphabet, random, split)
             questions = tuple(_ask(name, words, shots) for _ in range(num_questions))
             sets.append(QuestionSet(f"{name} {length}", questions))
     return sets
@@ -211,10 +232,37 @@ def _ask(name: str, words: _Words, shots: int) -> Question:
         if len(examples) > shots:
             break
     else:
-        raise ConfigError(
-            f"there are too few words of {words.length} letters out of {len(words.alphabet)} for "
-            f"{shots} examples: use longer words, more letters or fewer shots"
-        )
+        raise _too_few(words, f"{shots} examples")
     *solved, last = examples.values()
     lines = [f"{one.question} = {one.answer}\n" for one in solved]
     return Question("".join(lines) + f"{last.question} =", last.answer, last.wrong)
+
+
+def training_questions(
+    number: int, *, lengths: Sequence[int] = LENGTHS, shots: int = 0, seed: int = 0
+) -> list[dict[str, str]]:
+    r"""Return questions to train on, about words that tests do not ask about.
+
+    Each is a record such as ``{"prompt": "swap q and b in bqa =", "response": " qba\n"}``. All
+    operations and lengths occur alike, in random order.
+
+    Args:
+        number: number of questions.
+        lengths: lengths of words.
+        shots: solved examples before each question.
+        seed: seed of words, letters and order.
+
+    Raises:
+        ConfigError: as :func:`character_questions`.
+    """
+    each = -(-number // (len(OPERATIONS) * len(lengths)))
+    sets = character_questions(
+        lengths=lengths, shots=shots, num_questions=each, seed=seed, split="train"
+    )
+    records = [
+        {"prompt": question.prompt, "response": one.before + question.answer + one.after}
+        for one in sets
+        for question in one.questions
+    ]
+    Random(f"{seed} order").shuffle(records)
+    return records[:number]
