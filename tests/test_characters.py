@@ -177,6 +177,11 @@ def test_scores_by_hand():
     assert section.rows[0][:3] == ("toy", 2, "0.42")
     assert len(section.rows[0]) == len(section.columns)
     assert section.record["toy"]["share"]["high"] == found.share.high
+    both = questions_section([found, found._replace(name="again")], "toys", "of toys.")
+    assert [row[:2] for row in both.rows] == [("toy", 2), ("again", 2), ("all", 4)]
+    assert both.record["all"]["accuracy"]["value"] == pytest.approx(found.accuracy.value)
+    assert both.record["all"]["bits_per_byte"]["value"] == pytest.approx(found.bits_per_byte.value)
+    assert both.record["all"]["chance"] == pytest.approx(found.chance)
     with pytest.raises(ConfigError, match="no questions"):
         measure_questions(toy, [QuestionSet("none", ())])
 

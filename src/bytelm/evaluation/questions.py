@@ -83,7 +83,7 @@ class SetScore(NamedTuple):
     bits_per_byte: Estimate
     """Of the right answers."""
     values: Floats
-    """Share, accuracy and exact of each question, ``[3, question]``."""
+    """Share, accuracy, exact, bits and bytes of the right answer: ``[5, question]``."""
 
 
 def wrong_answers(
@@ -148,16 +148,30 @@ def _measure_set(lm: TextModel, one: QuestionSet, seed: int) -> SetScore:
             sizes,
         ]
     )
-    weights = resample(len(each), generator=seed).astype(float)
+    return _scored(one.name, one.chance, measured, seed)
+
+
+def _scored(name: str, chance: float, measured: Floats, seed: int) -> SetScore:
+    """Return the scores of questions, with intervals over them, from their values."""
+    number = measured.shape[1]
+    weights = resample(number, generator=seed).astype(float)
 
     def estimate(row: Floats, per: Floats) -> Estimate:
         return Estimate(float(row.sum() / per.sum()), *interval((weights @ row) / (weights @ per)))
 
-    ones = np.ones(len(each))
-    share, accuracy, exact = (estimate(row, ones) for row in measured[:3])
+    share, accuracy, exact = (estimate(row, np.ones(number)) for row in measured[:3])
     bits_per_byte = estimate(measured[3], measured[4])
-    scores = share, accuracy, exact, bits_per_byte
-    return SetScore(one.name, len(each), one.chance, *scores, values=measured[:3])
+    return SetScore(name, number, chance, share, accuracy, exact, bits_per_byte, measured)
+
+
+def _with_all(scores: Sequence[SetScore]) -> list[SetScore]:
+    """Return the scores, and after several those of all questions together."""
+    if len(scores) < 2:
+        return list(scores)
+    numbers = [one.num_questions for one in scores]
+    chance = float(np.average([one.chance for one in scores], weights=numbers))
+    values = np.concatenate([one.values for one in scores], axis=1)
+    return [*scores, _scored("all", chance, values, 0)]
 
 
 def _share(nats: Floats) -> float:
@@ -195,6 +209,7 @@ def questions_section(scores: Sequence[SetScore], title: str, note: str) -> Sect
         title: title of the table.
         note: what was asked.
     """
+    every = _with_all(scores)
     rows = tuple(
         (
             one.name,
@@ -203,7 +218,7 @@ def questions_section(scores: Sequence[SetScore], title: str, note: str) -> Sect
             *(f"{x.value:.3f} ±{x.margin:.3f}" for x in (one.share, one.accuracy, one.exact)),
             f"{one.bits_per_byte.value:.3f}",
         )
-        for one in scores
+        for one in every
     )
     record = {
         one.name: {
@@ -211,7 +226,7 @@ def questions_section(scores: Sequence[SetScore], title: str, note: str) -> Sect
             for name, value in one._asdict().items()
             if name not in ("name", "values")
         }
-        for one in scores
+        for one in every
     }
     note += (
         " share: of the right answer in the probability of all that are offered; accuracy: it is "
@@ -238,7 +253,10 @@ def questions_sections(
         questions_section(scores, f"{title}: {name}", note) for name, scores in models.items()
     ]
     compared = scores_section(
-        {name: [x for one in some for x in _by_metric(one)] for name, some in models.items()},
+        {
+            name: [x for one in _with_all(some) for x in _by_metric(one)]
+            for name, some in models.items()
+        },
         "",
         {},
     )
@@ -255,5 +273,5 @@ def _by_metric(one: SetScore) -> list[Scores]:
     ones = np.ones(one.num_questions)
     return [
         Scores(one.name, metric, "mean", values, ones, questions)
-        for metric, values in zip(("share", "accuracy", "exact"), one.values, strict=True)
+        for metric, values in zip(("share", "accuracy", "exact"), one.values[:3], strict=True)
     ]
