@@ -1,6 +1,7 @@
-"""Suite `data`: text to prepared shards, shards to packed rows. On the CPU, one worker."""
+"""Suite `data`: text to prepared shards, shards to packed rows. On the CPU."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.settings import Settings
 from benchmarks.subjects import PATCH_SIZE, random_words
@@ -20,10 +22,11 @@ from bytelm.config import (
     NgramConfig,
     Packing,
     Recipe,
+    TransformerConfig,
     load_recipe,
 )
 from bytelm.data import Dataset, Loader, PrepareOptions, prepare
-from bytelm.lm import ScorerLM
+from bytelm.lm import ScorerLM, build_lm
 from bytelm.patching import EntropyRule, Patcher, SpaceRule
 from bytelm.scoring import fit_ngram_scorer
 from bytelm.training import Trainer
@@ -36,6 +39,10 @@ ROW_BYTES, QUICK_ROW_BYTES = 8192, 512
 ROWS_PER_STEP = 4
 STEPS, QUICK_STEPS = 16, 2
 RECIPE = "blt-1m"
+NGRAM_BYTES, TRANSFORMER_BYTES, QUICK_SHARED_BYTES = 96_000_000, 1_500_000, 200_000
+"""Text that one worker and two prepare, in turns, for each kind of scorer."""
+SHARED_REPEATS = 3
+TRANSFORMER = TransformerConfig(dim=128, num_layers=2, num_heads=4, ffn_dim=512, window=512)
 
 
 def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
@@ -48,11 +55,13 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
         _save_scorer(text[: len(text) // 4], work / "scorer")
         report("data: preparation")
         measurements = _prepare(work, len(text), settings)
+        report("data: preparation by one worker and by two")
+        workers = _share(work, settings)
         report("data: loader")
         measurements += _load(work, settings)
         report("data: loader and trainer")
         measurements.append(_load_and_train(work, settings))
-    return {"measurements": measurements}
+    return {"measurements": measurements, "workers": workers}
 
 
 def _documents(text: bytes) -> str:
@@ -80,6 +89,36 @@ def _prepare(work: Path, num_bytes: int, settings: Settings) -> list[dict[str, A
         what = f"preparation, {name}"
         measurements.append({"what": what, "bytes": num_bytes, "samples": {"ours": samples}})
     return measurements
+
+
+def _share(work: Path, settings: Settings) -> list[dict[str, Any]]:
+    """Whole preparations by one worker and by two, in turns: two need as many free cores."""
+    _save_transformer(work / "transformer")
+    kinds = {
+        "n-gram scorer": (work / "scorer", NGRAM_BYTES),
+        "transformer, 2 layers of 128": (work / "transformer", TRANSFORMER_BYTES),
+    }
+    measurements = []
+    for name, (scorer, num_bytes) in kinds.items():
+        text = random_words(QUICK_SHARED_BYTES if settings.quick else num_bytes)
+        path = work / "shared.jsonl"
+        path.write_text(_documents(text))
+        samples: dict[str, list[Sample]] = {"one": [], "two": []}
+        for _ in range(min(settings.repeats, SHARED_REPEATS)):
+            for workers, (_, taken) in enumerate(samples.items(), 1):
+                options = PrepareOptions(scorer=scorer, workers=workers)
+                out = work / "shared"
+                taken.append(time_once(partial(prepare, [str(path)], out, options), "cpu"))
+                shutil.rmtree(out)
+        measurements.append({"scorer": name, "bytes": len(text), "samples": samples})
+    return measurements
+
+
+def _save_transformer(folder: Path) -> None:
+    description = ModelDescription(model=TRANSFORMER)
+    lm = build_lm(description)
+    lm.trained.init_weights(torch.Generator().manual_seed(0))
+    save_model(folder, lm, description)
 
 
 def _load(work: Path, settings: Settings) -> list[dict[str, Any]]:

@@ -329,7 +329,20 @@ def _data(results: Section) -> list[str]:
             rows[-1].append(ratio(pair_ratio(samples, training, clock)) if training else "")
         heads = ["what", "ours", "MB/s", "rows/s", "training / loading"]
         parts.append(f"{_title(clock)}:\n\n{table(heads, rows)}")
-    return parts
+    # Records of earlier versions have none.
+    return [*parts, _workers(results["workers"])] if "workers" in results else parts
+
+
+def _workers(measurements: Sequence[Measurement]) -> str:
+    rows = []
+    for one in measurements:
+        samples = one["samples"]
+        pairs = pair_ratio(samples["two"], samples["one"], "wall")
+        cells = [one["scorer"], f"{one['bytes'] / 1e6:g}"]
+        rows.append([*cells, *(times(samples[n], "wall") for n in ("one", "two")), ratio(pairs)])
+    heads = ["scorer", "MB", "one worker", "two workers", "one / two"]
+    title = "Whole preparations by one worker and by two, in turns, by wall time"
+    return f"{title}:\n\n{table(heads, rows)}"
 
 
 _TABLES: dict[str, Callable[[Section], list[str]]] = {

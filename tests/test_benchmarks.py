@@ -152,7 +152,14 @@ EXAMPLES = {
                 "rows": 10,
                 "samples": {"ours": samples(4), "training": samples(80)},
             },
-        ]
+        ],
+        "workers": [
+            {
+                "scorer": "n-grams",
+                "bytes": 2_000_000,
+                "samples": {"one": samples(8, 6), "two": samples(4, 4)},
+            }
+        ],
     },
 }
 
@@ -208,6 +215,8 @@ def test_tables_say_what_the_samples_say():
     assert cells(text, "a table", "a whole row") == ["2,000", "500", "**4** (4 to 4)"]
     assert cells(text, "loader") == ["4 s / 4 s", "0.50", "2.5", ""]
     assert cells(text, "recipe") == ["4 s / 4 s", "0.50", "2.5", "**20** (20 to 20)"]
+    expected = ["12 s / 14 s", "8 s / 8 s", "**1.75** (1.5 to 2)"]
+    assert cells(text, "n-grams", "2") == expected
 
 
 def test_origins_are_told_apart_where_they_differ():

@@ -161,11 +161,11 @@ def test_a_stop_is_resumed_and_finished_sections_are_not_read_again(
     last = stop % len(whole.shards)
     written, sources = [], []
 
-    def fail(self, shard):
+    def fail(self, shard, entropies):
         if len(written) == last:
             raise KeyboardInterrupt
         written.append(shard.name)
-        return write(self, shard)
+        return write(self, shard, entropies)
 
     def note(self, source):
         sources.append(source.source)

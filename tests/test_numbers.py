@@ -18,7 +18,7 @@ from bytelm.config import FittedNgramConfig, ModelDescription, NgramConfig, Reci
 from bytelm.data import Dataset, PrepareOptions, prepare
 from bytelm.data.calibration import sample_dataset
 from bytelm.data.records import Document
-from bytelm.data.writing import Shard, Writer
+from bytelm.data.writing import Writer
 from bytelm.errors import CheckpointError, NumericalError, TrainingError
 from bytelm.inference import Sampler, Sampling, generate
 from bytelm.language_model import LanguageModel
@@ -214,8 +214,8 @@ def test_preparation_names_source_document_and_byte(tmp_path, before, others):
     name = f"the document of source 'books' that begins with {start}"
     message = f"entropy of byte {before + 1:,} of {name}"
     with pytest.raises(NumericalError, match=message):
-        writer.write(Shard("s.arrow", "train", documents))
-    assert not (tmp_path / "s.arrow").exists()
+        writer.write_block(0, documents, ["train"] * len(documents))
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_and_patching_name_the_text_and_byte(lm):

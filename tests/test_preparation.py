@@ -8,6 +8,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from builders import random_byte_lm
 from bytelm import codec
 from bytelm.checkpoint import fingerprint, load_scorer, save_model
 from bytelm.config import EntropyPatching, ModelDescription, TransformerConfig
-from bytelm.data import Dataset, PrepareOptions, ReadOptions, prepare, writing
+from bytelm.data import Dataset, PrepareOptions, ReadOptions, engines, prepare, writing
 from bytelm.data.calibration import calibrate_folder, repatch_folder
 from bytelm.data.dataset import MANIFEST, read_manifest
 from bytelm.errors import CheckpointError, ConfigError, DataError
@@ -231,12 +233,61 @@ def test_ids_and_entropies_of_any_slice(corpus, scorer, tmp_path):
         assert np.array_equal(dataset.entropies(index, begin, end), scores[begin:end])
 
 
-def test_the_number_of_workers_does_not_change_the_result(corpus, scorer, tmp_path):
+@pytest.fixture
+def others_first(monkeypatch):
+    """Another worker takes part from the first documents on, though these are soon scored."""
+
+    def wait_for_others(engine):
+        return all(start.result() is None for start in engine._starts) and bool(engine._starts)
+
+    monkeypatch.setattr(engines, "START_AFTER", -1.0)
+    monkeypatch.setattr(engines._SharedEngine, "_has_others", wait_for_others)
+    monkeypatch.setattr(writing, "SCORED_TOGETHER", 300)
+
+
+def test_the_number_of_workers_does_not_change_the_result(
+    corpus, scorer, tmp_path, others_first, monkeypatch
+):
+    score, scored = writing.Writer.score, []
+
+    def score_here(writer, group):
+        scored.append(group)
+        time.sleep(0.002)
+        return score(writer, group)
+
+    monkeypatch.setattr(writing.Writer, "score", score_here)
+    manifests, counts = [], []
     for workers in (1, 2):
-        options = PrepareOptions(scorer=scorer, workers=workers, shard_bytes=2000)
-        prepare([corpus], tmp_path / str(workers), options)
-    one, two = (read_manifest(tmp_path / str(w)) for w in (1, 2))
-    assert one == two
+        options = PrepareOptions(scorer=scorer, workers=workers, shard_bytes=4000)
+        manifests.append(prepare([corpus], tmp_path / str(workers), options))
+        counts.append(len(scored) - sum(counts))
+    assert manifests[0] == manifests[1]
+    # Both took part.
+    assert 0 < counts[1] < counts[0]
+
+
+def test_a_worker_that_dies_ends_the_preparation_which_resumes(
+    corpus, scorer, tmp_path, others_first, monkeypatch
+):
+    def die(engine, function, *arguments):
+        future = Future()
+        if function is engines._score_in_worker and len(list((tmp_path / "d").glob("*.arrow"))) > 2:
+            future.set_exception(BrokenProcessPool())
+        else:
+            future.set_result(None if not arguments else scored_by_another(engine, *arguments))
+        return future
+
+    def scored_by_another(engine, group):
+        return np.concatenate(list(engine._writer.score(group)))
+
+    options = PrepareOptions(scorer=scorer, workers=2, shard_bytes=4000)
+    whole = prepare([corpus], tmp_path / "whole", dataclasses.replace(options, workers=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(engines._SharedEngine, "_submit", die)
+        with pytest.raises(DataError, match=r"a worker process died, .* fewer --workers"):
+            prepare([corpus], tmp_path / "d", options)
+    assert not (tmp_path / "d" / MANIFEST).exists()
+    assert prepare([corpus], tmp_path / "d", dataclasses.replace(options, workers=1)) == whole
 
 
 def test_finished_data_is_not_made_again(corpus, tmp_path):
@@ -252,11 +303,11 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(corpus, scorer, tmp
     written = []
     write = writing.Writer.write
 
-    def fail_at_fifth(self, shard):
+    def fail_at_fifth(self, shard, entropies):
         if len(written) == 5:
             raise KeyboardInterrupt
         written.append(shard.name)
-        return write(self, shard)
+        return write(self, shard, entropies)
 
     monkeypatch.setattr(writing.Writer, "write", fail_at_fifth)
     with pytest.raises(KeyboardInterrupt):
@@ -267,9 +318,9 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(corpus, scorer, tmp
         journal.write('{"file": "train-')
     again = []
 
-    def record(self, shard):
+    def record(self, shard, entropies):
         again.append(shard.name)
-        return write(self, shard)
+        return write(self, shard, entropies)
 
     monkeypatch.setattr(writing.Writer, "write", record)
     assert prepare([corpus], tmp_path / "d", options).shards == whole.shards

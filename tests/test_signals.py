@@ -10,7 +10,10 @@ import time
 
 import pytest
 
+from builders import random_byte_lm
 from bytelm import cli
+from bytelm.checkpoint import save_model
+from bytelm.config import ModelDescription, TransformerConfig
 from bytelm.data import PrepareOptions, prepare
 from bytelm.layout import saved_steps, step_number
 from bytelm.training import Trainer
@@ -80,7 +83,7 @@ def test_a_training_that_is_stopped_has_a_checkpoint_and_the_status_of_the_signa
 
 
 def write_text(folder):
-    lines = [json.dumps({"text": f"line {n} of some text " * 400}) for n in range(600)]
+    lines = [json.dumps({"text": f"line {n} of some text " * 400}) for n in range(250)]
     (folder / "text.jsonl").write_text("\n".join(lines))
 
 
@@ -109,8 +112,11 @@ def start(*arguments):
 def test_a_signal_while_workers_start_leaves_one_line(tmp_path, number, delay):
     """It reaches the whole group, whose processes import, start and work at that time."""
     write_text(tmp_path)
+    size = {"dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 48, "window": 6}
+    description = ModelDescription(model=TransformerConfig(**size))
+    save_model(tmp_path / "scorer", random_byte_lm(**size), description)
     prepare = ["data", "prepare", tmp_path / "text.jsonl", "--out", tmp_path / "out"]
-    prepare += ["--workers", "2", "--shard-mb", "0.1"]
+    prepare += ["--scorer", tmp_path / "scorer", "--workers", "2", "--shard-mb", "0.1"]
     process = start(*prepare)
     time.sleep(delay)
     with contextlib.suppress(ProcessLookupError):

@@ -68,8 +68,8 @@ def data_prepare(
         int | None,
         typer.Option(
             min=1,
-            help="Processes that score and write. (default: one per core with --scorer or on Ray, "
-            "otherwise one)",
+            help="Processes that score. (default: one per core with --scorer or on Ray, otherwise "
+            "one)",
         ),
     ] = None,
     engine: Annotated[

@@ -73,8 +73,9 @@ class PrepareOptions:
     """``local``: processes of this computer; ``ray``: Ray, here or on the cluster at
     ``RAY_ADDRESS``."""
     workers: int | None = None
-    """Number of processes that score and write. ``None`` is, on this computer, one per core if
-    there is a scorer for the CPU, otherwise one; on Ray, one per core, or per GPU for ``cuda``."""
+    """Number of processes that score. ``None`` is, on this computer, one per core if the scorer is
+    for the CPU, otherwise one; on Ray, where they also write, one per core, or per GPU for
+    ``cuda``. Without a scorer, one process of this computer does all."""
     device: Device = "cpu"
     """Device that scores; entropies of ``cuda`` differ from those of ``cpu`` in their last bits."""
     leave_out: tuple[Path, ...] = ()

@@ -1,6 +1,6 @@
 """Score documents and write them as shards, Arrow files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,25 +90,65 @@ class Writer:
             self._metadata = {SCORED_BY: scored_by(record)}
 
     def write_block(
-        self, number: int, documents: Sequence[Document], splits: Sequence[Split | None]
+        self,
+        number: int,
+        documents: Sequence[Document],
+        splits: Sequence[Split | None],
+        entropies: Iterator[NDArray[np.float32]] | None = None,
     ) -> BlockRecord:
         """Write the shards of a block; see :func:`shards_of`.
+
+        Args:
+            number: number of the block.
+            documents: its documents.
+            splits: split of each; ``None`` for a copy, which is left out.
+            entropies: those of :meth:`groups`, in order; ``None`` to compute them.
 
         Raises:
             OSError: a file cannot be written.
             NumericalError: an entropy is not finite.
         """
-        shards = [self.write(shard) for shard in shards_of(number, documents, splits)]
-        parts = [shard_statistics(self._out / shard.file) for shard in shards]
+        shards = shards_of(number, documents, splits)
+        if entropies is None:
+            entropies = (part for group in self.groups(shards) for part in self.score(group))
+        records = [self.write(shard, entropies) for shard in shards]
+        parts = [shard_statistics(self._out / record.file) for record in records]
         for document, split in zip(documents, splits, strict=True):
             if split is None:
                 size = len(document.data)
                 copy = SourceStatistics(duplicate_documents=1, duplicate_bytes=size)
                 parts.append({document.source: copy})
-        return BlockRecord(block=number, shards=shards, statistics=add_up(parts))
+        return BlockRecord(block=number, shards=records, statistics=add_up(parts))
 
-    def write(self, shard: Shard) -> ShardRecord:
+    def groups(self, shards: Iterable[Shard]) -> list[list[Document]]:
+        """Return the documents of shards in groups that are scored independently of each other.
+
+        They do not depend on who scores them, since the company of a document may change the last
+        bits of its entropies. There are none without a scorer.
+        """
+        if self._scorer is None:
+            return []
+        return [
+            group
+            for shard in shards
+            for group in group_by_size(shard.documents, _num_entropies, SCORED_TOGETHER)
+        ]
+
+    def score(self, group: list[Document]) -> Iterator[NDArray[np.float32]]:
+        """Yield the entropies of a group in order, one document or a part of one at a time.
+
+        Raises:
+            NumericalError: an entropy is not finite.
+        """
+        assert self._scorer is not None
+        return _entropies(self._scorer, group, self._device)
+
+    def write(self, shard: Shard, entropies: Iterator[NDArray[np.float32]]) -> ShardRecord:
         """Write one shard atomically, and return its record.
+
+        Args:
+            shard: the shard.
+            entropies: those of its documents come next; nothing is taken without a scorer.
 
         Raises:
             OSError: the file cannot be written.
@@ -125,7 +165,7 @@ class Writer:
             columns.append(pa.array(ranges, TRAINED.type))
         if self._scorer is not None:
             schema = schema.append(ENTROPIES).with_metadata(self._metadata)
-            columns.append(_entropy_column(self._scorer, shard.documents, self._device))
+            columns.append(_entropy_column(shard.documents, entropies))
         path = self._out / shard.name
         with (
             atomic_file(path) as temporary,
@@ -175,17 +215,26 @@ def _totals(documents: list[Document]) -> dict[str, SourceTotal]:
     return totals
 
 
-def _entropy_column(scorer: Scorer, documents: list[Document], device: str) -> pa.Array:
+def _num_entropies(document: Document) -> int:
+    return len(document.data) + 1
+
+
+def _entropy_column(
+    documents: list[Document], entropies: Iterator[NDArray[np.float32]]
+) -> pa.Array:
     """Return the entropies of all documents, using little memory apart from the result's."""
-    lengths = [len(document.data) + 1 for document in documents]
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    offsets = np.zeros(len(documents) + 1, np.int64)
+    np.cumsum([_num_entropies(document) for document in documents], out=offsets[1:])
     values = np.empty(offsets[-1], np.float32)
     at = 0
-    for group in group_by_size(documents, lambda one: len(one.data) + 1, SCORED_TOGETHER):
-        for part in _entropies(scorer, group, device):
-            values[at : at + len(part)] = part
-            at += len(part)
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+    while at < len(values):
+        part = next(entropies)
+        values[at : at + len(part)] = part
+        at += len(part)
+    # As in _column, without pandas.
+    flat = pa.Array.from_buffers(pa.float32(), len(values), [None, pa.py_buffer(values)])
+    buffers = [None, pa.py_buffer(offsets)]
+    return pa.Array.from_buffers(ENTROPIES.type, len(documents), buffers, children=[flat])
 
 
 def _entropies(
