@@ -12,7 +12,7 @@ and :func:`attention` executes it:
 :func:`reference_attention` is the dense reference implementation of all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -86,7 +86,17 @@ class Group(NamedTuple):
             rows.unflatten(0, (self.num_blocks, self.block)).transpose(1, 2).add_(column)
 
 
-AttentionPlan = tuple[Group, ...] | BlockMask | Mask
+class Groups:
+    """All groups of a batch.
+
+    Not a tuple: compiled code would be made again for every length of one.
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self.all = tuple(groups)
+
+
+AttentionPlan = Groups | BlockMask | Mask
 """Plan of attention: groups (CPU), a block mask (FlexAttention), or the mask itself (dense)."""
 
 
@@ -155,16 +165,16 @@ def _dense(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _groups(documents: Int[Tensor, "batch length"], window: int | None) -> tuple[Group, ...]:
+def _groups(documents: Int[Tensor, "batch length"], window: int | None) -> Groups:
     """Return the groups of every document, with positions counted over the whole batch."""
     if not documents.numel():
-        return ()
+        return Groups(())
     changes = torch.ones_like(documents, dtype=torch.bool)
     changes[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = changes.flatten().nonzero().flatten().tolist()
     ends = [*starts[1:], documents.numel()]
     templates = _Templates(window)
-    return tuple(
+    return Groups(
         group
         for begin, end in zip(starts, ends, strict=True)
         for group in templates.document(begin, end - begin)
@@ -208,11 +218,11 @@ class _Templates:
         return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
 
 
-def _blocked(queries: Tensor, keys: Tensor, values: Tensor, groups: tuple[Group, ...]) -> Tensor:
+def _blocked(queries: Tensor, keys: Tensor, values: Tensor, groups: Groups) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (queries, keys, values))
     is_training = torch.is_grad_enabled()
     run: Any = _BlockedAttention.apply if is_training else partial(_BlockedAttention.forward, None)
-    out = run(q, k, v, groups)
+    out = run(q, k, v, groups.all)
     return out.unflatten(0, queries.shape[:2])
 
 

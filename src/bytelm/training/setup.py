@@ -25,7 +25,7 @@ from bytelm.patching import build_patcher
 from bytelm.tokens import Tokenizer, load_tokenizer
 from bytelm.training.distributed import World
 from bytelm.training.initial import load_initial
-from bytelm.training.parallel import can_initialise_shards
+from bytelm.training.parallel import can_initialise_shards, compiles
 from bytelm.training.parts import freeze
 from bytelm.training.rows import with_measured_room, with_room
 from bytelm.units import Units
@@ -102,7 +102,9 @@ def set_up(
                 origin = load_initial(recipe.init, lm, description)
     recipe = _decided(world, _with_units, recipe, dataset, lm.units)
     freeze(lm.trained, recipe.optimizer.freeze)
-    cpu.fuse(lm.trained)
+    if not compiles(recipe.train, device):
+        # Compiled passes never run fused ones, and would be compiled again for each that they find.
+        cpu.fuse(lm.trained)
     return Setup(recipe, description, dataset, lm, origin)
 
 
