@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,16 +22,17 @@ from torch import distributed
 from builders import SPACE_BLT, LearnedRule, merged
 from bytelm import kernels, load, shards
 from bytelm.accounting import Part, register_parts
-from bytelm.config import ModelConfig, PatchingConfig, Recipe, parse
+from bytelm.config import HashEmbeddingConfig, ModelConfig, PatchingConfig, Recipe, parse
 from bytelm.data import Dataset, Loader, PrepareOptions, prepare, train_dataset_tokenizer
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps, step_number
 from bytelm.lm import CausalLM, kinds, register_model
 from bytelm.model import blt, layers, transformer
+from bytelm.model.embedding import HashEmbedding
 from bytelm.patching import register_rule
 from bytelm.progress import BeginCooldown, Callback
 from bytelm.ranks import Place, find_place, first_host
-from bytelm.training import Trainer, saving, train, watchdog
+from bytelm.training import Trainer, parallel, saving, train, watchdog
 from bytelm.training.distributed import World, join
 from bytelm.units import ByteUnits
 from earlier import StopAt
@@ -535,6 +537,32 @@ def test_ranks_that_hang_are_named():
     assert watchdog.hung_message([9, 9], 0.5).startswith("no rank has made no progress for 0.5 s")
 
 
+def test_points_of_an_embedding_are_passed_when_the_gradients_of_its_weights_are_known():
+    """Its inputs have none, and ranks wait for each other after its backward pass."""
+    embedding = HashEmbedding(
+        vocab_size=260, dim=4, config=HashEmbeddingConfig(sizes=(2, 3), num_buckets=5)
+    )
+    world = World()
+    parallel._mark_points(embedding, world)
+    ids, passed = torch.randint(260, (2, 9)), []
+    for _ in range(2):
+        embedded = embedding(ids, torch.arange(9).expand(2, 9))
+        passed.append(world.num_points)
+        embedded.sum().backward()
+        passed.append(world.num_points)
+    # Before the forward pass; at the output, and for both weights.
+    assert passed == [1, 4, 5, 8]
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf, -math.inf])
+def test_tensors_that_are_not_finite_are_counted(damage):
+    good = [torch.full((3, 2), 3e38), torch.zeros(0, 4), torch.tensor(-1.0)]
+    assert saving.count_damaged(iter(good)) == saving.count_damaged([]) == 0
+    bad = torch.randn(40, 50)
+    bad[17, 3] = damage
+    assert saving.count_damaged([*good, bad, bad[17:18, 3]]) == 2
+
+
 @SLOW
 @pytest.mark.parametrize(
     ("how", "size", "rank"),
@@ -544,7 +572,7 @@ def test_ranks_that_hang_are_named():
         ("sleep", 2, 1),
         ("sleep in a block", 4, 0),
         ("sleep in a backward pass", 2, 1),
-        ("sleep in a backward pass", 4, 0),
+        ("sleep in the backward pass of the embedding", 4, 0),
     ],
 )
 def test_a_rank_that_hangs_or_is_stopped_is_named(data, tmp_path, how, size, rank):
@@ -557,7 +585,7 @@ def test_a_rank_that_hangs_or_is_stopped_is_named(data, tmp_path, how, size, ran
 
 def train_and_hang(settings, folder, how, rank):
     """One rank hangs in its fourth step; what the watchdogs say goes to a file."""
-    load, run = Loader.next_batch, kernels.feed_forward
+    load, run, embed = Loader.next_batch, kernels.feed_forward, torch.nn.Embedding.forward
 
     def say(message):
         with (folder / "said").open("a") as file:
@@ -583,15 +611,24 @@ def train_and_hang(settings, folder, how, rank):
         if is_time and how == "sleep in a block":
             hang()
         result = run(*args)
-        if is_time:
+        if is_time and how == "sleep in a backward pass":
             # In the backward pass of the block, before that of its feed-forward.
             result.register_hook(lambda _: hang())
         return result
 
-    calls = []
+    def embed_or_hang(*args):
+        embedded.append(args)
+        result = embed(*args)
+        if distributed.get_rank() == rank and len(embedded) == 4:
+            result.register_hook(lambda _: hang())
+        return result
+
+    calls, embedded = [], []
     (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     Loader.next_batch = load_or_hang
-    if how.startswith("sleep in"):
+    if how.endswith("embedding"):
+        torch.nn.Embedding.forward = embed_or_hang
+    elif how.startswith("sleep in"):
         kernels.feed_forward = run_or_hang
     watchdog.abort = say
     return train(settings, folder / "run")

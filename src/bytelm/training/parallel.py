@@ -37,6 +37,11 @@ SAVED = {
 """Operations whose results selective checkpointing keeps: those that cost most to repeat."""
 
 
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run on a device compiles its model: by default on CUDA only."""
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
 def parallelize(
     lm: CausalLM, config: TrainConfig, device: torch.device, world: World | None = None
 ) -> None:
@@ -58,11 +63,11 @@ def parallelize(
     world, model = world or World(), lm.trained
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     by_block = config.compile_blocks or world.size > 1
-    compiles = device.type == "cuda" if config.compile is None else config.compile
+    is_compiled = compiles(config, device)
     for block in blocks:
         if config.activation_checkpointing != "none":
             _set_forward(block, _checkpointed(block.forward, config.activation_checkpointing))
-        if compiles and by_block:
+        if is_compiled and by_block:
             # Not the block itself, whose hooks gather its weights.
             _set_forward(block, torch.compile(block.forward, dynamic=False))
     if world.size > 1:
@@ -71,7 +76,7 @@ def parallelize(
         initialise(model, device, config.seed)
     else:
         model.to(device)
-    if compiles and not by_block:
+    if is_compiled and not by_block:
         model.compile(dynamic=False)
 
 
@@ -132,7 +137,11 @@ def _mark_points(module: nn.Module, world: World) -> None:
 
         forward     mark, gather weights, compute
         backward    mark, gather weights, compute, mark, sum gradients
+
+    The last mark is made when the gradient of the module's inputs is known; an embedding's inputs
+    have none, so those of its weights count.
     """
+    marked = set[Tensor]()
 
     def before_forward(*_: Any) -> None:
         world.mark()
@@ -143,7 +152,13 @@ def _mark_points(module: nn.Module, world: World) -> None:
                 tensor.register_hook(lambda _: world.mark())
 
     def at_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        mark_gradient(*inputs)
+        if any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
+            mark_gradient(*inputs)
+            return
+        # FSDP has gathered the weights, in the same tensors every time.
+        weights = [one for one in module.parameters() if one not in marked]
+        marked.update(weights)
+        mark_gradient(*weights)
 
     def at_outputs(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         mark_gradient(output)

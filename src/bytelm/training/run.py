@@ -20,7 +20,7 @@ from bytelm.training.distributed import World, join
 from bytelm.training.objective import Likelihood, total
 from bytelm.training.parallel import local
 from bytelm.training.profiling import Profiler
-from bytelm.training.saving import Saver, remove_old
+from bytelm.training.saving import Saver, count_damaged, remove_old
 from bytelm.training.setup import choose_device
 from bytelm.training.starting import (
     Start,
@@ -342,7 +342,7 @@ class Run:
         if self.world.decide(folder.exists):
             return
         parameters = map(local, trainer.lm.trained.parameters())
-        (num_damaged,) = self.world.sum(sum(not bool(p.isfinite().all()) for p in parameters))
+        (num_damaged,) = self.world.sum(count_damaged(parameters))
         if num_damaged:
             raise self._diverged(f"weights are no longer finite at step {trainer.num_steps}")
         training = {

@@ -1,15 +1,17 @@
 """Save checkpoints of a run: at once in one process, in the background on several ranks.
 
-On several ranks, training waits only while the rows of each rank are copied. A thread of each rank
-then writes them into the same files, in a folder that rank 0 renames when all are complete; a kill
-of any rank at any moment leaves the checkpoints that were there before. ::
+On several ranks, training waits only while the rows of each rank are copied, into memory that the
+next checkpoint uses again. A thread of each rank then writes them into the same files, in a folder
+that rank 0 renames when all are complete; a kill of any rank at any moment leaves the checkpoints
+that were there before. ::
 
     steps       ... 499 500 | copy | 501 502 503 ...
     threads                        | write | all have written | hash | rename
 """
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -71,6 +73,8 @@ class Saver:
         self._folder: Path | None = None
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+        # Memory that is new must be cleared page by page, which takes longer than to copy.
+        self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def save(
         self,
@@ -89,7 +93,7 @@ class Saver:
         if self._world.size == 1:
             save_step(self._run, setup, optimizer, state, training)
         else:
-            copy = _Copy.of(setup, optimizer, state, training)
+            copy = _Copy.of(setup, optimizer, state, training, self._buffers)
             self._thread = Thread(target=self._write, args=(copy,), daemon=True)
             self._thread.start()
         self._folder = step_folder(self._run, state.step)
@@ -146,11 +150,15 @@ class _Copy(NamedTuple):
         optimizer: torch.optim.Optimizer,
         state: TrainerState,
         training: dict[str, Any],
+        buffers: dict[tuple[str, str], Tensor],
     ) -> "_Copy":
         trained = setup.lm.trained
         files = {MODEL: trained.state_dict(), OPTIMIZER: moments(trained, optimizer)}
         parts = {
-            file: {name: _copied(part_of(tensor)) for name, tensor in tensors.items()}
+            file: {
+                name: _copied(part_of(tensor), buffers, (file, name))
+                for name, tensor in tensors.items()
+            }
             for file, tensors in files.items()
         }
         return cls(setup, state, training, parts)
@@ -170,9 +178,14 @@ class _Copy(NamedTuple):
             write_json(folder / TRAINER, asdict(self.state))
 
 
-def _copied(part: Part) -> Part:
-    # Of rows that other ranks write only the type matters.
-    return part._replace(rows=part.rows.to("cpu", copy=True)) if part.is_first else part
+def _copied(part: Part, buffers: dict[tuple[str, str], Tensor], key: tuple[str, str]) -> Part:
+    """Return a part whose rows, if this rank writes them, are copied into its buffer."""
+    if not part.is_first:
+        # Of rows that other ranks write only the type matters.
+        return part
+    if key not in buffers:
+        buffers[key] = torch.empty_like(part.rows, device="cpu", pin_memory=part.rows.is_cuda)
+    return part._replace(rows=buffers[key].copy_(part.rows))
 
 
 @contextmanager
@@ -204,6 +217,16 @@ def remove_old(run: Path, num_kept: int, last_shared_step: int | None = None) ->
     for old in saved[:-num_kept]:
         if old not in kept:
             shutil.rmtree(old)
+
+
+def count_damaged(tensors: Iterable[Tensor]) -> int:
+    """Return how many tensors hold values that are not finite.
+
+    A tensor's largest magnitude is not finite if any value is not; to find it takes one pass, and
+    no memory.
+    """
+    largest = [torch.linalg.vector_norm(t.detach(), math.inf) for t in tensors if t.numel()]
+    return int((~torch.stack(largest).isfinite()).sum()) if largest else 0
 
 
 def moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
