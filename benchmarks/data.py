@@ -27,6 +27,7 @@ from bytelm.config import (
 )
 from bytelm.data import Dataset, Loader, PrepareOptions, prepare
 from bytelm.lm import ScorerLM, build_lm
+from bytelm.model.transformer import Transformer
 from bytelm.patching import EntropyRule, Patcher, SpaceRule
 from bytelm.scoring import fit_ngram_scorer
 from bytelm.training import Trainer
@@ -117,6 +118,7 @@ def _share(work: Path, settings: Settings) -> list[dict[str, Any]]:
 def _save_transformer(folder: Path) -> None:
     description = ModelDescription(model=TRANSFORMER)
     lm = build_lm(description)
+    assert isinstance(lm.trained, Transformer)
     lm.trained.init_weights(torch.Generator().manual_seed(0))
     save_model(folder, lm, description)
 

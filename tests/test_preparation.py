@@ -444,7 +444,7 @@ def test_a_remedy_can_be_followed_in_the_same_folder(tmp_path):
 def test_a_stopped_preparation_with_another_scorer_leaves_nothing_behind(
     corpus, scorer, tmp_path, monkeypatch
 ):
-    def stop(self, shard):
+    def stop(self, shard, entropies):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
