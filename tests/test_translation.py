@@ -156,5 +156,13 @@ def test_the_command_translates_with_all_models(
     scores = json.loads(output)["translation"]["scores"]
     found = [(one["direction"], one["metric"], one["model"]) for one in scores]
     assert found == [(d, "chrF++", m) for d in ("en-de", "de-en") for m in ("one", "other")]
+    noised = [*asked, "--noise", "uppercase", "--parallel", tmp_path, "--json"]
+    status, output, errors = run(*arguments, *noised)
+    assert status == 0, errors
+    record = json.loads(output)["translation under noise: one"]
+    found = [(one["direction"], one["model"]) for one in record["scores"]]
+    assert found == [(d, m) for d in ("en-de", "de-en") for m in ("clean", "uppercase")]
+    clean, upper = (record["translations"]["en-de"][name] for name in ("clean", "uppercase"))
+    assert clean == json.loads(output)["translation"]["translations"]["en-de"]["one"] != upper
     status, _, errors = run(*arguments, *asked)
     assert (status, "--translate belongs to --parallel" in errors) == (1, True)

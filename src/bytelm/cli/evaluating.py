@@ -56,8 +56,8 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             help="Also measure clean text after noised text, and noised text; with --tasks, tasks "
-            "with noised prompts, completions and both: all, paper, or names such as "
-            "antspeak,drop:0.2,drop+uppercase.",
+            "with noised prompts, completions and both, with --translate noised prompts: all, "
+            "paper, or names such as antspeak,drop:0.2,drop+uppercase.",
         ),
     ] = None,
     noise_parts: Annotated[
@@ -247,7 +247,7 @@ def evaluate(
         asks_questions=characters,
     )
     asked.check()
-    is_idle = not (characters or parallel or tasks) or (noise and not tasks)
+    is_idle = not (characters or parallel or tasks) or (noise and not (tasks or translate))
     if not texts and (is_idle or wanted.needs_text):
         raise ConfigError(
             "name the text to measure; without text there are --tasks, --characters and --parallel"

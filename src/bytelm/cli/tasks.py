@@ -100,7 +100,7 @@ def measure_with_harness(
     models |= others
     sections = measure_tasks(options, models) if options.tasks is not None else []
     if options.translate is not None:
-        sections.append(measure_translation(options, models))
+        sections += measure_translation(options, models)
     return sections
 
 
@@ -221,8 +221,8 @@ def _cached(lm: "LM", options: TaskOptions, described: str = "") -> "LM":
     return lm if options.cache is None else CachedLM(lm, options.cache, described)
 
 
-def measure_translation(options: TaskOptions, models: "Mapping[str, LM]") -> "Section":
-    """Translate parallel sentences with models, side by side.
+def measure_translation(options: TaskOptions, models: "Mapping[str, LM]") -> "list[Section]":
+    """Translate parallel sentences with models, side by side; and with each after noised prompts.
 
     Args:
         options: languages and files.
@@ -233,6 +233,7 @@ def measure_translation(options: TaskOptions, models: "Mapping[str, LM]") -> "Se
         DataError: sentences are not parallel, or too few.
     """
     from bytelm.evaluation.harness import translation
+    from bytelm.evaluation.harness.noisy import NoisyLM
     from bytelm.evaluation.parallel import read_parallel
 
     assert options.translate is not None
@@ -247,14 +248,23 @@ def measure_translation(options: TaskOptions, models: "Mapping[str, LM]") -> "Se
         missing = f"No spBLEU: {error}."
         status.print(missing, highlight=False, markup=False, soft_wrap=True)
     shots = translation.NUM_SHOTS if options.num_fewshot is None else options.num_fewshot
-    found = [
-        translation.translate(models, parallel, one, num_shots=shots, limit=options.limit)
-        for one in directions
-    ]
     settings = (
         f"Sentences after the first {shots}, which are the examples of each prompt. {missing}"
     )
-    return translation.translations_section(found, metrics, settings.strip())
+
+    def section(asked: "Mapping[str, LM]", title: str) -> "Section":
+        found = [
+            translation.translate(asked, parallel, one, num_shots=shots, limit=options.limit)
+            for one in directions
+        ]
+        shown = translation.translations_section(found, metrics, settings.strip())
+        return shown._replace(title=title)
+
+    sections = [section(models, "translation")]
+    for name, lm in models.items() if options.noises else ():
+        noisy = {str(one): NoisyLM(lm, one, "prompt", options.seed) for one in options.noises}
+        sections.append(section({"clean": lm, **noisy}, f"translation under noise: {name}"))
+    return sections
 
 
 def write_eval_report(
