@@ -1,5 +1,6 @@
 """Small random models and byte strings that the tests share."""
 
+import random
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from bytelm.lm import ByteLM, PatchedLM
 from bytelm.model.blt import BLT
 from bytelm.model.layers import init_linear
 from bytelm.model.transformer import Transformer
+from bytelm.model.vocabulary import build_trie
 from bytelm.patching import EntropyRule, Patcher, SpaceRule, StaticRule
 from bytelm.scoring import NgramScorer, TransformerScorer, fit_ngram_scorer
 
@@ -63,6 +65,22 @@ BLT_VARIANTS = {
     },
 }
 
+_RANDOM = random.Random(0)
+PIECES = sorted(
+    {b"", *(bytes([byte]) for byte in range(0, 256, 2))}
+    | {bytes(_RANDOM.choices(range(256), k=_RANDOM.choice((2, 2, 3)))) for _ in range(3000)}
+    | {b"a", b"an", b"and", b"ant", b" t", b" the", b" then", b"e"}
+)
+"""Pieces of a vocabulary: some bytes begin many of them, some are none."""
+TRIE = build_trie(PIECES)
+BLT_VARIANTS["vocabulary"] = {
+    "vocabulary": {
+        "size": len(PIECES),
+        "nodes": len(TRIE["begins"]),
+        "widest": int(TRIE["branches"].diff().max()),
+        "tied": False,
+    }
+}
 
 NGRAMS = HashEmbeddingConfig(sizes=(2, 4), num_buckets=89, functions=2)
 """Hash embeddings for a plain transformer."""
@@ -120,7 +138,10 @@ def randomise_module(module, seed=0):
 
 
 def random_blt(variant="base", seed=0) -> BLT:
-    return randomise(BLT(blt_config(variant)), seed)
+    blt = randomise(BLT(blt_config(variant)), seed)
+    if blt.vocabulary is not None:
+        blt.vocabulary.load_state_dict(TRIE, strict=False)
+    return blt
 
 
 def random_transformer(seed=0, **changes) -> Transformer:
@@ -213,6 +234,7 @@ def some_by_default(names):
     some = {
         "base",
         "no cross-attention",
+        "vocabulary",
         "every byte a patch",
         "reset",
         "n-gram scorer",

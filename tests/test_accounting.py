@@ -71,7 +71,9 @@ def test_linear_flops_of_a_step_are_three_times_those_of_the_forward_pass(varian
         parts = forward_flops(blt_config(variant), 50, patches.num_patches)
     model = model.bfloat16()
     found = counted_linear(lambda: model(*inputs).logsumexp(-1).sum().backward())
-    assert found == 3 * sum(part.linear for part in parts.values())
+    # What latents predict of a vocabulary is computed again for the gradients.
+    again = parts["vocabulary"].linear if variant == "vocabulary" else 0
+    assert found == 3 * sum(part.linear for part in parts.values()) + again
 
 
 @pytest.mark.parametrize(("length", "window"), [(10, None), (10, 3), (2, 3), (10, 10), (7, 1)])
@@ -178,7 +180,9 @@ def test_flops_of_a_session_equal_torchs_count_of_it(variant):
     model, config = random_patched(variant, rule=StaticRule(3)), blt_config(variant)
     linear, attention = counted_session(model, random_ids(NUM_BYTES))
     parts = forward_flops(config, NUM_BYTES, NUM_PATCHES)
-    assert sum(part.linear for part in parts.values()) == linear
+    # The first latent predicts in the pass of a row, and again for the bytes to come.
+    again = parts["vocabulary"].linear // NUM_PATCHES if variant == "vocabulary" else 0
+    assert sum(part.linear for part in parts.values()) + again == linear
     # Torch has no formula for the operation that the first byte, a row of its own, passes through,
     # and none for the segments in which patches meet their bytes.
     first = forward_flops(config, 1, 1).items()

@@ -13,7 +13,7 @@ from bytelm.byteify.boundaries import (
     agreement,
     divide,
     fit_boundary_scorer,
-    token_ends,
+    known_ends,
 )
 from bytelm.byteify.donor import open_donor
 from bytelm.byteify.teacher import read_vocabulary
@@ -24,23 +24,21 @@ from test_byteify import SMALL, TEXT, save_donor
 
 def divided(tokens):
     data = b"".join(tokens)
-    return Divided(torch.from_numpy(codec.encode(data)), token_ends([len(one) for one in tokens]))
+    return Divided(torch.from_numpy(codec.encode(data)), known_ends([len(one) for one in tokens]))
 
 
-def test_ends_of_tokens_are_after_bos_and_each_of_them():
-    assert token_ends([2, 1]).tolist() == [True, False, True, True]
+def test_ends_of_tokens_are_known_with_bos_and_the_bytes_after_them():
+    assert known_ends([2, 1, 3]).tolist() == [True, False, False, True, True, False, False]
 
 
 def test_probabilities_are_counted_by_context():
-    # "a" ends a token 2 times of 3, "b" always; longer contexts are too rare.
+    # A token has ended before "b" once of 2 times, never before "a"; longer contexts are too rare.
     documents = [divided([b"a", b"b"]), divided([b"a"]), divided([b"ab"])]
     scorer, config = fit_boundary_scorer(documents, BoundaryCounting(max_order=2, min_count=2))
-    share = 7 / 8
-    a, bos = (2 + share) / 4, (3 + share) / 4
-    # "ab" was seen twice; the estimate of "b" comes before it.
-    b = (2 + share) / 3
+    share = 4 / 8
+    a, bos, b = share / 4, (3 + share) / 4, (1 + share) / 3
     found = scorer.entropies(documents[0].ids[None])[0]
-    expected = torch.tensor([bos, (2 + a) / 4, (2 + b) / 3])
+    expected = torch.tensor([bos, a / 4, (1 + b) / 3])
     torch.testing.assert_close(found, expected)
     assert config.num_contexts == len(scorer.keys)
     assert float(scorer.default) == pytest.approx(share)
@@ -60,15 +58,15 @@ def test_texts_are_divided_as_the_donor_does(folder):
     tokens = donor.encode("The cat number 3")
     assert (
         found[0].is_end.tolist()
-        == token_ends([len(vocabulary.tokens[token]) for token in tokens]).tolist()
+        == known_ends([len(vocabulary.tokens[token]) for token in tokens]).tolist()
     )
 
 
 def test_patches_are_compared_with_tokens():
-    document = divided([b"ab", b"cd", b"e"])
-    patches = np.array([False, True, True, False, True, False])
+    document = divided([b"ab", b"cd", b"e", b"fgh"])
+    patches = np.array([False, False, False, True, True, True, False, False, False])
     found = agreement([document], [patches])
-    assert found == (pytest.approx(2 / 3), 1.0, pytest.approx(0.8), 5 / 4)
+    assert found == (pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(2 / 3), 8 / 4)
 
 
 def test_learned_boundaries_agree_better_than_entropies(folder, tmp_path):

@@ -106,7 +106,7 @@ def test_every_parameter_of_a_blt_receives_a_gradient(variant):
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("variant", sorted(BLT_VARIANTS))
+@pytest.mark.parametrize("variant", sorted(BLT_VARIANTS.keys() - {"vocabulary"}))
 @torch.no_grad()
 def test_what_branches_add_begins_at_zero(variant):
     """Before training a byte predicts from its own embedding alone, whatever the patches are."""

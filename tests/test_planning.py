@@ -43,7 +43,8 @@ def planned_elements(config):
     return ROWS * sum(kept_elements(part, positions) for part in model_parts(config).values())
 
 
-@pytest.mark.parametrize("variant", BLT_VARIANTS)
+# A vocabulary's distributions are computed in chunks, as are large logits.
+@pytest.mark.parametrize("variant", sorted(BLT_VARIANTS.keys() - {"vocabulary"}))
 def test_activations_of_a_blt_are_those_that_backward_keeps(variant):
     config = parse(BLTConfig, merged(BASE_BLT, BLT_VARIANTS[variant]), "test")
     model = BLT(config)

@@ -124,8 +124,26 @@ def _blt(config: BLTConfig) -> dict[str, Part]:
         "global": _stack(config.global_model, "patch", None),
         "decoder": _stack(local.stack(local.decoder_layers), "byte", local.window),
         "decoder cross-attention": _decoder_cross_attention(config),
-        "output": Part((Matrix(dim, VOCAB_SIZE, 1, "byte"),), other_parameters=dim),
+        "output": _output(config),
+        **({"vocabulary": _vocabulary(config)} if config.vocabulary else {}),
     }
+
+
+def _output(config: BLTConfig) -> Part:
+    """Return the output of the decoder, which has a gate as well if there is a vocabulary."""
+    dim, outputs = config.local.dim, VOCAB_SIZE + (config.vocabulary is not None)
+    return Part((Matrix(dim, outputs, 1, "byte"),), other_parameters=dim)
+
+
+def _vocabulary(config: BLTConfig) -> Part:
+    """Return the pieces that patches are read as and latents predict, once per patch."""
+    assert config.vocabulary is not None
+    dim, size = config.global_model.dim, config.vocabulary.size
+    return Part(
+        (Matrix(dim, size, 1, "patch", read_per="patch"),),
+        other_parameters=dim if config.vocabulary.tied else dim + size * dim,
+        latent=dim + size + 1,
+    )
 
 
 def _hash_embeddings(config: HashEmbeddingConfig, dim: int) -> Part:

@@ -173,6 +173,11 @@ def plan_run(
         if output.outputs >= CHUNKED_VOCAB:
             chunk = chunk_positions(output.inputs, output.outputs)
             kept["output"] = kept_in_chunks(output, micro_rows * positions["byte"], chunk)
+    if "vocabulary" in found:
+        from bytelm.model.vocabulary import LATENTS
+
+        (pieces,) = found["vocabulary"].matrices
+        kept["vocabulary"] = kept_in_chunks(pieces, micro_rows * positions["patch"], LATENTS)
     step_bytes = data.rows_per_step * data.row_bytes
     return RunPlan(
         num_gpus=num_gpus,

@@ -21,13 +21,15 @@ import torch
 from bytelm import codec
 from bytelm.byteify.donor import Donor, find_source, open_donor
 from bytelm.byteify.patches import DonorPatches, TextSample, find_patches, sample_text
-from bytelm.byteify.transplant import check_layers, transplant
+from bytelm.byteify.teacher import read_vocabulary
+from bytelm.byteify.transplant import check_layers, transplant, transplant_vocabulary
 from bytelm.checkpoint import write_model
 from bytelm.config import BLTConfig, ModelDescription, parse
 from bytelm.data import ReadOptions
 from bytelm.errors import ConfigError
 from bytelm.lm import PatchedLM, build_lm
 from bytelm.model.blt import BLT
+from bytelm.model.vocabulary import Trie, build_trie
 from bytelm.progress import Progress
 from bytelm.storage import at_home, atomic_folder, check_absent, write_text
 
@@ -76,6 +78,7 @@ def byteify(
     *,
     scorer: str | PathLike[str] | None = None,
     boundaries: bool = False,
+    vocabulary: bool = False,
     patch_size: float | None = None,
     sizes: LocalSizes | None = None,
     seed: int = 0,
@@ -91,6 +94,8 @@ def byteify(
         scorer: checkpoint of the scorer; ``None`` to count n-grams in the text.
         boundaries: let the scorer tell where the donor's tokens probably end
             (:mod:`bytelm.byteify.boundaries`), instead of entropies.
+        vocabulary: keep the donor's embeddings and head (:mod:`bytelm.model.vocabulary`), which
+            needs boundaries.
         patch_size: mean bytes per patch; ``None`` for the donor's bytes per token.
         sizes: sizes of encoder and decoder.
         seed: seed of the random weights.
@@ -100,7 +105,8 @@ def byteify(
     Raises:
         CheckpointError: the donor cannot be transplanted, the scorer cannot be loaded, or ``out``
             exists or cannot be written.
-        ConfigError: a size is wrong, or both a scorer and boundaries are asked for.
+        ConfigError: a size is wrong, both a scorer and boundaries are asked for, or a vocabulary
+            without boundaries.
         DataError: the text cannot be read, or there is too little of it.
         PatchingError: no threshold gives the patch size.
     """
@@ -108,6 +114,8 @@ def byteify(
     check_absent(target)
     if boundaries and scorer is not None:
         raise ConfigError("--boundaries and --scorer exclude each other: leave out one of them")
+    if vocabulary and not boundaries:
+        raise ConfigError("a vocabulary needs patches like its tokens: add --boundaries")
     find_source(donor)
     if isinstance(texts, str | PathLike):
         texts = [texts]
@@ -115,15 +123,21 @@ def byteify(
         text = sample_text([fspath(one) for one in texts], read or ReadOptions())
     with progress.waiting("loading the donor"):
         opened = open_donor(donor)
-    config = _config(opened, sizes or LocalSizes())
+    pieces = read_vocabulary(opened).pieces() if vocabulary else []
+    trie = build_trie([piece for piece, _ in pieces]) if vocabulary else None
+    config = _config(opened, sizes or LocalSizes(), trie)
     with progress.waiting("finding patches"):
         path = None if scorer is None else at_home(scorer)
         patches = find_patches(opened, text, path, patch_size, boundaries=boundaries)
     with progress.waiting("transplanting"):
-        return _write(opened, config, patches, text, target, seed)
+        lm, description, recipe = _made(opened, config, patches, text, target, seed)
+        if trie is not None:
+            assert lm.blt.vocabulary is not None
+            transplant_vocabulary(opened, lm.blt.vocabulary, pieces, trie)
+        return _write(opened, lm, description, recipe, patches, text, target)
 
 
-def _config(donor: Donor, sizes: LocalSizes) -> BLTConfig:
+def _config(donor: Donor, sizes: LocalSizes, trie: Trie | None) -> BLTConfig:
     """Return the configuration of a byteified model.
 
     Raises:
@@ -147,36 +161,57 @@ def _config(donor: Donor, sizes: LocalSizes) -> BLTConfig:
         "cross_attention": {"slots": slots, "num_heads": heads},
         "hash_embeddings": {"num_buckets": sizes.num_buckets},
     }
+    if trie is not None:
+        embedding, head = donor.model.get_input_embeddings(), donor.model.get_output_embeddings()
+        config["vocabulary"] = {
+            "size": int(trie["ends"][0]),
+            "nodes": len(trie["begins"]),
+            "widest": int(trie["branches"].diff().max()),
+            "tied": embedding.weight is head.weight,
+        }
     return parse(BLTConfig, config, "the byteified model")
 
 
-def _write(
+def _made(
     donor: Donor,
     config: BLTConfig,
     patches: DonorPatches,
     text: TextSample,
     target: Path,
     seed: int,
-) -> Byteified:
+) -> tuple[PatchedLM, ModelDescription, str]:
+    """Return a model with the donor's blocks, its description, and a recipe."""
     recipe, context_bytes = _recipe(target, donor.name)
     description = ModelDescription(
         model=config, patching=patches.rule, scorer=patches.config, context_bytes=context_bytes
     )
     lm = build_lm(description, scorer=patches.scorer)
     assert isinstance(lm, PatchedLM)
-    blt = lm.blt
-    blt.init_weights(torch.Generator().manual_seed(seed))
-    transplant(donor, blt.global_model)
-    _match_scales(blt, donor, lm, text.calibration[0])
+    lm.blt.init_weights(torch.Generator().manual_seed(seed))
+    transplant(donor, lm.blt.global_model)
+    _match_scales(lm.blt, donor, lm, text.calibration[0])
+    return lm, description, recipe
+
+
+def _write(
+    donor: Donor,
+    lm: PatchedLM,
+    description: ModelDescription,
+    recipe: str,
+    patches: DonorPatches,
+    text: TextSample,
+    target: Path,
+) -> Byteified:
     sample = text.calibration[0].decode("utf-8", "ignore")
     tokens = torch.tensor([donor.encode(sample)[:CHECKED_TOKENS]])
-    error = check_layers(donor, blt.global_model, tokens)
+    error = check_layers(donor, lm.blt.global_model, tokens)
     record = {"byteified_from": donor.name, "bytes_per_token": patches.bytes_per_token}
     with atomic_folder(target) as folder:
         write_model(folder, lm, description, record)
         write_text(folder / RECIPE, recipe)
-    copied = sum(weight.numel() for weight in blt.global_model.parameters())
-    every = sum(weight.numel() for weight in blt.parameters())
+    own = [lm.blt.global_model, *([] if lm.blt.vocabulary is None else [lm.blt.vocabulary])]
+    copied = sum(weight.numel() for part in own for weight in part.parameters())
+    every = sum(weight.numel() for weight in lm.blt.parameters())
     return Byteified(
         target,
         description,
@@ -205,6 +240,8 @@ def _match_scales(blt: BLT, donor: Donor, lm: PatchedLM, sample: bytes) -> None:
     assert last is not None
     last.weight.mul_(wanted / vectors.square().mean().sqrt())
     blt.decoder.latent_projection.weight.mul_(donor.model.model.norm.weight)
+    if blt.vocabulary is not None:
+        blt.decoder.output.weight[-1] = 0  # the gate
 
 
 def _recipe(target: Path, donor: str) -> tuple[str, int]:

@@ -1,8 +1,9 @@
-"""A scorer of boundaries: the probability that one of the donor's tokens ends with a byte.
+"""A scorer of boundaries: the probability that one of the donor's tokens ended before a byte.
 
 Where a token ends depends on the bytes after it: ``the`` may go on to ``then``. Where a patch ends
-must not, so the scorer tells how often a token ends after the last bytes. It counts in text that
-the donor's tokenizer has divided; the donor itself reads nothing::
+must not, so a patch ends with the first byte after the token, which tells nearly always. The scorer
+tells how often a token ends before the last of some bytes. It counts in text that the donor's
+tokenizer has divided; the donor itself reads nothing::
 
     p_k(c) = (ends(c) + p_{k-1}(c')) / (count(c) + 1)
 
@@ -36,7 +37,8 @@ class Divided(NamedTuple):
     ids: Int[Tensor, " ids"]
     """BOS and the bytes."""
     is_end: NDArray[np.bool_]
-    """Whether a token ends with each id; one does with BOS."""
+    """Whether it is known with each id that a token has ended: with BOS, and with the byte after
+    each token."""
 
 
 class BoundaryCounting(NamedTuple):
@@ -63,15 +65,20 @@ def divide(donor: Donor, vocabulary: Vocabulary, texts: Iterable[bytes]) -> list
         sizes = [len(vocabulary.tokens[token]) for token in encoded.ids]
         data = text.encode()
         if sum(sizes) == len(data) and all(sizes):
-            divided.append(Divided(torch.from_numpy(codec.encode(data)), token_ends(sizes)))
+            divided.append(Divided(torch.from_numpy(codec.encode(data)), known_ends(sizes)))
     return divided
 
 
-def token_ends(sizes: Sequence[int]) -> NDArray[np.bool_]:
-    """Return whether a token ends with each id, for tokens of these numbers of bytes after BOS."""
-    is_end = np.zeros(1 + sum(sizes), bool)
-    is_end[np.cumsum([0, *sizes])] = True
-    return is_end
+def known_ends(sizes: Sequence[int]) -> NDArray[np.bool_]:
+    """Return whether it is known with each id that a token has ended.
+
+    Args:
+        sizes: bytes of each token after BOS. The end of the last one is not known.
+    """
+    is_known = np.zeros(1 + sum(sizes), bool)
+    is_known[0] = True
+    is_known[np.cumsum(sizes[:-1], dtype=np.int64) + 1] = True
+    return is_known
 
 
 def fit_boundary_scorer(

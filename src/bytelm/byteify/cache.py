@@ -32,8 +32,7 @@ from bytelm.storage import atomic_file, locked, read_json, write_json
 
 MANIFEST = "cache.json"
 _TENSORS = {
-    *("data", "tokens", "num_bytes", "num_tokens", "states", "ends"),
-    *("outcomes", "probabilities", "blend_outcomes", "blend_probabilities"),
+    *("data", "tokens", "num_bytes", "num_tokens", "states", "ends", "outcomes", "probabilities")
 }
 _SPARE = 0.02
 """Share of the disk that is left free."""
@@ -50,8 +49,6 @@ class CachedDocument(NamedTuple):
     """Distributions of the next byte, in fp32."""
     ends: Float[Tensor, " bytes"]
     """Probability that a token ends with each byte, in fp32."""
-    blends: Float[Tensor, "tokens 257"]
-    """Distributions after each token, if it is not known whether it ends, in fp32."""
 
 
 def cache_readings(
@@ -163,7 +160,6 @@ def read_shard(path: Path) -> list[CachedDocument]:
         shard["states"].split([count + 1 for count in counts]),
         spread(shard["outcomes"], shard["probabilities"]).split([size + 1 for size in sizes]),
         shard["ends"].float().split(sizes),
-        spread(shard["blend_outcomes"], shard["blend_probabilities"]).split(counts),
         strict=True,
     )
     return [
@@ -192,7 +188,6 @@ def _packed(readings: list[tuple[bytes, Reading]], kept: int, dim: int) -> dict[
     """Return the tensors of a shard."""
     empty = np.zeros((0, NUM_OUTCOMES), np.float32)
     top = _most_probable([empty, *(one.targets.next for _, one in readings)], kept)
-    blends = _most_probable([empty, *(one.targets.blends for _, one in readings)], kept)
     ends = np.concatenate([empty[:, 0], *(one.targets.ends for _, one in readings)])
     data = np.frombuffer(b"".join(text for text, _ in readings), np.uint8).copy()
     tokens = [token for _, one in readings for token in one.tokens]
@@ -205,8 +200,6 @@ def _packed(readings: list[tuple[bytes, Reading]], kept: int, dim: int) -> dict[
         "outcomes": top[0],
         "probabilities": top[1],
         "ends": torch.from_numpy(ends).half(),
-        "blend_outcomes": blends[0],
-        "blend_probabilities": blends[1],
     }
 
 
@@ -222,7 +215,7 @@ def _check_room(
     """Check that the disk has room for the documents that have not been read yet."""
     num_bytes = sum(len(text.encode()) + 1 for text, _ in documents)
     num_tokens = sum(len(donor.encode(text)) + 1 + len(ends) for text, ends in documents)
-    needed = num_bytes * (1 + 2 + 4 * kept) + num_tokens * (4 + 2 * donor.stack.dim + 4 * kept)
+    needed = num_bytes * (1 + 2 + 4 * kept) + num_tokens * (4 + 2 * donor.stack.dim)
     disk = shutil.disk_usage(folder)
     room = disk.free - _SPARE * disk.total
     if needed > room:

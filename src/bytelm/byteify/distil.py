@@ -191,6 +191,7 @@ def _prepared(work: _Work) -> Course:
             work.inputs,
             step_folder(work.folder, 0),
             boundaries=True,
+            vocabulary=True,
             patch_size=work.patch_size,
             sizes=work.sizes,
             seed=work.seed,
@@ -229,10 +230,10 @@ def _read(work: _Work, donor: Donor, vocabulary: Vocabulary, readings: Path) -> 
 
 
 def _ends(student: PatchedLM, text: str) -> list[int]:
-    """Return after which bytes of a text the student's patches end."""
+    """Return after which bytes of a text its tokens have to end: one before a patch does."""
     ids = torch.from_numpy(codec.encode(text.encode()))[None]
     ends = patch_ends(student, ids, torch.zeros_like(ids))
-    return [at for at in ends[0].nonzero().flatten().tolist() if at]
+    return [at - 1 for at in ends[0].nonzero().flatten().tolist() if at > 1]
 
 
 def _documents(work: _Work, max_bytes: int) -> list[str]:

@@ -1,19 +1,14 @@
 """What a student learns from a donor's readings: rows of documents with targets at every byte.
 
-The donor's tokens are not the student's patches. Whether a token ends depends on later bytes, and
-the student's boundaries must not. So there are four kinds of bytes, and two distributions of the
-next byte that the donor knows of: ``next``, for the tokens of the text, and ``longer``, as if the
-token had gone on at its end::
+The donor's tokens end where the student's patches do, a byte before (:mod:`.boundaries`). What the
+donor predicts at each byte is what the student learns there: the next byte of the token if it goes
+on, the first byte of the next token if it has ended. Which of the two, only later bytes tell, so
+the student learns how often each happens. The donor's state after a token is the latent of the
+patch that ends with the byte after it::
 
-    token ends   patch ends   target                                latent while parts are taught
-    yes          yes          ends * next + (1 - ends) * longer     the donor's state after it
-    yes          no           next                                  an earlier one
-    no           no           next                                  an earlier one
-    no           yes          the byte of the text                  none: left out
-
-The first target is what the donor expects if it does not know whether the token ends. The two
-below are samples of it, since the student cannot tell these bytes apart. At the last kind the donor
-has no state, since no token ends there.
+    bytes       t h e _ c a t _ s a t
+    tokens     |- - -|- - - -|- - - -|
+    states             1       2             after the tokens "the" and "_cat"
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm import codec
-from bytelm.byteify.boundaries import Divided, token_ends
+from bytelm.byteify.boundaries import Divided, known_ends
 from bytelm.byteify.cache import CachedDocument, read_shard
 from bytelm.byteify.donor import Donor
 from bytelm.byteify.teacher import END, Vocabulary
@@ -41,11 +36,13 @@ class Lesson(NamedTuple):
     ids: Int[Tensor, "1 ids"]
     documents: Int[Tensor, "1 ids"]
     token_ends: Bool[Tensor, "1 ids"]
-    """Whether a token ends with each id; one does with BOS."""
+    """Whether it is known with each id that a token has ended: with BOS, and with the byte after
+    each token."""
     patch_ends: Bool[Tensor, "1 ids"]
     """Whether one of the student's patches does."""
     tokens: Int[Tensor, "1 tokens"]
-    """For each document the token that precedes documents, in the place of BOS, and its tokens."""
+    """For each document the token that precedes documents, in the place of BOS, and its tokens but
+    for the last one."""
     states: Float[Tensor, "1 tokens dim"]
     """What the donor's head reads after each of them."""
     targets: Float[Tensor, "1 ids vocab"]
@@ -56,11 +53,6 @@ class Lesson(NamedTuple):
         """Whether the donor has a state for the patch that ends with each id."""
         return self.token_ends & self.patch_ends
 
-    @property
-    def is_taught(self) -> Bool[Tensor, "1 ids"]:
-        """Whether the donor has a target for the student at each id."""
-        return self.token_ends | ~self.patch_ends
-
 
 class TokenLesson(NamedTuple):
     """A row of documents, and the donor's token that ends with each patch."""
@@ -70,7 +62,7 @@ class TokenLesson(NamedTuple):
     patch_ends: Bool[Tensor, "1 ids"]
     """Whether one of the student's patches ends with each id; one does with BOS."""
     tokens: Int[Tensor, " patches"]
-    """The last token of every patch that ends, if tokens end where patches do."""
+    """The last token before the end of every patch that ends."""
 
 
 class Teacher:
@@ -87,6 +79,7 @@ class Teacher:
         self.embeddings: Tensor = donor.model.get_input_embeddings().weight
         self.norm: Tensor = donor.model.model.norm.weight
         self._vocabulary = vocabulary
+        self._first = vocabulary.ends[0]
 
     def token_lesson(self, group: Sequence[Divided]) -> TokenLesson:
         """Return a lesson for the encoder."""
@@ -96,41 +89,28 @@ class Teacher:
         places = np.flatnonzero(ends[0].numpy())
         before = cuts[np.maximum(np.searchsorted(cuts, places) - 1, 0)]
         values = ids[0].numpy() - codec.OFFSET
-        tokens = [
-            # With BOS ends what the donor reads before a document.
-            self._vocabulary.spell(bytes(values[begin + 1 : end + 1].tolist()))[-1]
-            if values[end] >= 0
-            else self._vocabulary.ends[0]
-            for begin, end in zip(before.tolist(), places.tolist(), strict=True)
-        ]
+        tokens = []
+        for begin, end in zip(before.tolist(), places.tolist(), strict=True):
+            # A token ends a byte before its patch; with BOS, what the donor reads before documents.
+            start = begin + (values[begin] < 0)
+            is_bos = values[end] < 0 or start == end
+            data = b"" if is_bos else bytes(values[start:end].tolist())
+            tokens.append(self._vocabulary.spell(data)[-1] if data else self._first)
         return TokenLesson(ids, documents, ends, torch.tensor(tokens))
 
     def lesson(self, group: Sequence[CachedDocument]) -> Lesson:
         """Return the lesson of some documents."""
         ids, documents = _joined([torch.from_numpy(codec.encode(one.data)) for one in group])
         lengths = self._vocabulary.tokens
-        ends = [token_ends([len(lengths[token]) for token in one.tokens]) for one in group]
-        is_token_end = torch.from_numpy(np.concatenate(ends))[None]
-        is_patch_end = patch_ends(self.student, ids, documents)
-        first = self._vocabulary.ends[0]
-        tokens = [token for one in group for token in (first, *one.tokens)]
-        following = torch.cat([one.next for one in group])[None]
-        after_tokens = is_token_end & (row_positions(documents) > 0)
-        blends = following.masked_scatter(
-            after_tokens[..., None], torch.cat([one.blends for one in group])
-        )
-        has_state = (is_token_end & is_patch_end)[..., None]
-        targets = _over_ids(torch.where(has_state, blends, following))
-        actual = torch.nn.functional.one_hot(ids.roll(-1, 1), codec.VOCAB_SIZE).float()
-        is_taught = (is_token_end | ~is_patch_end)[..., None]
+        ends = [known_ends([len(lengths[token]) for token in one.tokens]) for one in group]
         return Lesson(
             ids,
             documents,
-            is_token_end,
-            is_patch_end,
-            torch.tensor([tokens]),
-            torch.cat([one.states for one in group])[None].float(),
-            torch.where(is_taught, targets, actual),
+            torch.from_numpy(np.concatenate(ends))[None],
+            patch_ends(self.student, ids, documents),
+            torch.tensor([[token for one in group for token in (self._first, *one.tokens[:-1])]]),
+            torch.cat([one.states[: len(one.tokens)] for one in group])[None].float(),
+            _over_ids(torch.cat([one.next for one in group])[None]),
         )
 
 

@@ -116,7 +116,8 @@ def find_patches(
         donor: the donor.
         text: a sample of text.
         scorer: checkpoint of a scorer; ``None`` to count n-grams in the text.
-        patch_size: mean bytes per patch; ``None`` for the donor's bytes per token.
+        patch_size: mean bytes per patch; ``None`` for the donor's bytes per token, and with
+            boundaries for patches that end where a token has probably ended.
         boundaries: count where the donor's tokens end, not n-grams.
 
     Raises:
@@ -139,6 +140,10 @@ def find_patches(
         module = fit_ngram_scorer([codec.encode(part) for part in text.counted], counting)
         fitted = FittedNgramConfig(max_order=counting.max_order, num_contexts=len(module.keys))
         config = ScorerConfig(model=fitted)
+    if boundaries and patch_size is None:
+        # A patch ends where a token has more probably ended than not: about as long as a token.
+        rule = EntropyPatching(patch_size=round(own_size, 4), threshold=0.5)
+        return DonorPatches(module, config, rule, own_size)
     ids = [torch.from_numpy(codec.encode(part)) for part in text.calibration]
     entropies = score_documents(module, ids)
     sample = PatchSample.join(list(zip(ids, entropies, strict=True)))

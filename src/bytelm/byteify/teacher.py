@@ -12,10 +12,6 @@ left out, so a token's probability is relative to all others and the end. The ch
 
     P(token b1 .. bn) = next[b1] (1 - ends) next[b2] (1 - ends) .. next[bn] ends
 
-After a token ``p`` that may go on, whether it has ended is known from later bytes only. Without
-them the next byte has the distribution ``ends next[b] + M(p b) / M(p)``, with ``next`` of the next
-token: the *blend*.
-
 Tokens are sorted by their bytes, so those that begin with ``p`` are a range, which is divided into
 the token ``p`` and the ranges of its extensions by each byte. With the tokens a, an, and, at::
 
@@ -55,8 +51,6 @@ class ByteTargets(NamedTuple):
     """Probability that a token ends with each byte, given the bytes of the token so far."""
     is_end: NDArray[np.bool_]
     """Whether a token does end with each byte."""
-    blends: Float[np.ndarray, "tokens 257"]
-    """Distribution of the byte after each token, if it is not known whether the token ends."""
 
 
 class _Range(NamedTuple):
@@ -95,6 +89,14 @@ class Vocabulary:
         ordered, end = probabilities[self._order], float(probabilities[self.ends].sum())
         total = ordered.sum() + end
         return ordered / total, end / total
+
+    def pieces(self) -> list[tuple[bytes, int]]:
+        """Return the bytes and the tokens of a :mod:`vocabulary <bytelm.model.vocabulary>`.
+
+        Of tokens with the same bytes it is the first. The empty piece is the token that the donor
+        reads before documents.
+        """
+        return [(b"", self.ends[0]), *sorted(self._known.items())]
 
     def spell(self, data: bytes) -> list[int]:
         """Return tokens that spell some bytes: always the longest one that comes next.
@@ -174,7 +176,6 @@ def byte_targets(
     size = sum(len(vocabulary.tokens[token]) for token in tokens)
     following = np.zeros((size + 1, NUM_OUTCOMES), np.float32)
     ends, is_end = np.zeros(size, np.float32), np.zeros(size, bool)
-    blends = np.zeros((len(tokens), NUM_OUTCOMES), np.float32)
     at = 0
     for step, token in enumerate([*tokens, None]):
         data = b"" if token is None else vocabulary.tokens[token]
@@ -194,11 +195,7 @@ def byte_targets(
         at += len(data)
         if data:
             is_end[at - 1] = True
-            found = vocabulary.after(data)
-            total = masses[found.first : found.cuts[-1]].sum()
-            blends[step, found.extensions] = _sums(masses, found) / total
-    blends += ends[is_end, None] * following[1:][is_end]
-    return ByteTargets(following, ends, is_end, blends)
+    return ByteTargets(following, ends, is_end)
 
 
 def _sums(masses: Float[np.ndarray, " tokens"], found: _Range) -> Float[np.ndarray, " extensions"]:

@@ -16,7 +16,7 @@ states::
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from bytelm.byteify.lessons import Lesson, Teacher, TokenLesson, donor_latents
@@ -54,15 +54,18 @@ def parts_losses(teacher: Teacher, lesson: Lesson) -> Losses:
         teacher.embeddings[lesson.tokens[0, token_ids]],
     )
     latents, reads = donor_latents(lesson, teacher.norm)
-    logits = blt.decoder(states[-1], blt.decoder.read_latents(latents), reads, context)
-    entropy, divergence = _compared(logits, lesson.targets, lesson.is_taught)
+    nodes = None
+    if blt.vocabulary is not None:
+        nodes = blt.vocabulary.walk(lesson.ids, lesson.has_state)
+    logits = blt.decode(states[-1], blt.read_latents(latents), reads, context, nodes)
+    entropy, divergence = _compared(logits, lesson.targets)
     return error + entropy, divergence
 
 
 def together_losses(teacher: Teacher, lesson: Lesson) -> Losses:
     """Return the losses of the whole model with its own patches; see :func:`parts_losses`."""
     logits = teacher.student.blt(lesson.ids, build_patches(lesson.patch_ends, lesson.documents))
-    return _compared(logits, lesson.targets, torch.ones_like(lesson.token_ends))
+    return _compared(logits, lesson.targets)
 
 
 def _error(
@@ -74,10 +77,8 @@ def _error(
 def _compared(
     logits: Float[Tensor, "1 ids vocab"],
     targets: Float[Tensor, "1 ids vocab"],
-    counted: Bool[Tensor, "1 ids"],
 ) -> Losses:
-    """Return mean cross-entropy and divergence from targets, where they count."""
-    logits, targets = logits[counted], targets[counted]
+    """Return mean cross-entropy and divergence from targets."""
     entropy = -(targets * logits.log_softmax(-1)).sum(-1).mean()
     own = torch.special.entr(targets).sum(-1).mean()
     return entropy, (entropy - own).detach()

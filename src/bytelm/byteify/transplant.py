@@ -8,6 +8,7 @@ For a head of width 6::
     ours     0 3 1 4 2 5      pairs (0, 1) (2, 3) (4, 5)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from bytelm.byteify.donor import Donor
 from bytelm.checkpoint import check_finite
 from bytelm.errors import CheckpointError
 from bytelm.model.blt import GlobalTransformer
+from bytelm.model.vocabulary import Trie, Vocabulary
 
 _LEAVES = {
     "attention_norm": ("input_layernorm",),
@@ -64,6 +66,32 @@ def transplant(donor: Donor, blocks: GlobalTransformer) -> None:
             f"{donor.name} has weights that bytelm's blocks lack, such as {min(theirs)}: choose "
             "another donor"
         )
+
+
+@torch.no_grad()
+def transplant_vocabulary(
+    donor: Donor, vocabulary: Vocabulary, pieces: Sequence[tuple[bytes, int]], trie: Trie
+) -> None:
+    """Copy a donor's embeddings, final norm and head into a vocabulary of the same sizes.
+
+    Args:
+        donor: the donor.
+        vocabulary: the vocabulary.
+        pieces: bytes and token of each piece, in order of the bytes.
+        trie: from :func:`bytelm.model.vocabulary.build_trie`.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    tokens = torch.tensor([token for _, token in pieces])
+    tables = [(vocabulary.embedding, donor.model.get_input_embeddings())]
+    if vocabulary.head is not None:
+        tables.append((vocabulary.head, donor.model.get_output_embeddings()))
+    for ours, theirs in tables:
+        check_finite("the vocabulary", theirs.weight, donor.name)
+        ours.weight.copy_(theirs.weight[tokens])
+    vocabulary.norm.weight.copy_(donor.model.model.norm.weight)
+    vocabulary.load_state_dict(trie, strict=False)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from bytelm.config.model import (
     ScorerConfig,
     StackConfig,
     TransformerConfig,
+    VocabularyConfig,
 )
 from bytelm.config.patching import (
     RULES,
@@ -92,6 +93,7 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "TransformerConfig",
+    "VocabularyConfig",
     "WandbConfig",
     "differences",
     "dump_yaml",

@@ -173,6 +173,19 @@ class CrossAttentionConfig(Node):
     exported to ``transformers``."""
 
 
+class VocabularyConfig(Node):
+    """Pieces of text with vectors of their own, from a token model."""
+
+    size: Positive
+    """Pieces."""
+    nodes: Annotated[Int, Field(ge=2)]
+    """Nodes of their trie: distinct beginnings of pieces, the empty one included."""
+    widest: Annotated[Int, Field(ge=1, le=256)]
+    """Most bytes that follow one of them."""
+    tied: bool = True
+    """Whether the same vectors read and predict pieces."""
+
+
 @MODELS.add
 class BLTConfig(ModelConfig):
     """A Byte Latent Transformer."""
@@ -183,6 +196,7 @@ class BLTConfig(ModelConfig):
         "encoder",
         "global",
         "decoder",
+        "vocabulary",
     )
 
     kind: Literal["blt"] = "blt"
@@ -190,6 +204,9 @@ class BLTConfig(ModelConfig):
     global_model: StackConfig
     cross_attention: CrossAttentionConfig
     hash_embeddings: HashEmbeddingConfig = HashEmbeddingConfig()
+    vocabulary: VocabularyConfig | None = None
+    """Pieces that patches are read as and latents predict, besides encoder and decoder; null for
+    none, as in the paper. Made by ``bytelm distil``."""
 
     @property
     def encoder_cross_layers(self) -> int:

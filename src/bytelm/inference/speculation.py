@@ -51,6 +51,8 @@ class Draft:
             state.embedding.snapshot(slot),
         )
         self._open, self._latent = state.open.snapshot(slot), state.latent.snapshot(slot)
+        self._pieces = None if state.pieces is None else state.pieces.snapshot(slot)
+        self._nodes = None if self._pieces is None else self._pieces["node"][None]
         self._scored = None if state.scorer is None else mark_scorer(state.scorer, slot, length)
         self._ids: list[Tensor] = []
         self._states: list[list[Tensor]] = []
@@ -66,12 +68,12 @@ class Draft:
         states = state.blt.encoder(x, encoder.decode(slots))
         self._ids.append(ids)
         self._states.append(states)
-        readable = state.latent.read(slots)
-        assert readable is not None
         state.passes.encoder += 1
         state.passes.decoder += 1
-        first = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
-        return state.blt.decoder(states[-1], readable, first, decoder.decode(slots))[0, 0]
+        if self._nodes is not None:
+            assert state.blt.vocabulary is not None
+            self._nodes = state.blt.vocabulary.step(self._nodes, ids)
+        return state.predict(slots, states[-1], decoder.decode(slots), self._nodes)[0]
 
     @torch.inference_mode()
     def verify(self) -> list[Prediction]:
@@ -110,6 +112,9 @@ class Draft:
             truncate_scorer(state.scorer, slot, self._scored, ids)
         state.open.rollback(slot, self._open)
         state.latent.rollback(slot, self._latent)
+        if state.pieces is not None:
+            state.pieces.rollback(slot, self._pieces)
+            state.pieces.prefill(slot, ids, next_boundary)
         if not num_closed:
             state.open.extend(slot, states)
             return
@@ -118,7 +123,7 @@ class Draft:
         state.open.extend(slot, [x[:, last + 1 :] for x in states])
         assert reading.latents is not None
         at = slice(num_closed - 1, num_closed)
-        state.latent.write([slot], [tuple(x[:, at] for x in layer) for layer in reading.latents])
+        state.write_latent(slot, [tuple(x[:, at] for x in layer) for layer in reading.latents])
 
 
 def longest_draft(state: PatchedState) -> int:

@@ -20,6 +20,7 @@ from bytelm.inference.checks import NOT_BEGUN, check_decode, check_prefill
 from bytelm.inference.graphs import Capture, Graphs, Strategy, choose_capture
 from bytelm.inference.open_patch import LastLatent, OpenPatch
 from bytelm.inference.pages import PagedMemory, check_free
+from bytelm.inference.pieces import PieceState
 from bytelm.model.blt import BLT, Readable
 from bytelm.model.embedding import HashEmbedding
 from bytelm.model.transformer import Transformer
@@ -86,7 +87,11 @@ class Passes:
         """
         parts = (self.encoder, blt.encoder), (self.global_model, blt.global_model)
         counted = (*parts, (self.decoder, blt.decoder))
-        return sum(count * _weight_bytes(part) for count, part in counted)
+        read = sum(count * _weight_bytes(part) for count, part in counted)
+        if blt.vocabulary is None:
+            return read
+        head = blt.vocabulary.predicting
+        return read + self.global_model * head.numel() * head.element_size()
 
 
 class EmbeddingState(SlotTensors):
@@ -244,8 +249,10 @@ class PatchedState(CompoundState):
         self._encoder_cache, self._global_cache, self._decoder_cache = self.caches
         self.open = OpenPatch(num_slots, is_static=is_static)
         self.latent = LastLatent(num_slots)
+        has_pieces = blt.vocabulary is not None
+        self.pieces = PieceState(blt.vocabulary, num_slots) if has_pieces else None
         parts = [self.patcher, self.embedding, *self.caches, self.open, self.latent]
-        super().__init__(*parts, *([self.scorer] if self.scorer else []))
+        super().__init__(*parts, *(one for one in (self.scorer, self.pieces) if one is not None))
         self._graphs = Graphs(capture, self)
         self._patch_graphs = self._graphs if memory is None else Graphs(None, self)
         self.passes = Passes()
@@ -283,9 +290,12 @@ class PatchedState(CompoundState):
         entropies = self.scorer.prefill(slot, ids) if self.scorer else None
         next_boundary = self.patcher.prefill(slot, ids, entropies, states[-1][0])
         self.observed = Observed(None if entropies is None else entropies[-1:], next_boundary[-1:])
-        readable, decoder_ids, latents = self._close(slot, states, next_boundary)
+        nodes, named = None, None
+        if self.pieces is not None:
+            nodes, named = self.pieces.prefill(slot, ids, next_boundary)
+        readable, decoder_ids, latents = self._close(slot, states, next_boundary, named)
         context = self._decoder_cache.prefill(slot, len(ids))
-        logits = self.blt.decoder(states[-1], readable, decoder_ids[None], context)[0]
+        logits = self.blt.decode(states[-1], readable, decoder_ids[None], context, nodes)[0]
         self._count(is_global=latents is not None)
         return Reading(states, entropies, next_boundary, latents, logits)
 
@@ -300,6 +310,7 @@ class PatchedState(CompoundState):
         slot: int,
         states: list[Float[Tensor, "1 bytes dim"]],
         next_boundary: Bool[Tensor, " bytes"],
+        named: Int[Tensor, "1 patches"] | None,
     ) -> tuple[Readable, Int[Tensor, " bytes"], Readable | None]:
         """Close patches; return the keys and values that new bytes may read, and the index of each.
 
@@ -314,16 +325,25 @@ class PatchedState(CompoundState):
             assert before is not None
             return before, closed, None
         vectors = self._close_patches(slot, states, next_boundary, closed)
+        if named is not None:
+            assert self.blt.vocabulary is not None
+            vectors = self.blt.vocabulary.read(vectors, named)
         context = self._global_cache.prefill(slot, num_closed)
-        new = self.blt.decoder.read_latents(self.blt.global_model(vectors, context))
+        new = self.blt.read_latents(self.blt.global_model(vectors, context))
         readable, decoder_ids = new, closed - 1
         if before is not None:
             pairs = zip(before, new, strict=True)
             readable = [tuple(torch.cat(xs, 1) for xs in zip(*pair, strict=True)) for pair in pairs]
             decoder_ids = closed
         # Last, because it overwrites the memory of ``before``.
-        self.latent.write([slot], [tuple(x[:, -1:] for x in layer) for layer in new])
+        self.write_latent(slot, [tuple(x[:, -1:] for x in layer) for layer in new])
         return readable, decoder_ids, new
+
+    def write_latent(self, slot: int, readable: Readable) -> None:
+        """Write what a slot's bytes read of its last complete patch."""
+        self.latent.write([slot], readable)
+        if self.pieces is not None:
+            self.pieces.hold(readable[-1][0], [slot])
 
     def _close_patches(
         self,
@@ -394,23 +414,49 @@ class PatchedState(CompoundState):
         x = self.embedding.decode(ids, slots)
         states = self.blt.encoder(x, self._encoder_cache.step(slots))
         self.open.append(slots, index, states)
-        return states[-1], self.patcher.decode(ids, entropies, states[-1][:, 0], slots)
+        ends = self.patcher.decode(ids, entropies, states[-1][:, 0], slots)
+        if self.pieces is not None:
+            self.pieces.decode(ids, ends, slots)
+        return states[-1], ends
 
     def _patch_step(self, slots: Slots, lengths: Int[Tensor, " slots"]) -> None:
         """Run the encoder's cross-attention and the global transformer over open patches."""
         states, encoder_ids = self.open.patches(slots, lengths)
         vectors = self.blt.encoder.patch_vectors(states, encoder_ids, 1)
+        if self.pieces is not None:
+            vectors = self.pieces.read(vectors, slots)
         latents = self.blt.global_model(vectors, self._global_cache.step(slots))
-        self.latent.write(slots, self.blt.decoder.read_latents(latents))
+        self.latent.write(slots, self.blt.read_latents(latents))
+        if self.pieces is not None:
+            self.pieces.hold(latents, slots)
 
     def _decoder_step(
         self, slots: Slots, state: Float[Tensor, "slots 1 dim"]
     ) -> Float[Tensor, "slots vocab"]:
         """Return the logits of a byte of each slot, which reads the slot's last latent."""
+        return self.predict(slots, state, self._decoder_cache.step(slots))
+
+    def predict(
+        self,
+        slots: Slots,
+        state: Float[Tensor, "slots 1 dim"],
+        context: Any,
+        nodes: Int[Tensor, " slots"] | None = None,
+    ) -> Float[Tensor, "slots vocab"]:
+        """Return the logits of a byte of each slot, which reads the slot's last latent.
+
+        Args:
+            slots: the slots.
+            state: the encoder's last states.
+            context: of the decoder.
+            nodes: nodes of drafted bytes; ``None`` for the documents' own, if there are any.
+        """
         readable = self.latent.read(slots)
         assert readable is not None
         first = torch.zeros(len(state), 1, dtype=torch.long, device=state.device)
-        return self.blt.decoder(state, readable, first, self._decoder_cache.step(slots))[:, 0]
+        own = readable if self.pieces is None else readable[:-1]
+        logits = self.blt.decoder(state, own, first, context)[:, 0]
+        return logits if self.pieces is None else self.pieces.mix(logits, slots, nodes)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -413,6 +413,7 @@ def _expressible_blt(description: ModelDescription) -> BLTConfig:
             config.local.kv_heads != config.local.num_heads
         ),
         "hash_embeddings.combine=mean (only sum)": hashed.combine == "mean",
+        "a vocabulary (unsupported)": config.vocabulary is not None,
     }
     for name, block in (("local", config.local), ("global_model", config.global_model)):
         refusals |= {f"{name}.{what}": wrong for what, wrong in _unknown_options(block).items()}

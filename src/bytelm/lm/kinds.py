@@ -276,7 +276,7 @@ class PatchedLM(CausalLM):
             return self.blt(ids, self.segment(ids, documents).patches)
         states, context = self._encode(ids, documents)
         patches = self.segment(ids, documents, states[-1]).patches
-        return self.blt.predict(states, patches, context)
+        return self.blt.predict(ids, states, patches, context)
 
     def new_state(
         self,

@@ -7,8 +7,9 @@
     byte states, latents --decoder--> logits of the next byte
 
 (Paper section 3.) Everything at byte level is windowed or local to a patch; only the global
-transformer attends to the whole context, and it runs once per patch. :meth:`BLT.forward` calls the
-parts for packed rows, :mod:`bytelm.inference` for bytes as they arrive.
+transformer attends to the whole context, and it runs once per patch. A model that was made from a
+token model may have a :mod:`vocabulary <bytelm.model.vocabulary>` as well. :meth:`BLT.forward`
+calls the parts for packed rows, :mod:`bytelm.inference` for bytes as they arrive.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from bytelm.model.layers import (
     init_linear,
     stack_initialisers,
 )
+from bytelm.model.vocabulary import NOWHERE, Vocabulary
 from bytelm.patching import Patches
 
 
@@ -163,7 +165,9 @@ class LocalDecoder(nn.Module):
         )
         self.blocks = build_blocks(stack)
         self.norm = RMSNorm(local.dim, eps=local.norm_eps)
-        self.output = nn.Linear(local.dim, codec.VOCAB_SIZE, bias=False)
+        # With a vocabulary, the last output is its gate.
+        outputs = codec.VOCAB_SIZE + (config.vocabulary is not None)
+        self.output = nn.Linear(local.dim, outputs, bias=False)
 
     def read_latents(self, latents: Float[Tensor, "batch patches global_dim"]) -> Readable:
         """Return the keys and values of latents for each layer, computed once per patch."""
@@ -212,6 +216,10 @@ class BLT(nn.Module):
         self.encoder = LocalEncoder(config)
         self.global_model = GlobalTransformer(config)
         self.decoder = LocalDecoder(config)
+        self.vocabulary = None
+        if config.vocabulary is not None:
+            dim, eps = config.global_model.dim, config.global_model.norm_eps
+            self.vocabulary = Vocabulary(config.vocabulary, dim, eps)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Initialise all parameters; see :meth:`initialisers`."""
@@ -232,7 +240,7 @@ class BLT(nn.Module):
     ) -> Float[Tensor, "batch bytes vocab"]:
         """Return the logits, in fp32, of the id after each byte of packed rows."""
         states, context = self.encode(ids, patches.documents, patches.positions)
-        return self.predict(states, patches, context)
+        return self.predict(ids, states, patches, context)
 
     def encode(
         self,
@@ -249,13 +257,55 @@ class BLT(nn.Module):
 
     def predict(
         self,
+        ids: Int[Tensor, "batch bytes"],
         states: list[Float[Tensor, "batch bytes dim"]],
         patches: Patches,
         context: RowsContext,
     ) -> Float[Tensor, "batch bytes vocab"]:
         """Return the logits, in fp32, for byte states from :meth:`encode` and their patches."""
         vectors = self.encoder.patch_vectors(states, patches.encoder_ids, patches.num_patches)
+        nodes = None
+        if self.vocabulary is not None:
+            nodes = self.vocabulary.walk(ids, patches.ends)
+            vectors = self.vocabulary.read(vectors, named(nodes, patches))
         spec = self.global_model.spec
         global_context = spec.over_rows(patches.patch_documents, patches.patch_positions)
-        readable = self.decoder.read_latents(self.global_model(vectors, global_context))
-        return self.decoder(states[-1], readable, patches.decoder_ids, context)
+        readable = self.read_latents(self.global_model(vectors, global_context))
+        return self.decode(states[-1], readable, patches.decoder_ids, context, nodes)
+
+    def read_latents(self, latents: Float[Tensor, "batch patches global_dim"]) -> Readable:
+        """Return what bytes read of latents; with a vocabulary, the latents themselves are last."""
+        readable = self.decoder.read_latents(latents)
+        return readable if self.vocabulary is None else [*readable, (latents,)]
+
+    def decode(
+        self,
+        x: Float[Tensor, "batch bytes dim"],
+        readable: Readable,
+        decoder_ids: Int[Tensor, "batch bytes"],
+        context: StackContext,
+        nodes: Int[Tensor, "batch bytes"] | None,
+    ) -> Float[Tensor, "batch bytes vocab"]:
+        """Return the logits, in fp32, of the id after each byte.
+
+        Args:
+            x: the encoder's last byte states.
+            readable: from :meth:`read_latents`.
+            decoder_ids: index of the latent that each byte reads.
+            context: of the byte positions.
+            nodes: nodes of the bytes in the vocabulary, if there is one.
+        """
+        if self.vocabulary is None:
+            return self.decoder(x, readable, decoder_ids, context)
+        *own, (latents,) = readable
+        logits = self.decoder(x, own, decoder_ids, context)
+        assert nodes is not None
+        return self.vocabulary.predict(logits, latents, decoder_ids, nodes)
+
+
+def named(nodes: Int[Tensor, "batch bytes"], patches: Patches) -> Int[Tensor, "batch patches"]:
+    """Return the node of each patch's piece: the one before the patch's last byte."""
+    before = nodes.roll(1, 1).masked_fill(patches.positions == 0, 0)
+    index = torch.where(patches.ends, patches.encoder_ids, patches.num_patches)
+    found = nodes.new_full((len(nodes), patches.num_patches + 1), NOWHERE)
+    return found.scatter(1, index, before)[:, :-1]

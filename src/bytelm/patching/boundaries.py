@@ -49,6 +49,11 @@ class Patches(NamedTuple):
         return self.lengths.shape[1]
 
     @property
+    def ends(self) -> Bool[Tensor, "batch bytes"]:
+        """Whether a patch is complete with each byte; not on padding."""
+        return self.decoder_ids == self.encoder_ids
+
+    @property
     def counts(self) -> Int[Tensor, " batch"]:
         """Number of patches in use in each row."""
         return (self.lengths > 0).sum(1)
