@@ -3,7 +3,6 @@
 import json
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,7 @@ from bytelm.byteify.course import Lessons
 from bytelm.byteify.distil import distil
 from bytelm.byteify.donor import open_donor
 from bytelm.byteify.lessons import Teacher, donor_latents, groups
-from bytelm.byteify.teacher import read_document, read_vocabulary
+from bytelm.byteify.teacher import read_vocabulary
 from bytelm.byteify.transplant import transplant
 from bytelm.checkpoint import load_model
 from bytelm.config import StaticPatching
