@@ -26,7 +26,7 @@ from bytelm.byteify.cache import CachedDocument, read_shard
 from bytelm.byteify.donor import Donor
 from bytelm.byteify.teacher import END, Vocabulary
 from bytelm.lm import PatchedLM
-from bytelm.patching import build_patches, row_positions
+from bytelm.patching import row_positions
 from bytelm.scoring import group_by_size
 
 
@@ -179,7 +179,7 @@ def donor_latents(
         norm: weights ``g`` of the donor's final norm.
     """
     latents = torch.where(norm == 0, 0.0, lesson.states / norm)
-    patches = build_patches(lesson.token_ends, lesson.documents)
     # Tokens are numbered along the row, and a state can be read with the first id of a document.
-    reads = torch.where(lesson.has_state, patches.encoder_ids, 0).cummax(1).values
+    numbers = lesson.token_ends.cumsum(1) - 1
+    reads = torch.where(lesson.has_state, numbers, 0).cummax(1).values
     return latents, reads

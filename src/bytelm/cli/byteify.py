@@ -53,8 +53,16 @@ def byteify(
         bool,
         typer.Option(
             "--boundaries",
-            help="Let patches end where the donor's tokens probably end, not where the next byte "
-            "is uncertain.",
+            help="Let patches end where the donor's tokens have probably ended, not where the next "
+            "byte is uncertain.",
+        ),
+    ] = False,
+    vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--vocabulary",
+            help="Keep the donor's embeddings and head: patches are read as its tokens where they "
+            "are some, and bytes predicted by its tokens' probabilities. Needs --boundaries.",
         ),
     ] = False,
     patch_size: PatchSize = None,
@@ -85,6 +93,7 @@ def byteify(
         out,
         scorer=scorer,
         boundaries=boundaries,
+        vocabulary=vocabulary,
         patch_size=patch_size,
         sizes=LocalSizes(local_dim, encoder_layers, decoder_layers, window, num_buckets),
         seed=seed,
