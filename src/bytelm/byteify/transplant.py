@@ -84,12 +84,12 @@ def transplant_vocabulary(
         CheckpointError: a weight is NaN or infinite.
     """
     tokens = torch.tensor([token for _, token in pieces])
-    tables = [(vocabulary.embedding, donor.model.get_input_embeddings())]
+    tables = [(vocabulary.embedding.weight, donor.model.get_input_embeddings().weight)]
     if vocabulary.head is not None:
-        tables.append((vocabulary.head, donor.model.get_output_embeddings()))
+        tables.append((vocabulary.head.weight, donor.model.get_output_embeddings().weight))
     for ours, theirs in tables:
-        check_finite("the vocabulary", theirs.weight, donor.name)
-        ours.weight.copy_(theirs.weight[tokens])
+        check_finite("the vocabulary", theirs, donor.name)
+        ours.copy_(theirs[tokens])
     vocabulary.norm.weight.copy_(donor.model.model.norm.weight)
     vocabulary.load_state_dict(trie, strict=False)
 

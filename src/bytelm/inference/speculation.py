@@ -112,7 +112,7 @@ class Draft:
             truncate_scorer(state.scorer, slot, self._scored, ids)
         state.open.rollback(slot, self._open)
         state.latent.rollback(slot, self._latent)
-        if state.pieces is not None:
+        if state.pieces is not None and self._pieces is not None:
             state.pieces.rollback(slot, self._pieces)
             state.pieces.prefill(slot, ids, next_boundary)
         if not num_closed:

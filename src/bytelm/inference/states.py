@@ -249,8 +249,8 @@ class PatchedState(CompoundState):
         self._encoder_cache, self._global_cache, self._decoder_cache = self.caches
         self.open = OpenPatch(num_slots, is_static=is_static)
         self.latent = LastLatent(num_slots)
-        has_pieces = blt.vocabulary is not None
-        self.pieces = PieceState(blt.vocabulary, num_slots) if has_pieces else None
+        pieces = blt.vocabulary
+        self.pieces = None if pieces is None else PieceState(pieces, num_slots)
         parts = [self.patcher, self.embedding, *self.caches, self.open, self.latent]
         super().__init__(*parts, *(one for one in (self.scorer, self.pieces) if one is not None))
         self._graphs = Graphs(capture, self)
