@@ -16,12 +16,14 @@ from bytelm.byteify.donor import open_donor
 from bytelm.byteify.lessons import Teacher, donor_latents, groups
 from bytelm.byteify.teacher import read_vocabulary
 from bytelm.byteify.transplant import transplant
-from bytelm.checkpoint import load_model
-from bytelm.config import StaticPatching
+from bytelm.checkpoint import load_model, read_config
+from bytelm.config import InitConfig, StaticPatching
 from bytelm.errors import CheckpointError, ConfigError, DataError
 from bytelm.layout import saved_steps
+from bytelm.lm import build_lm
 from bytelm.patching import build_patcher, build_patches, row_positions
 from bytelm.progress import Progress
+from bytelm.training.initial import load_initial
 from commands import invoke
 from test_byteify import SMALL, TEXT, blocks_of, save_donor
 
@@ -273,6 +275,18 @@ def test_a_run_is_a_checkpoint_like_any_other(made):
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
     assert lm.generate("The cat", max_bytes=3) is not None
     assert lm.config.training["distilled_steps"] == 14
+
+
+def test_a_vocabulary_can_be_taken_alone(made):
+    """With its trie, which no parameter holds."""
+    known = read_config(saved_steps(made.folder)[-1])
+    fresh = build_lm(known, scorer=load_model(made.folder)[0].scorer)
+    init = InitConfig.model_validate({"from": str(made.folder), "parts": ["vocabulary"]})
+    load_initial(init, fresh, known)
+    theirs = load_model(made.folder)[0].blt.vocabulary.state_dict()
+    found = fresh.blt.vocabulary.state_dict()
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], theirs[name]) for name in theirs)
 
 
 def test_other_settings_and_folders_are_refused(made, folder, text, tmp_path, capsys):

@@ -10,6 +10,7 @@ from bytelm.accounting import forward_flops
 from bytelm.model.blt import named
 from bytelm.model.vocabulary import NOWHERE, build_trie
 from bytelm.patching import build_patches
+from bytelm.training.parts import parts_by_parameter
 
 BLT = random_blt("vocabulary")
 VOCABULARY = BLT.vocabulary
@@ -102,6 +103,13 @@ def test_gradients_reach_latents_embeddings_and_gate():
         assert weight.grad.abs().sum() > 0
     assert blt.decoder.output.weight.grad[-1].abs().sum() > 0
     assert blt.global_model.blocks[0].attention.qkv.weight.grad.isfinite().all()
+
+
+def test_its_parameters_are_a_part_of_their_own():
+    parts = parts_by_parameter(BLT)
+    own = {name: part for name, part in parts.items() if name.startswith("vocabulary.")}
+    assert own.keys() == {f"vocabulary.{name}.weight" for name in ("embedding", "norm", "head")}
+    assert set(own.values()) == {("vocabulary",)}
 
 
 def test_costs_have_the_head_of_the_vocabulary():

@@ -181,7 +181,8 @@ def _made(
     seed: int,
 ) -> tuple[PatchedLM, ModelDescription, str]:
     """Return a model with the donor's blocks, its description, and a recipe."""
-    recipe, context_bytes = _recipe(target, donor.name)
+    copied = ["global", *(["vocabulary"] if config.vocabulary else [])]
+    recipe, context_bytes = _recipe(target, donor.name, dict.fromkeys(copied, 0.1))
     description = ModelDescription(
         model=config, patching=patches.rule, scorer=patches.config, context_bytes=context_bytes
     )
@@ -244,7 +245,7 @@ def _match_scales(blt: BLT, donor: Donor, lm: PatchedLM, sample: bytes) -> None:
         blt.decoder.output.weight[-1] = 0  # the gate
 
 
-def _recipe(target: Path, donor: str) -> tuple[str, int]:
+def _recipe(target: Path, donor: str, multipliers: dict[str, float]) -> tuple[str, int]:
     """Return the text of the recipe that trains the checkpoint on, and the bytes of its rows."""
     row_bytes = 2048
     return (
@@ -254,7 +255,7 @@ def _recipe(target: Path, donor: str) -> tuple[str, int]:
 #   bytelm train {target / RECIPE} data.path=DATA --out RUN
 init: {{from: {json.dumps(str(target.resolve()))}}}
 data: {{row_bytes: {row_bytes}, rows_per_step: 4}}
-optimizer: {{learning_rate: 1.0e-3, warmup_steps: 100, lr_multipliers: {{global: 0.1}}}}
+optimizer: {{learning_rate: 1.0e-3, warmup_steps: 100, lr_multipliers: {json.dumps(multipliers)}}}
 train:
   {{steps: 2000, micro_rows: 2, validate_every: 200, validation_bytes: 200000,
    checkpoint_every: 200}}

@@ -172,7 +172,7 @@ class _SharedEngine(_LocalEngine):
     def end(self) -> None:
         """End all work; what is not finished is lost."""
         self._is_ended.set()
-        for one in self._others:
+        for one in tuple(self._others):  # a thread may be adding to it
             # They may still be starting, which takes seconds.
             one.kill()
         self._thread.shutdown(cancel_futures=True)

@@ -130,7 +130,10 @@ def _selected(
     with torch.device("meta"):
         theirs = build_lm(known, tokenizer=lm.tokenizer).trained
     wanted = {name for model in (lm.trained, theirs) for name in select(model, parts, "init.parts")}
-    ours = dict(lm.trained.named_parameters())
+    if "vocabulary" in parts:
+        # Its trie says which pieces the vectors are of.
+        wanted |= {name for name in tensors if name.startswith("vocabulary.")}
+    ours = lm.trained.state_dict()
     for name in sorted(wanted):
         shapes = [list(one[name].shape) if name in one else None for one in (tensors, ours)]
         if shapes[0] != shapes[1]:

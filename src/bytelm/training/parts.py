@@ -17,6 +17,7 @@ def parts_by_parameter(model: nn.Module) -> dict[str, tuple[str, ...]]:
         decoder.output.weight             output
         decoder.blocks.0.norm.weight      decoder
         global_model.blocks.0....         global
+        vocabulary.embedding.weight       vocabulary
     """
     found: dict[int, tuple[str, ...]] = {}
     for module in model.modules():
@@ -29,7 +30,9 @@ def parts_by_parameter(model: nn.Module) -> dict[str, tuple[str, ...]]:
         is_output = name.removeprefix("decoder.") == "output.weight"
         component = name.partition(".")[0].removesuffix("_model")
         by_name = ("output",) if is_output else (component,)
-        parts[name] = found.get(id(parameter), by_name)
+        # Its embeddings are of pieces, not of ids.
+        is_vocabulary = component == "vocabulary"
+        parts[name] = by_name if is_vocabulary else found.get(id(parameter), by_name)
     return parts
 
 
