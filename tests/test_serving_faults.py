@@ -19,6 +19,7 @@ from bytelm.display.waiting import COMPILING
 from bytelm.errors import ConfigError
 from bytelm.inference import Engine, Sampling, generate
 from bytelm.serving import app, listen
+from bytelm.serving.server import reserved
 from serving_clients import ScriptedEngine, running, sse, stream_chunks, tiny_lm
 
 
@@ -448,6 +449,23 @@ def test_addresses_that_cannot_be_listened_at():
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=r"cannot listen at 127.0.0.1:\d+: .* --port"):
             listen("127.0.0.1", port)
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="ports cannot be shared")
+def test_a_reserved_port_is_for_those_who_share_it():
+    with reserved("127.0.0.1", 0) as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as shared:
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            shared.bind(("127.0.0.1", port))
+            shared.listen()
+            shared.settimeout(10)
+            for _ in range(8):
+                with socket.create_connection(("127.0.0.1", port), timeout=10):
+                    shared.accept()[0].close()
+    listen("127.0.0.1", port).close()
 
 
 def test_the_command_warns_and_explains(run, checkpoint, monkeypatch):

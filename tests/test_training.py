@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from builders import (
     BASE_BLT,
+    BLT_VARIANTS,
     NGRAMS,
     LearnedRule,
     random_blt,
@@ -33,6 +34,7 @@ from bytelm.checkpoint import load_model, save_model, saved_steps
 from bytelm.config import (
     MODELS,
     RULES,
+    BLTConfig,
     CombinedPatching,
     InitConfig,
     Kinds,
@@ -640,6 +642,9 @@ def test_every_setting_is_read_by_something(data, tmp_path, monkeypatch):
     train(tracked, tmp_path / "tracked")
     scaled = TransformerConfig(**{**SMALL, "rope_scaling": RopeScaling(kind="llama3", factor=2.0)})
     Trainer(recipe(data, "transformer").model_copy(update={"model": scaled})).step()
+    pieces = {"kind": "blt", **BASE_BLT, **BLT_VARIANTS["vocabulary"]}
+    model = parse(BLTConfig, pieces, "test")
+    Trainer(recipe(data).model_copy(update={"model": model}))
     Trainer(changed(recipe(data), "optimizer", schedule="wsd")).step()
     table = {"model": {"kind": "ngram"}, "data": {"path": data}}
     fit_ngrams(parse(NgramRecipe, table, "test"), tmp_path / "table")

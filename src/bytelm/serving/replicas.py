@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from bytelm.serving.server import (
     KEEP_ALIVE_SECONDS,
     SWITCH_SECONDS,
     UNREAD_SECONDS,
-    listen,
+    reserved,
 )
 from bytelm.serving.settings import Settings
 from bytelm.threads import use_threads
@@ -237,27 +237,23 @@ def deployed(
     folder = find_checkpoint(checkpoint).resolve()
     check_checkpoint(folder)
     address = os.environ.get(ADDRESS)
-    if address:
-        if not port:
+    with ExitStack() as stack:
+        if not address:
+            # Otherwise a process of Ray may take it before its proxy does.
+            port = stack.enter_context(reserved(host, port))
+        elif not port:
             raise ConfigError(f"--port 0 needs a Ray of its own: choose a port, or unset {ADDRESS}")
-    else:
-        with listen(host, port) as listening:
-            port = listening.getsockname()[1]
-    try:
+        stack.callback(ray.shutdown)
         _connect(options)
         cpus, gpus = resources(options, ray.nodes())
         app = application(folder, settings, options, cpus, gpus)
         _check_serve()
-        try:
-            _deploy(app, host, port)
-            yield port
-            _end(options.grace_seconds)
-        finally:
-            if address:
-                # A Ray of our own ends as a whole.
-                serve.shutdown()
-    finally:
-        ray.shutdown()
+        if address:
+            # A Ray of our own ends as a whole.
+            stack.callback(serve.shutdown)
+        _deploy(app, host, port)
+        yield port
+        _end(options.grace_seconds)
 
 
 def wait_until_stopped() -> None:

@@ -52,6 +52,24 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+@contextmanager
+def reserved(host: str, port: int) -> Iterator[int]:
+    """Keep a port, which port 0 chooses, from all who do not ask to share it (``SO_REUSEPORT``).
+
+    Raises:
+        ConfigError: as of :func:`listen`.
+    """
+    with listen(host, port) as listening:
+        address = listening.getsockname()
+    with socket.socket(listening.family, socket.SOCK_STREAM) as kept:
+        if hasattr(socket, "SO_REUSEPORT"):
+            kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # It does not listen, so that all connections are of the one that shares it.
+            kept.bind(address)
+        yield address[1]
+
+
 def serve(app: FastAPI, listening: socket.socket, grace_seconds: int = GRACE_SECONDS) -> None:
     """Serve an application until SIGINT or SIGTERM, and finish what was started.
 
