@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -13,9 +14,12 @@ CONTEXT.set_forkserver_preload(["bytelm.training", "torch.distributed.fsdp"])
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """A port that nothing gets by chance: systems choose those from 32768 on, Ray below 20000."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(rank, size, port, function, arguments, connection):
