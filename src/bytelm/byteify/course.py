@@ -42,18 +42,18 @@ from bytelm.training.state import OPTIMIZER, TRAINER, set_moments
 class Lessons(NamedTuple):
     """How long a student is taught, and with which rates."""
 
-    read_bytes: int = 2_000_000
+    read_bytes: int = 3_000_000
     """Most bytes of text that the donor reads."""
-    encoder_steps: int = 2000
-    parts_steps: int = 4000
-    together_steps: int = 500
+    encoder_steps: int = 600
+    parts_steps: int = 900
+    together_steps: int = 30
     row_bytes: int = 4096
     """Bytes of text in a step, unless a document is longer."""
     parts_rate: float = 2e-3
     """Learning rate of encoder and decoder; embeddings learn at three times the rate."""
     together_rate: float = 5e-4
     """Learning rate together; the global transformer learns at a tenth of it."""
-    save_every: int = 250
+    save_every: int = 100
 
     @property
     def steps(self) -> int:
