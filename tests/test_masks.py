@@ -5,7 +5,6 @@ import json
 import math
 from collections import Counter
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -189,9 +188,9 @@ def test_no_token_extends_across_the_end_of_a_range(document, cut):
     ids = codec.encode(document.data, eos=True)
     targets = trained_targets(ids, 0, document.ranges)
     segment = units.segment(Span(0, 0, ids, None, targets), None, min(cut, len(targets)))
-    assert segment.num_positions.sum() == len(targets)
-    starts = np.cumsum(segment.num_positions) - segment.num_positions
-    assert {end for one in document.ranges for end in one} <= {*starts.tolist(), len(targets)}
+    assert segment.size == len(targets)
+    starts = {*segment.begins.tolist(), segment.size}
+    assert {end for one in document.ranges for end in one} <= starts
     wanted = wanted_targets(document)
     trained = [units.decode(t) for t in segment.targets.tolist() if t >= codec.OFFSET]
     assert b"".join(trained) == codec.decode([t for t in wanted if t >= codec.OFFSET])

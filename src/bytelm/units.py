@@ -6,7 +6,6 @@ evaluation and generation deal with the three kinds of unit through the protocol
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -91,20 +90,31 @@ class Segment(NamedTuple):
     ids: Ids
     targets: Ids
     """Target of each id; ``IGNORED`` if it is not trained on."""
-    num_positions: Ids
-    """Number of the span's ids after each id that its target encodes, or would if trained on."""
+    num_positions: Ids | None
+    """Number of the span's ids after each id that its target encodes, or would if trained on;
+    ``None`` if it is one everywhere."""
     next_boundary: NDArray[np.bool_] | None = None
     """Whether the byte after each starts a patch; ``None`` if rows carry no patches."""
 
     @property
+    def size(self) -> int:
+        """Number of the span's positions that it holds."""
+        return len(self.targets) if self.num_positions is None else int(self.num_positions.sum())
+
+    @property
+    def begins(self) -> Ids:
+        """Position in the span of the id before each target."""
+        if self.num_positions is None:
+            return np.arange(len(self.targets))
+        return self.num_positions.cumsum() - self.num_positions
+
+    @property
     def target_bytes(self) -> Ids:
         """Bytes of text in each target; 0 for the end of a document, and if not trained on."""
-        return text_bytes(self.targets, self.num_positions)
-
-
-def text_bytes(targets: NDArray[np.int64], num_positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the bytes of text in each target; 0 for the end of a document and :data:`IGNORED`."""
-    return num_positions * ((targets != codec.EOS) & (targets != IGNORED))
+        is_text = self.targets >= codec.OFFSET
+        if self.num_positions is None:
+            return is_text.astype(np.int64)
+        return self.num_positions * is_text
 
 
 @runtime_checkable
@@ -179,7 +189,7 @@ class ByteUnits:
     def segment(self, span: Span, room: int | None = None, cut: int = 0) -> Segment:
         """Return the whole span; bytes have no budget of units."""
         targets = span.ids[1:] if span.targets is None else span.targets
-        return Segment(span.ids[:-1], targets, _ones(span.num_positions))
+        return Segment(span.ids[:-1], targets, None)
 
     def count(self, segment: Segment, seen: int = 0) -> int:
         """Return 0: bytes are counted as positions."""
@@ -192,14 +202,6 @@ class ByteUnits:
     def mean_bytes(self, documents: Sequence[tuple[Tensor, Tensor | None]]) -> float:
         """Return 1."""
         return 1.0
-
-
-@lru_cache(maxsize=64)
-def _ones(length: int) -> Ids:
-    """Return ones, which many spans share."""
-    ones = np.ones(length, np.int64)
-    ones.flags.writeable = False
-    return ones
 
 
 class PatchUnits(ByteUnits):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bytelm import codec
 from bytelm.patching import PADDING
-from bytelm.units import IGNORED, Segment, Span, Units, text_bytes
+from bytelm.units import IGNORED, Segment, Span, Units
 
 
 class Batch(NamedTuple):
@@ -93,7 +93,7 @@ class Row:
         if span.num_positions > self.max_bytes - self.num_bytes:
             return False
         segment = self.units.segment(span, self._room)
-        return int(segment.num_positions.sum()) == span.num_positions
+        return segment.size == span.num_positions
 
     @property
     def _room(self) -> int | None:
@@ -112,7 +112,7 @@ class Row:
         span = span.head(self.max_bytes - self.num_bytes)
         segment = self.units.segment(span, self._room, cut)
         self.segments.append(segment)
-        added = int(segment.num_positions.sum())
+        added = segment.size
         self.spans.append(span.head(added))
         self.num_bytes += added
         self.num_units += self.units.count(segment)
@@ -126,7 +126,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     budget = first.budget or int(counts.max())
     shape = (len(rows), first.units.row_length(first.max_bytes, budget))
     # Not filled: most of a row is written once, below.
-    ids, targets, num_positions, documents = np.empty((4, *shape), np.int64)
+    ids, targets, target_bytes, documents = np.empty((4, *shape), np.int64)
     next_boundary = np.zeros(shape, np.bool_)
     has_patches = False
     for r, row in enumerate(rows):
@@ -135,19 +135,19 @@ def make_batch(rows: Sequence[Row]) -> Batch:
             end = at + len(segment.ids)
             ids[r, at:end] = segment.ids
             targets[r, at:end] = segment.targets
-            num_positions[r, at:end] = segment.num_positions
+            target_bytes[r, at:end] = segment.target_bytes
             documents[r, at:end] = number
             if segment.next_boundary is not None:
                 has_patches = True
                 next_boundary[r, at:end] = segment.next_boundary
             at = end
-        padding = ((ids, codec.BOE), (targets, IGNORED), (num_positions, 0), (documents, PADDING))
+        padding = ((ids, codec.BOE), (targets, IGNORED), (target_bytes, 0), (documents, PADDING))
         for array, value in padding:
             array[r, at:] = value
     return Batch(
         ids=torch.from_numpy(ids),
         targets=torch.from_numpy(targets),
-        target_bytes=torch.from_numpy(text_bytes(targets, num_positions)),
+        target_bytes=torch.from_numpy(target_bytes),
         documents=torch.from_numpy(documents),
         next_boundary=torch.from_numpy(next_boundary) if has_patches else None,
         budget=budget if first.units.has_budget else None,

@@ -220,7 +220,7 @@ def _by_span(
         for segment, one in zip(row.segments, contents, strict=True):
             end = begin + len(segment.targets)
             # Exact for tokens too: no token extends across ``num_seen``.
-            seen = int(np.searchsorted(segment.num_positions.cumsum(), one.num_seen, "right"))
+            seen = int(np.searchsorted(segment.begins, one.num_seen))
             yield SpanNats(
                 one,
                 row_nats[begin + seen : end],
@@ -239,7 +239,7 @@ def _not_finite(rows: Rows, nats: Float[Tensor, "batch ids"]) -> NumericalError:
     which = int(np.searchsorted(ends, index, "right"))
     segment, one = row.segments[which], contents[which]
     inside = index - (int(ends[which]) - len(segment.targets))
-    at = one.span.begin + int(segment.num_positions[:inside].sum())
+    at = one.span.begin + int(segment.begins[inside])
     return NumericalError(
         f"the loss of byte {at:,} of a document of {one.label!r} is {float(nats[number, index])}: "
         "the model's weights are damaged, or its training diverged; use an earlier checkpoint"
