@@ -296,7 +296,12 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
         fields = (field for candidate in candidates for field in candidate.model_fields.items())
         valid = [field.alias or name for name, field in fields]
         hint = nearest(str(location[-1]), valid)
-        return f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
+        message = f"unknown key {path!r}{hint}; valid here: {', '.join(valid)}"
+        section = path.rpartition(".")[0]
+        if section and "kind" in valid and not hint:
+            # Left from another kind, by an override of the kind alone.
+            message += f"; '{section}={{kind: ...}}' replaces all keys of {section}"
+        return message
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return message

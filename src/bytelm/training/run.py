@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -355,21 +356,17 @@ class Run:
         with writing(self.folder):
             metrics_bytes = self.jsonl.position() if self.jsonl is not None else 0
             state = trainer.state(metrics_bytes, self.is_validation_due)
-            self.saver.save(trainer.setup, trainer.optimizer, state, training)
+            num_kept = trainer.recipe.train.keep_checkpoints
+            remove = partial(remove_old, self.folder, num_kept, trainer.last_shared_step)
+            self.saver.save(trainer.setup, trainer.optimizer, state, training, remove)
         self._finish_saving(wait=False)
 
     def _finish_saving(self, *, wait: bool) -> None:
-        """Announce a checkpoint that is complete, and remove old ones."""
+        """Announce a checkpoint that is complete."""
         with writing(self.folder):
             folder = self.saver.finish(wait=wait)
-        if folder is None:
-            return
-        trainer = self.trainer
-        if self.world.is_main:
-            with writing(self.folder):
-                num_kept = trainer.recipe.train.keep_checkpoints
-                remove_old(self.folder, num_kept, trainer.last_shared_step)
-        self.announce(lambda callback: callback.on_checkpoint(step_number(folder), folder))
+        if folder is not None:
+            self.announce(lambda callback: callback.on_checkpoint(step_number(folder), folder))
 
 
 def _find_start(recipe: Recipe, folder: Path) -> Start:

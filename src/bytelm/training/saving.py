@@ -6,12 +6,11 @@ that rank 0 renames when all are complete; a kill of any rank at any moment leav
 that were there before. ::
 
     steps       ... 499 500 | copy | 501 502 503 ...
-    threads                        | write | all have written | hash | rename
+    threads                        | write | all have written | hash | rename | remove old ones
 """
 
-import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -82,8 +81,16 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         state: TrainerState,
         training: dict[str, Any],
+        then: Callable[[], None],
     ) -> None:
         """Save a step, or begin to if there are several ranks; see :func:`save_step`.
+
+        Args:
+            setup: model and description.
+            optimizer: optimiser of the run.
+            state: state of the trainer.
+            training: record of the training for the model's configuration.
+            then: called on rank 0 when the checkpoint is complete, with training going on.
 
         Raises:
             CheckpointError: the checkpoint cannot be written; on several ranks :meth:`finish`
@@ -92,9 +99,10 @@ class Saver:
         assert self._folder is None, "a checkpoint is being written"
         if self._world.size == 1:
             save_step(self._run, setup, optimizer, state, training)
+            then()
         else:
             copy = _Copy.of(setup, optimizer, state, training, self._buffers)
-            self._thread = Thread(target=self._write, args=(copy,), daemon=True)
+            self._thread = Thread(target=self._write, args=(copy, then), daemon=True)
             self._thread.start()
         self._folder = step_folder(self._run, state.step)
 
@@ -125,11 +133,12 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self, copy: "_Copy") -> None:
+    def _write(self, copy: "_Copy", then: Callable[[], None]) -> None:
         folder = step_folder(self._run, copy.state.step)
         try:
             with _written_together(folder, self._apart) as temporary:
                 self._apart.agree(lambda: copy.write(temporary, self._apart.is_main))
+            self._apart.decide(then)
         except BaseException as error:
             self._error = error
 
@@ -222,11 +231,11 @@ def remove_old(run: Path, num_kept: int, last_shared_step: int | None = None) ->
 def count_damaged(tensors: Iterable[Tensor]) -> int:
     """Return how many tensors hold values that are not finite.
 
-    A tensor's largest magnitude is not finite if any value is not; to find it takes one pass, and
-    no memory.
+    A tensor's extremes are not finite if any value is not; to find them takes one pass, and no
+    memory.
     """
-    largest = [torch.linalg.vector_norm(t.detach(), math.inf) for t in tensors if t.numel()]
-    return int((~torch.stack(largest).isfinite()).sum()) if largest else 0
+    finite = [torch.stack(t.detach().aminmax()).isfinite().all() for t in tensors if t.numel()]
+    return int((~torch.stack(finite)).sum()) if finite else 0
 
 
 def moments(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
