@@ -21,6 +21,7 @@ from bytelm.evaluation.cute import (
     cute_questions,
     is_held_out,
     pronunciation_questions,
+    pronunciation_records,
     read_cmudict,
 )
 from bytelm.evaluation.questions import Question, QuestionSet, measure_questions, questions_section
@@ -251,8 +252,31 @@ def test_damaged_folders_of_cute(cute, tmp_path):
         cute_questions(tmp_path / "empty")
 
 
+SYLLABLES = [a + b + c for a in "bcd" for b in "aeiou" for c in "mnt"]
+
+
+def test_words_to_learn_sounds_from_are_none_of_the_tests(tmp_path, run):
+    path = tmp_path / "cmudict.dict"
+    path.write_text("".join(f"{word} {' '.join(word.upper())}1\n" for word in SYLLABLES))
+    known = [word for word in SYLLABLES if not is_held_out(word)]
+    command = ("data", "characters", "--pronunciations", path, "--out", tmp_path / "sounds.jsonl")
+    status, output, errors = run(*command)
+    assert (status, f"{len(known)} questions" in output) == (0, True), errors
+    lines = (tmp_path / "sounds.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records == pronunciation_records(path, 20_000)
+    assert sorted(one["prompt"] for one in records) == [f"{word} =" for word in known]
+    for one in records:
+        word = one["prompt"].removesuffix(" =")
+        assert one["response"] == f" {' '.join(word.upper())}1\n"
+    for one in pronunciation_records(path, 9, shots=2, seed=1):
+        words = [line.split(" =")[0] for line in one["prompt"].split("\n")]
+        assert len(set(words)) == 3
+        assert set(words) <= set(known)
+
+
 def test_pronunciations(tmp_path):
-    words = [a + b + c for a in "bcd" for b in "aeiou" for c in "mnt"]
+    words = SYLLABLES
     lines = [f"{word} {' '.join(word.upper())}1" for word in words]
     lines += ["bam(2) B AE0 M # name", "'tis T IH1 Z", ";;; a comment"]
     path = tmp_path / "cmudict.dict.xz"
@@ -271,6 +295,9 @@ def test_pronunciations(tmp_path):
         assert (question.answer, *question.also_right) == found[last.removesuffix(" =")]
         assert len({question.answer, *question.wrong}) == 4
     assert len(pronunciation_questions(path, shots=3, limit=1).questions) == 1
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cannot be read: .*; fetch it again"):
+        read_cmudict(path)
     path.write_bytes(lzma.compress(b"no words\n"))
     with pytest.raises(DataError, match="no pronouncing dictionary"):
         read_cmudict(path)

@@ -215,18 +215,31 @@ def data_tokenizer(
 def data_characters(
     out: Annotated[Path, typer.Option(help="File to write, as JSONL: prompt, response.")],
     number: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 20_000,
+    pronunciations: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="CMUdict (cmudict.dict, or .xz): ask how its words are pronounced.",
+        ),
+    ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before each.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of words and order.")] = 0,
 ) -> None:
     """Write questions about the letters of words, to train on; eval asks about other words.
 
     [dim]bytelm data characters --out questions.jsonl
+    bytelm data characters --pronunciations cmudict.dict --number 120000 --out sounds.jsonl
     bytelm data prepare questions.jsonl --field prompt,response --scorer runs/blt --out data[/]
     """
     from bytelm.evaluation.characters import training_questions
+    from bytelm.evaluation.cute import pronunciation_records
     from bytelm.storage import atomic_file, disk_errors, to_json
 
-    records = training_questions(number, shots=shots, seed=seed)
+    if pronunciations is None:
+        records = training_questions(number, shots=shots, seed=seed)
+    else:
+        records = pronunciation_records(pronunciations, number, shots=shots, seed=seed)
     with disk_errors(out, ConfigError, "{remedy}"), atomic_file(out) as partial:
         partial.write_text("".join(to_json(one) + "\n" for one in records), encoding="utf-8")
     console.print(f"{out}: {len(records):,} questions", soft_wrap=True)

@@ -14,14 +14,20 @@ import csv
 import hashlib
 import lzma
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
 from bytelm.errors import DataError
 from bytelm.evaluation.questions import Question, QuestionSet, wrong_answers
 
-__all__ = ["cute_questions", "is_held_out", "pronunciation_questions", "read_cmudict"]
+__all__ = [
+    "cute_questions",
+    "is_held_out",
+    "pronunciation_questions",
+    "pronunciation_records",
+    "read_cmudict",
+]
 
 NUM_QUESTIONS = 100
 CUTE_SHOTS, CMUDICT_SHOTS = 4, 5
@@ -133,15 +139,18 @@ def read_cmudict(path: Path) -> dict[str, tuple[str, ...]]:
     """Return the pronunciations of the words of a-z in CMUdict, in order; ``.xz`` is unpacked.
 
     Raises:
-        DataError: the file is no pronouncing dictionary.
+        DataError: the file is damaged, or no pronouncing dictionary.
     """
     opened = lzma.open if path.suffix == ".xz" else open
     found: dict[str, tuple[str, ...]] = {}
-    with opened(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            match = re.match(r"([a-z]+)(?:\(\d+\))? ([A-Z0-2 ]+)", line)
-            if match:
-                found[match[1]] = (*found.get(match[1], ()), match[2].strip())
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                match = re.match(r"([a-z]+)(?:\(\d+\))? ([A-Z0-2 ]+)", line)
+                if match:
+                    found[match[1]] = (*found.get(match[1], ()), match[2].strip())
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; fetch it again") from None
     if not found:
         raise DataError(f"{path} is no pronouncing dictionary: lines such as 'cat K AE1 T'")
     return found
@@ -169,21 +178,59 @@ def pronunciation_questions(
     Raises:
         DataError: the file is no pronouncing dictionary, or too small.
     """
-    words = read_cmudict(path)
-    known = [word for word in words if not is_held_out(word)]
-    asked = [word for word in words if is_held_out(word)]
-    if len(known) < shots or not asked:
-        raise DataError(f"{path} has too few words: {len(known)} for {shots} examples")
+    words, known, asked = _split(path, shots)
     ordered = list(words)
     places = {word: at for at, word in enumerate(ordered)}
     random = Random(f"{seed} cmudict {shots}")
     questions = []
     for at in _drawn(len(asked), limit, random):
         word = asked[at]
-        lines = [f"{one} = {words[one][0]}\n" for one in random.sample(known, shots)]
+        prompt = _prompt(word, random.sample(known, shots), words)
         near = ordered[places[word] + 1 :] + ordered[: places[word]]
         others = (way for one in near for way in words[one] if way not in words[word])
         right, *also = words[word]
         wrong = wrong_answers(right, others)
-        questions.append(Question("".join(lines) + f"{word} =", right, wrong, tuple(also)))
+        questions.append(Question(prompt, right, wrong, tuple(also)))
     return QuestionSet("pronunciation", tuple(questions))
+
+
+def pronunciation_records(
+    path: Path, number: int, *, shots: int = 0, seed: int = 0
+) -> list[dict[str, str]]:
+    r"""Return words to train on, which :func:`pronunciation_questions` does not ask for.
+
+    Each is a record such as ``{"prompt": "cat =", "response": " K AE1 T\n"}``, with the first of a
+    word's pronunciations.
+
+    Args:
+        path: as for the questions.
+        number: number of words, drawn at random; all if there are fewer.
+        shots: solved examples before each, of other words.
+        seed: seed of words, examples and order.
+
+    Raises:
+        DataError: the file is no pronouncing dictionary, or too small.
+    """
+    words, known, _ = _split(path, shots + 1)
+    random = Random(f"{seed} cmudict train {shots}")
+    records = []
+    for word in random.sample(known, min(number, len(known))):
+        examples = [one for one in random.sample(known, shots + 1) if one != word][:shots]
+        records.append(
+            {"prompt": _prompt(word, examples, words), "response": f" {words[word][0]}\n"}
+        )
+    return records
+
+
+def _split(path: Path, shots: int) -> tuple[dict[str, tuple[str, ...]], list[str], list[str]]:
+    """Return the words of a dictionary, those that are not held out, and those that are."""
+    words = read_cmudict(path)
+    known = [word for word in words if not is_held_out(word)]
+    asked = [word for word in words if is_held_out(word)]
+    if len(known) < shots or not asked:
+        raise DataError(f"{path} has too few words: {len(known)} for {shots} examples")
+    return words, known, asked
+
+
+def _prompt(word: str, examples: Sequence[str], words: Mapping[str, tuple[str, ...]]) -> str:
+    return "".join(f"{one} = {words[one][0]}\n" for one in examples) + f"{word} ="
