@@ -21,8 +21,8 @@ from bytelm.evaluation.cute import (
     cute_questions,
     is_held_out,
     pronunciation_questions,
-    pronunciation_records,
     read_cmudict,
+    training_pronunciations,
 )
 from bytelm.evaluation.questions import Question, QuestionSet, measure_questions, questions_section
 from bytelm.language_model import LanguageModel
@@ -264,12 +264,12 @@ def test_words_to_learn_sounds_from_are_none_of_the_tests(tmp_path, run):
     assert (status, f"{len(known)} questions" in output) == (0, True), errors
     lines = (tmp_path / "sounds.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert records == pronunciation_records(path, 20_000)
+    assert records == training_pronunciations(path, 20_000)
     assert sorted(one["prompt"] for one in records) == [f"{word} =" for word in known]
     for one in records:
         word = one["prompt"].removesuffix(" =")
         assert one["response"] == f" {' '.join(word.upper())}1\n"
-    for one in pronunciation_records(path, 9, shots=2, seed=1):
+    for one in training_pronunciations(path, 9, shots=2, seed=1):
         words = [line.split(" =")[0] for line in one["prompt"].split("\n")]
         assert len(set(words)) == 3
         assert set(words) <= set(known)

@@ -251,10 +251,7 @@ def test_an_old_override_wins_over_the_recipes_own_value(path):
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?; valid here: steps,"),
         ("model.local.windw=3", "'model.local.windw'; did you mean 'window'?"),
         ("patching.treshold=3", "'patching.treshold'; did you mean 'threshold'?"),
-        (
-            "patching.kind=space",
-            "here: kind, max_length; 'patching={kind: ...}' replaces all keys of",
-        ),
+        ("patching.kind=space", "if it belongs to another kind, set all: 'patching={kind: ...}'"),
         ("optimiser.learning_rate=3", "'optimiser'; did you mean 'optimizer'?"),
         ("train.steps=many", "train.steps: Input should be a valid integer, not 'many'"),
         ("train.steps=1.5", "train.steps: Input should be a valid integer, not 1.5"),

@@ -233,13 +233,13 @@ def data_characters(
     bytelm data prepare questions.jsonl --field prompt,response --scorer runs/blt --out data[/]
     """
     from bytelm.evaluation.characters import training_questions
-    from bytelm.evaluation.cute import pronunciation_records
+    from bytelm.evaluation.cute import training_pronunciations
     from bytelm.storage import atomic_file, disk_errors, to_json
 
     if pronunciations is None:
         records = training_questions(number, shots=shots, seed=seed)
     else:
-        records = pronunciation_records(pronunciations, number, shots=shots, seed=seed)
+        records = training_pronunciations(pronunciations, number, shots=shots, seed=seed)
     with disk_errors(out, ConfigError, "{remedy}"), atomic_file(out) as partial:
         partial.write_text("".join(to_json(one) + "\n" for one in records), encoding="utf-8")
     console.print(f"{out}: {len(records):,} questions", soft_wrap=True)

@@ -300,7 +300,7 @@ def _explain(node: type[BaseModel], error: ValidationError) -> str:
         section = path.rpartition(".")[0]
         if section and "kind" in valid and not hint:
             # Left from another kind, by an override of the kind alone.
-            message += f"; '{section}={{kind: ...}}' replaces all keys of {section}"
+            message += f"; if it belongs to another kind, set all: '{section}={{kind: ...}}'"
         return message
     message = first["msg"].removeprefix("Value error, ")
     if not path:

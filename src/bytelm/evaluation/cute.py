@@ -25,8 +25,8 @@ __all__ = [
     "cute_questions",
     "is_held_out",
     "pronunciation_questions",
-    "pronunciation_records",
     "read_cmudict",
+    "training_pronunciations",
 ]
 
 NUM_QUESTIONS = 100
@@ -194,7 +194,7 @@ def pronunciation_questions(
     return QuestionSet("pronunciation", tuple(questions))
 
 
-def pronunciation_records(
+def training_pronunciations(
     path: Path, number: int, *, shots: int = 0, seed: int = 0
 ) -> list[dict[str, str]]:
     r"""Return words to train on, which :func:`pronunciation_questions` does not ask for.

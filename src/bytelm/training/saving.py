@@ -90,7 +90,8 @@ class Saver:
             optimizer: optimiser of the run.
             state: state of the trainer.
             training: record of the training for the model's configuration.
-            then: called on rank 0 when the checkpoint is complete, with training going on.
+            then: called on rank 0 when the checkpoint is complete; on several ranks by the thread
+                that wrote it.
 
         Raises:
             CheckpointError: the checkpoint cannot be written; on several ranks :meth:`finish`
